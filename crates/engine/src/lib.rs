@@ -1,0 +1,138 @@
+//! The contract between the machine and what executes its guest code.
+//!
+//! Two engines implement it: `kvm`, on hardware virtualization, and `translator`, a same-ISA binary
+//! translator in host user mode. Nothing above this crate knows which one runs.
+//!
+//! - Port and memory-mapped I/O is a call-out ([`GuestIo`]); control is the return value ([`Exit`]). So
+//!   [`Vcpu::run`] returns only at an instruction boundary, and no half-done instruction is ever visible.
+//! - Exits are architectural, never a vendor's or KVM's numbers.
+//! - An optional ability is an `Option<&dyn Trait>`: no capability booleans, no `unimplemented!()`.
+//! - A misbehaving guest gets what hardware would give it (an exception, all-ones reads), never an `Err`;
+//!   an `Err` means that the host failed.
+#![forbid(unsafe_code)]
+
+use anyvisor_x86::{Cpuid, Msi, VcpuState};
+use std::sync::Arc;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+/// What creates VMs.
+pub trait Engine: Send + Sync {
+    /// `kvm` or `translator`, as on the command line.
+    fn name(&self) -> &'static str;
+
+    /// Every CPUID leaf that a vCPU on this host can be given, KVM's paravirtual ones included
+    /// (Linux Documentation/virt/kvm/x86/cpuid.rst). A CPU model is a subset of it.
+    fn supported_cpuid(&self) -> Cpuid;
+
+    /// Makes a VM over `memory`, which is mapped at the guest-physical addresses it carries.
+    fn create_vm(&self, memory: GuestMemoryMmap) -> Result<Arc<dyn Vm>>;
+}
+
+/// A vCPU's number in its VM; also its APIC ID. The bootstrap processor is 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VcpuId(pub u32);
+
+/// One virtual machine: memory, interrupt wires, vCPUs.
+pub trait Vm: Send + Sync {
+    /// Makes vCPU `id`, in the state after reset, showing `cpuid`. Its thread is the caller's business.
+    fn create_vcpu(&self, id: VcpuId, cpuid: &Cpuid) -> Result<Box<dyn Vcpu>>;
+
+    /// Delivers a message-signalled interrupt, from a device or from the IO-APIC model.
+    fn signal_msi(&self, msi: Msi) -> Result<()>;
+
+    /// Sets the level of the 8259's INTR output, wired to LINT0 of the bootstrap processor. While it is
+    /// high and LINT0 accepts ExtINT, the engine asks [`GuestIo::acknowledge_pic`] for the vector.
+    fn set_pic_intr(&self, level: bool) -> Result<()>;
+
+    /// Event file descriptors that bypass the call-outs, where the engine has them.
+    fn doorbells(&self) -> Option<&dyn Doorbells>;
+}
+
+/// Guest accesses and interrupts by file descriptor (KVM's ioeventfd and irqfd).
+pub trait Doorbells: Send + Sync {
+    /// Signals `event` on each guest write of `length` bytes to `gpa` instead of calling out.
+    fn attach_write(&self, gpa: u64, length: u32, event: &EventFd) -> Result<()>;
+    /// Delivers `msi` each time `event` is signalled.
+    fn attach_interrupt(&self, event: &EventFd, msi: Msi) -> Result<()>;
+}
+
+/// One virtual CPU. It is driven by one thread at a time.
+pub trait Vcpu: Send {
+    /// Executes guest code until something needs the machine. Blocks while the guest is halted.
+    fn run(&mut self, io: &dyn GuestIo) -> Result<Exit>;
+
+    /// Makes the current or next [`Vcpu::run`] return [`Exit::Kicked`] soon; usable from any thread and
+    /// from a signal handler. Kicks that arrive before `run` is entered are kept, and merge into one.
+    fn kicker(&self) -> Kicker;
+
+    /// The whole architectural state.
+    fn state(&mut self) -> Result<VcpuState>;
+
+    /// Replaces the whole architectural state. An empty `lapic` means a reset local APIC.
+    fn set_state(&mut self, state: &VcpuState) -> Result<()>;
+}
+
+/// The machine as seen from a vCPU. Called on vCPU threads, concurrently.
+///
+/// Data slices are 1 to 8 bytes (ports 1, 2 or 4). Addresses nobody answers read as all ones. None of
+/// these may use floating point: the translator calls them with the guest's x87 state in the CPU.
+pub trait GuestIo: Send + Sync {
+    fn pio_read(&self, port: u16, data: &mut [u8]);
+    fn pio_write(&self, port: u16, data: &[u8]);
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]);
+    fn mmio_write(&self, gpa: u64, data: &[u8]);
+    /// The guest ended level-triggered interrupt `vector` (an EOI that a LAPIC broadcasts to IO-APICs).
+    fn eoi(&self, vector: u8);
+    /// An interrupt acknowledge cycle to the 8259 pair: the vector, or `None` if INTR has dropped.
+    fn acknowledge_pic(&self) -> Option<u8>;
+}
+
+/// Why [`Vcpu::run`] returned. The vCPU is at an instruction boundary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A [`Kicker`] was used.
+    Kicked,
+    /// A triple fault, or another shutdown event (SDM vol. 3A 6.15, interrupt 8).
+    Shutdown,
+    /// The engine cannot go on with this guest: what it could not do, for the user.
+    Failed(String),
+}
+
+/// Gets a vCPU out of [`Vcpu::run`]; see [`Vcpu::kicker`].
+#[derive(Clone)]
+pub struct Kicker(Arc<dyn Kick>);
+
+/// What an engine does to kick a vCPU. Must be async-signal-safe.
+pub trait Kick: Send + Sync {
+    fn kick(&self);
+}
+
+impl Kicker {
+    pub fn new(kick: Arc<dyn Kick>) -> Kicker {
+        Kicker(kick)
+    }
+    pub fn kick(&self) {
+        self.0.kick();
+    }
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A failure of the host. What was tried, on what, and what the host said.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{what}: {source}")]
+    Host { what: String, source: std::io::Error },
+    #[error("{0}")]
+    Unsupported(String),
+    #[error("vCPU state refused: {0}")]
+    BadState(String),
+}
+
+impl Error {
+    /// The last OS error, as what `what` failed with.
+    pub fn last_os(what: impl Into<String>) -> Error {
+        Error::Host { what: what.into(), source: std::io::Error::last_os_error() }
+    }
+}

@@ -1,0 +1,245 @@
+//! The page walk (SDM vol. 3A chapter 4): 32-bit, PAE, 4-level and 5-level paging, as one pure function
+//! over a reader of guest-physical memory. It sets accessed and dirty bits through the same interface.
+
+use crate::bits::{cr0, cr4, efer};
+use crate::exception::{Exception, pf};
+
+/// Page-table entry bits (SDM vol. 3A table 4-19).
+pub mod pte {
+    pub const P: u64 = 1 << 0;
+    pub const W: u64 = 1 << 1;
+    pub const U: u64 = 1 << 2;
+    pub const A: u64 = 1 << 5;
+    pub const D: u64 = 1 << 6;
+    pub const PS: u64 = 1 << 7;
+    pub const G: u64 = 1 << 8;
+    pub const NX: u64 = 1 << 63;
+}
+
+/// Guest-physical memory as the walk sees it.
+pub trait PageTables {
+    /// Reads an aligned entry of `size` (4 or 8) bytes. Memory that is not RAM reads as `None`.
+    fn read(&self, gpa: u64, size: u8) -> Option<u64>;
+    /// Replaces `old` by `new` atomically; `false` if the entry no longer holds `old`.
+    fn compare_exchange(&self, gpa: u64, size: u8, old: u64, new: u64) -> bool;
+}
+
+/// What the walk depends on besides memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PagingMode {
+    pub cr0: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    /// RFLAGS.AC is set, which lets supervisor code reach user pages under SMAP.
+    pub ac: bool,
+    /// Width of physical addresses in bits (CPUID 8000_0008h), at most 52.
+    pub physical_bits: u8,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessKind {
+    Read,
+    Write,
+    Fetch,
+}
+
+/// One access: its kind, and with whose rights it is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    pub kind: AccessKind,
+    pub user: bool,
+    /// An implicit supervisor access (descriptor tables, TSS): SMAP applies whatever AC says.
+    pub implicit: bool,
+}
+
+/// A successful walk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Guest-physical address of the byte asked for.
+    pub gpa: u64,
+    /// log2 of the page size: 12, 21, 22 or 30.
+    pub page_bits: u8,
+    /// The access rights of every level combined, for whoever made the access.
+    pub writable: bool,
+    pub user: bool,
+    pub executable: bool,
+    pub global: bool,
+    /// The dirty bit of the final entry is set, so that further writes need no walk.
+    pub dirty: bool,
+}
+
+/// Translates `gva` for `access`, setting accessed (and for writes dirty) bits.
+///
+/// # Errors
+/// The #PF (or, for a non-canonical address under 4- or 5-level paging, the #GP(0)) that the access raises.
+pub fn walk<T: PageTables>(tables: &T, mode: &PagingMode, gva: u64, access: Access) -> Result<Mapping, Exception> {
+    if mode.cr0 & cr0::PG == 0 {
+        return Ok(Mapping {
+            gpa: gva & 0xffff_ffff,
+            page_bits: 12,
+            writable: true,
+            user: true,
+            executable: true,
+            global: false,
+            dirty: true,
+        });
+    }
+    if mode.efer & efer::LMA != 0 {
+        let levels = if mode.cr4 & cr4::LA57 != 0 { 5 } else { 4 };
+        let shift = 64 - (12 + 9 * levels);
+        if ((gva << shift) as i64 >> shift) as u64 != gva {
+            return Err(Exception::gp(0));
+        }
+        let root = mode.cr3 & 0x000f_ffff_ffff_f000;
+        walk_levels(tables, mode, gva, access, root, levels, 8, true)
+    } else if mode.cr4 & cr4::PAE != 0 {
+        // SDM vol. 3A 4.4.1: the four PDPTEs have no access rights of their own.
+        let gva = gva & 0xffff_ffff;
+        let entry_gpa = (mode.cr3 & 0xffff_ffe0) + ((gva >> 30) << 3);
+        let Some(entry) = tables.read(entry_gpa, 8).filter(|e| e & pte::P != 0) else {
+            return Err(fault(mode, gva, access, 0));
+        };
+        walk_levels(tables, mode, gva, access, entry & 0x000f_ffff_ffff_f000, 2, 8, true)
+    } else {
+        walk_levels(tables, mode, gva & 0xffff_ffff, access, mode.cr3 & 0xffff_f000, 2, 4, mode.cr4 & cr4::PSE != 0)
+    }
+}
+
+fn fault(mode: &PagingMode, gva: u64, access: Access, mut code: u32) -> Exception {
+    if access.kind == AccessKind::Write {
+        code |= pf::WRITE;
+    }
+    if access.user {
+        code |= pf::USER;
+    }
+    // SDM vol. 3A 4.7: the fetch bit only with NX or SMEP enabled.
+    let nx = mode.efer & efer::NXE != 0 && mode.cr4 & cr4::PAE != 0;
+    if access.kind == AccessKind::Fetch && (nx || mode.cr4 & cr4::SMEP != 0) {
+        code |= pf::FETCH;
+    }
+    Exception::page_fault(gva, code)
+}
+
+#[allow(clippy::too_many_arguments)]
+fn walk_levels<T: PageTables>(
+    tables: &T,
+    mode: &PagingMode,
+    gva: u64,
+    access: Access,
+    root: u64,
+    levels: u32,
+    entry_size: u8,
+    large_pages: bool,
+) -> Result<Mapping, Exception> {
+    let index_bits = if entry_size == 8 { 9 } else { 10 };
+    'restart: loop {
+        let mut table = root;
+        let (mut writable, mut user, mut executable) = (true, true, true);
+        let mut level = levels;
+        loop {
+            level -= 1;
+            let shift = 12 + index_bits * level;
+            let entry_gpa = table + (((gva >> shift) & ((1 << index_bits) - 1)) * u64::from(entry_size));
+            let Some(entry) = tables.read(entry_gpa, entry_size) else {
+                return Err(fault(mode, gva, access, 0));
+            };
+            if entry & pte::P == 0 {
+                return Err(fault(mode, gva, access, 0));
+            }
+            let leaf = level == 0 || (large_pages && entry & pte::PS != 0 && level <= 2);
+            if has_reserved_bits(mode, entry, entry_size, level, leaf, large_pages, levels) {
+                return Err(fault(mode, gva, access, pf::PRESENT | pf::RSVD));
+            }
+            writable &= entry & pte::W != 0;
+            user &= entry & pte::U != 0;
+            if entry_size == 8 && mode.efer & efer::NXE != 0 {
+                executable &= entry & pte::NX == 0;
+            }
+            if !leaf {
+                if entry & pte::A == 0 && !tables.compare_exchange(entry_gpa, entry_size, entry, entry | pte::A) {
+                    continue 'restart;
+                }
+                table = if entry_size == 8 { entry & 0x000f_ffff_ffff_f000 } else { entry & 0xffff_f000 };
+                continue;
+            }
+            if !allowed(mode, access, writable, user, executable) {
+                return Err(fault(mode, gva, access, pf::PRESENT));
+            }
+            let mut updated = entry | pte::A;
+            if access.kind == AccessKind::Write {
+                updated |= pte::D;
+            }
+            if updated != entry && !tables.compare_exchange(entry_gpa, entry_size, entry, updated) {
+                continue 'restart;
+            }
+            let page_mask = (1u64 << shift) - 1;
+            let mut frame = if entry_size == 8 {
+                entry & 0x000f_ffff_ffff_f000 & !page_mask
+            } else {
+                entry & 0xffff_f000 & !page_mask
+            };
+            if entry_size == 4 && level == 1 {
+                frame |= ((entry >> 13) & 0xff) << 32; // PSE-36, SDM vol. 3A table 4-4
+            }
+            return Ok(Mapping {
+                gpa: frame | (gva & page_mask),
+                page_bits: shift as u8,
+                writable,
+                user,
+                executable,
+                global: entry & pte::G != 0 && mode.cr4 & cr4::PGE != 0,
+                dirty: updated & pte::D != 0,
+            });
+        }
+    }
+}
+
+/// Access rights (SDM vol. 3A 4.6.1).
+fn allowed(mode: &PagingMode, access: Access, writable: bool, user: bool, executable: bool) -> bool {
+    if access.user {
+        if !user {
+            return false;
+        }
+        return match access.kind {
+            AccessKind::Read => true,
+            AccessKind::Write => writable,
+            AccessKind::Fetch => executable,
+        };
+    }
+    let smap = user && mode.cr4 & cr4::SMAP != 0 && (access.implicit || !mode.ac);
+    match access.kind {
+        AccessKind::Read => !smap,
+        AccessKind::Write => !smap && (writable || mode.cr0 & cr0::WP == 0),
+        AccessKind::Fetch => executable && !(user && mode.cr4 & cr4::SMEP != 0),
+    }
+}
+
+fn has_reserved_bits(
+    mode: &PagingMode,
+    entry: u64,
+    entry_size: u8,
+    level: u32,
+    leaf: bool,
+    large_pages: bool,
+    levels: u32,
+) -> bool {
+    if entry_size == 4 {
+        // 4 MiB pages: bit 21 is reserved (PSE-36 with 40-bit addresses).
+        return leaf && level == 1 && entry & (1 << 21) != 0;
+    }
+    let mut reserved = (0x000f_ffff_ffff_ffff >> mode.physical_bits) << mode.physical_bits;
+    if mode.efer & efer::NXE == 0 {
+        reserved |= pte::NX;
+    }
+    if levels == 2 {
+        reserved |= 0x7ff0_0000_0000_0000; // PAE, SDM vol. 3A table 4-10
+    }
+    if leaf && level > 0 {
+        reserved |= ((1 << (12 + 9 * level)) - 1) & !0x1fff; // bit 12 is PAT
+    }
+    if !leaf && level >= 3 && large_pages {
+        reserved |= pte::PS;
+    }
+    entry & reserved != 0
+}

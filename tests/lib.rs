@@ -1,0 +1,1 @@
+//! Whole-VM tests: real guests through the real `anyvisor` binary.
