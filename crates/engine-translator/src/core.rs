@@ -1,0 +1,205 @@
+//! What one vCPU thread owns ([`Core`]) and what other threads reach of it ([`VcpuShared`], [`VmShared`]).
+
+use crate::cpu::{Cpu, pending};
+use crate::mmu::Mmu;
+use crate::ram::Ram;
+use anyvisor_x86::lapic::Lapic;
+use anyvisor_x86::{Cpuid, CpuidResult, Msi};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Instant;
+
+/// Everything shared by the vCPUs of a VM.
+pub struct VmShared {
+    pub ram: Arc<Ram>,
+    /// vCPUs by APIC ID. Lock order: this, then a vCPU's `inbox`.
+    pub vcpus: RwLock<Vec<Arc<VcpuShared>>>,
+    /// Guest nanoseconds are counted from here.
+    pub started: Instant,
+    /// The 8259's INTR line.
+    pub pic_intr: AtomicBool,
+    /// Frequency of the guest's TSC in kHz, which is the host's.
+    pub tsc_khz: u64,
+}
+
+/// A message to a vCPU's local APIC from another thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// A fixed or lowest-priority interrupt that is already routed to this vCPU.
+    Interrupt {
+        vector: u8,
+        level: bool,
+    },
+    Nmi,
+    Init,
+    /// A start-up IPI with its vector.
+    Sipi(u8),
+    /// An MSI or IPI not yet matched against this vCPU's APIC (it depends on the APIC's own registers).
+    Msi(Msi),
+}
+
+/// The part of a vCPU that any thread may touch.
+pub struct VcpuShared {
+    pub id: u32,
+    cpu: NonNull<Cpu>,
+    /// Waiting in `wait`, so that a wake-up is needed.
+    asleep: AtomicU32,
+    pub inbox: Mutex<Vec<Message>>,
+}
+
+// SAFETY: other threads touch only `pending` of the block, which is atomic; the rest belongs to the one
+// thread that holds the `CpuBox`.
+unsafe impl Send for VcpuShared {}
+// SAFETY: as above.
+unsafe impl Sync for VcpuShared {}
+
+impl VcpuShared {
+    /// Makes a vCPU block and the owner's handle to it.
+    pub fn new(id: u32) -> (Arc<VcpuShared>, CpuBox) {
+        let cpu = NonNull::from(Box::leak(Cpu::new()));
+        let shared = Arc::new(VcpuShared { id, cpu, asleep: AtomicU32::new(0), inbox: Mutex::new(Vec::new()) });
+        let owner = CpuBox { shared: shared.clone() };
+        (shared, owner)
+    }
+
+    pub(crate) fn pending(&self) -> &AtomicU32 {
+        // SAFETY: the block lives as long as self; only the atomic field is borrowed, through a raw
+        // projection, so this never aliases the owner's `&mut Cpu` on other fields.
+        unsafe { &*std::ptr::addr_of!((*self.cpu.as_ptr()).pending) }
+    }
+
+    /// Sets bits of [`Cpu::pending`] and wakes the vCPU if it sleeps. Async-signal-safe.
+    pub fn notify(&self, bits: u32) {
+        self.pending().fetch_or(bits, Ordering::SeqCst);
+        if self.asleep.load(Ordering::SeqCst) != 0 {
+            // SAFETY: futex wake on an address that lives as long as self.
+            unsafe {
+                libc::syscall(libc::SYS_futex, self.pending().as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1);
+            }
+        }
+    }
+
+    /// Queues a message for the vCPU's APIC.
+    pub fn send(&self, message: Message) {
+        self.inbox.lock().unwrap().push(message);
+        self.notify(pending::EVENT);
+    }
+
+    /// Sleeps until a bit of `pending` is set, or for `timeout_ns`.
+    pub fn wait(&self, timeout_ns: Option<u64>) {
+        self.asleep.store(1, Ordering::SeqCst);
+        let timeout = timeout_ns
+            .map(|ns| libc::timespec { tv_sec: (ns / 1_000_000_000) as i64, tv_nsec: (ns % 1_000_000_000) as i64 });
+        let timeout_ptr = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: futex wait while `pending` is 0, on an address that lives as long as self.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.pending().as_ptr(),
+                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+                0,
+                timeout_ptr,
+            );
+        }
+        self.asleep.store(0, Ordering::SeqCst);
+    }
+}
+
+impl Drop for VcpuShared {
+    fn drop(&mut self) {
+        // SAFETY: the block came from Box::leak in `new`, and the last handle is gone.
+        drop(unsafe { Box::from_raw(self.cpu.as_ptr()) });
+    }
+}
+
+/// The owning thread's handle to its vCPU block. There is exactly one for each [`VcpuShared`].
+pub struct CpuBox {
+    shared: Arc<VcpuShared>,
+}
+
+impl Deref for CpuBox {
+    type Target = Cpu;
+    fn deref(&self) -> &Cpu {
+        // SAFETY: this is the only handle, so only `pending` is touched elsewhere, and that is atomic.
+        unsafe { self.shared.cpu.as_ref() }
+    }
+}
+
+impl DerefMut for CpuBox {
+    fn deref_mut(&mut self) -> &mut Cpu {
+        // SAFETY: as for `deref`.
+        unsafe { &mut *self.shared.cpu.as_ptr() }
+    }
+}
+
+/// Size of [`Bounce`] in bytes: the largest memory operand there is (the XSAVE area), rounded up.
+pub const BOUNCE_SIZE: usize = 1024;
+
+/// Where an instruction finds its memory operand when it runs on a copy.
+#[repr(C, align(64))]
+pub struct Bounce(pub [u8; BOUNCE_SIZE]);
+
+/// One vCPU as its own thread sees it: all that the interpreter and the system instructions work on.
+pub struct Core {
+    pub cpu: CpuBox,
+    pub ram: Arc<Ram>,
+    pub vm: Arc<VmShared>,
+    pub shared: Arc<VcpuShared>,
+    pub lapic: Lapic,
+    pub mmu: Mmu,
+    pub cpuid: Cpuid,
+    /// Width of guest-physical addresses in bits.
+    pub physical_bits: u8,
+    pub nmi_pending: bool,
+    /// Guest-physical ranges written that hold translated code; the translator drains it after each step.
+    pub code_writes: Vec<(u64, u32)>,
+    pub bounce: Box<Bounce>,
+    pub clock: Clock,
+}
+
+/// kvmclock's registration (Linux Documentation/virt/kvm/x86/msr.rst).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Clock {
+    /// MSR_KVM_SYSTEM_TIME_NEW as written; bit 0 enables.
+    pub system_time_msr: u64,
+    /// MSR_KVM_WALL_CLOCK_NEW as written.
+    pub wall_clock_msr: u64,
+}
+
+impl Core {
+    pub fn new(vm: Arc<VmShared>, shared: Arc<VcpuShared>, cpu: CpuBox, cpuid: Cpuid) -> Core {
+        let physical_bits = cpuid.get(0x8000_0008, 0).map_or(36, |r| (r.eax & 0xff) as u8).clamp(32, 52);
+        Core {
+            cpu,
+            ram: vm.ram.clone(),
+            lapic: Lapic::new(shared.id),
+            mmu: Mmu::new(),
+            vm,
+            shared,
+            cpuid,
+            physical_bits,
+            nmi_pending: false,
+            code_writes: Vec::new(),
+            bounce: Box::new(Bounce([0; BOUNCE_SIZE])),
+            clock: Clock::default(),
+        }
+    }
+
+    /// Nanoseconds of guest time: host monotonic time since the VM was made.
+    pub fn now_ns(&self) -> u64 {
+        self.vm.started.elapsed().as_nanos() as u64
+    }
+
+    /// The guest's TSC.
+    pub fn tsc(&self) -> u64 {
+        // SAFETY: RDTSC has no preconditions in user mode here (CR4.TSD is never set for us).
+        unsafe { core::arch::x86_64::_rdtsc() }.wrapping_add(self.cpu.tsc_offset)
+    }
+
+    /// What CPUID shows for `leaf` and `subleaf`; zeros where the table has nothing.
+    pub fn cpuid(&self, leaf: u32, subleaf: u32) -> CpuidResult {
+        self.cpuid.get(leaf, subleaf).unwrap_or_default()
+    }
+}

@@ -1,0 +1,242 @@
+//! The vCPU block: everything translated code reaches through GS.
+//!
+//! One [`Cpu`] belongs to one vCPU thread. While translated code runs, most general registers, the status
+//! flags and the vector registers live in the host's registers and the copies here are stale; every way
+//! out of translated code (`enter`) writes them back before Rust sees the block. The x87 state and nothing
+//! else stays in the host CPU for as long as the thread is inside `Vcpu::run`.
+
+use anyvisor_x86::bits::{cr0, cr4, efer, rflags};
+use anyvisor_x86::segment::{attr, index};
+use anyvisor_x86::{DescriptorTable, Segment};
+use std::sync::atomic::AtomicU32;
+
+/// log2 of the entries in each TLB.
+pub const TLB_BITS: u32 = 13;
+pub const TLB_ENTRIES: usize = 1 << TLB_BITS;
+
+/// Entries of the jump cache, which maps linear addresses to translated code.
+pub const JUMP_CACHE_BITS: u32 = 12;
+pub const JUMP_CACHE_ENTRIES: usize = 1 << JUMP_CACHE_BITS;
+
+/// Whose rights a TLB holds: a block knows statically which one its accesses use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum TlbContext {
+    /// CPL 0–2, or an implicit supervisor access; under SMAP no user page is in it.
+    Kernel = 0,
+    /// CPL 0–2 with RFLAGS.AC set, which suspends SMAP.
+    KernelAc = 1,
+    /// CPL 3.
+    User = 2,
+}
+
+pub const TLB_CONTEXTS: usize = 3;
+
+/// One translation. Tags are stored negated, so that `address + tag` is the offset in the page on a hit
+/// and at least 4096 otherwise: one comparison checks the page, the right and the page's end.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct TlbEntry {
+    /// Minus the linear page address, if reads are allowed.
+    pub read: u64,
+    /// The same, if writes are allowed and need no attention (dirty bit set, no translated code there).
+    pub write: u64,
+    /// Host address of the page.
+    pub host: u64,
+    /// Guest-physical address of the page, bit 0: global.
+    pub gpa: u64,
+}
+
+/// The tag that never matches in entry `index`: the negated address of a page that belongs elsewhere.
+/// Not the next entry's: an access that crosses into the next page is looked up here.
+pub const fn invalid_tag(index: usize) -> u64 {
+    0u64.wrapping_sub((((index + 2) % TLB_ENTRIES) as u64) << 12)
+}
+
+/// One entry of the jump cache: a linear address mixed with the context's key, and host code.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct JumpEntry {
+    pub key: u64,
+    pub host: u64,
+}
+
+/// Reasons to leave translated code at the next boundary; bits of [`Cpu::pending`].
+pub mod pending {
+    /// `Vcpu::run` is to return.
+    pub const KICK: u32 = 1 << 0;
+    /// Interrupts, NMIs or messages may have arrived, or the timer has expired.
+    pub const EVENT: u32 = 1 << 1;
+    /// Translations or TLB entries are to be dropped.
+    pub const FLUSH: u32 = 1 << 2;
+}
+
+/// The vCPU block. `repr(C)`: generated code uses its offsets.
+#[repr(C, align(4096))]
+pub struct Cpu {
+    /// General registers in encoding order.
+    pub gpr: [u64; 16],
+    pub rip: u64,
+    /// The whole RFLAGS, status flags included.
+    pub rflags: u64,
+    /// Bits of [`pending`]; translated code leaves at the next boundary when it is not zero.
+    pub pending: AtomicU32,
+    /// Not zero while an interrupt or NMI waits for the guest to accept it: whatever opens the window
+    /// (STI, POPF, IRET, a lower TPR) then sets [`pending::EVENT`].
+    pub irq_waiting: u32,
+    pub cpl: u8,
+    /// Bit 0: after STI; bit 1: after MOV SS or POP SS. Cleared by the next instruction.
+    pub interrupt_shadow: u8,
+    pub nmi_blocked: bool,
+    pub halted: bool,
+    /// An AP between INIT and its start-up IPI.
+    pub wait_for_sipi: bool,
+    /// Scratch of generated code.
+    pub scratch: [u64; 8],
+    /// The host's stack pointer while translated code runs.
+    pub host_rsp: u64,
+    pub host_mxcsr: u32,
+    pub mxcsr: u32,
+
+    pub cr0: u64,
+    pub cr2: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    pub dr: [u64; 8],
+    pub xcr0: u64,
+    pub star: u64,
+    pub lstar: u64,
+    pub cstar: u64,
+    pub sfmask: u64,
+    pub kernel_gs_base: u64,
+    pub sysenter_cs: u64,
+    pub sysenter_esp: u64,
+    pub sysenter_eip: u64,
+    pub pat: u64,
+    pub misc_enable: u64,
+    pub mtrr_def_type: u64,
+    pub spec_ctrl: u64,
+    pub tsc_aux: u64,
+    pub tsc_adjust: u64,
+    /// Guest TSC minus host TSC.
+    pub tsc_offset: u64,
+
+    /// By encoding: ES, CS, SS, DS, FS, GS. In 64-bit mode the bases of FS and GS are the MSRs.
+    pub seg: [Segment; 6],
+    pub ldtr: Segment,
+    pub tr: Segment,
+    pub gdtr: DescriptorTable,
+    pub idtr: DescriptorTable,
+
+    /// XMM/YMM registers, 32 bytes each; stale while translated code runs.
+    pub ymm: [Ymm; 16],
+
+    /// Generated code's private words; see `enter`.
+    pub translated: [u64; 32],
+
+    pub jump_cache: [JumpEntry; JUMP_CACHE_ENTRIES],
+    pub tlb: [[TlbEntry; TLB_ENTRIES]; TLB_CONTEXTS],
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(32))]
+pub struct Ymm(pub [u8; 32]);
+
+/// The operating mode that decoding depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Real mode, or virtual-8086 mode.
+    Real,
+    Protected16,
+    Protected32,
+    Compat16,
+    Compat32,
+    Long64,
+}
+
+impl Mode {
+    /// The code segment's default size in bits, as a decoder wants it.
+    pub fn bits(self) -> u32 {
+        match self {
+            Mode::Real | Mode::Protected16 | Mode::Compat16 => 16,
+            Mode::Protected32 | Mode::Compat32 => 32,
+            Mode::Long64 => 64,
+        }
+    }
+}
+
+impl Cpu {
+    pub fn new() -> Box<Cpu> {
+        // SAFETY: every field of Cpu is plain data (integers, bools, arrays of them, AtomicU32) for which
+        // all-zero bytes are a valid value, and the layout is that of Cpu. Built in place because the block
+        // is too large for the stack.
+        let mut cpu: Box<Cpu> = unsafe {
+            let layout = std::alloc::Layout::new::<Cpu>();
+            let raw = std::alloc::alloc_zeroed(layout).cast::<Cpu>();
+            if raw.is_null() {
+                std::alloc::handle_alloc_error(layout);
+            }
+            Box::from_raw(raw)
+        };
+        for tlb in &mut cpu.tlb {
+            for (i, entry) in tlb.iter_mut().enumerate() {
+                entry.read = invalid_tag(i);
+                entry.write = invalid_tag(i);
+            }
+        }
+        cpu.mxcsr = 0x1f80;
+        cpu
+    }
+
+    pub fn is_long_mode(&self) -> bool {
+        self.efer & efer::LMA != 0
+    }
+    pub fn is_protected(&self) -> bool {
+        self.cr0 & cr0::PE != 0
+    }
+    pub fn is_vm86(&self) -> bool {
+        self.rflags & rflags::VM != 0
+    }
+
+    pub fn mode(&self) -> Mode {
+        let cs = &self.seg[index::CS];
+        if self.is_long_mode() {
+            if cs.is_long() {
+                Mode::Long64
+            } else if cs.is_default_32() {
+                Mode::Compat32
+            } else {
+                Mode::Compat16
+            }
+        } else if !self.is_protected() || self.is_vm86() {
+            Mode::Real
+        } else if cs.is_default_32() {
+            Mode::Protected32
+        } else {
+            Mode::Protected16
+        }
+    }
+
+    /// Whether the stack pointer is 64, 32 or 16 bits wide.
+    pub fn stack_bits(&self) -> u32 {
+        if self.is_long_mode() && self.seg[index::CS].is_long() {
+            64
+        } else if self.seg[index::SS].attributes & attr::DB != 0 {
+            32
+        } else {
+            16
+        }
+    }
+
+    /// The TLB that explicit data accesses use now.
+    pub fn data_context(&self) -> TlbContext {
+        if self.cpl == 3 {
+            TlbContext::User
+        } else if self.rflags & rflags::AC != 0 && self.cr4 & cr4::SMAP != 0 {
+            TlbContext::KernelAc
+        } else {
+            TlbContext::Kernel
+        }
+    }
+}

@@ -1,0 +1,499 @@
+//! Guest-linear memory: the software TLB, its misses, and the generic access path.
+//!
+//! The TLB arrays live in the vCPU block ([`Cpu::tlb`](crate::cpu::Cpu)) where generated code probes them;
+//! this module fills and flushes them. Each fill is written in a journal, so that a flush costs what was
+//! filled, not the size of the table. Only RAM is ever entered: memory-mapped I/O always comes here.
+//!
+//! A write tag is set only when a write needs no attention: the page's dirty bit is set and no translated
+//! code was made from the page.
+
+use crate::core::Core;
+use crate::cpu::{JUMP_CACHE_ENTRIES, JumpEntry, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, invalid_tag};
+use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
+use anyvisor_engine::GuestIo;
+use anyvisor_x86::Exception;
+use anyvisor_x86::bits::cr0;
+use anyvisor_x86::paging::{self, Access, AccessKind, Mapping, PagingMode};
+use std::collections::HashSet;
+use std::sync::atomic::Ordering;
+
+/// The local APIC's page in xAPIC mode, when not moved.
+pub const LAPIC_DEFAULT_BASE: u64 = 0xfee0_0000;
+
+/// With whose rights an access is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rights {
+    /// The current privilege level's, and RFLAGS.AC under SMAP.
+    Current,
+    /// Supervisor whatever the CPL is: descriptor tables, TSS, exception frames (SDM vol. 3A 4.6.1).
+    Implicit,
+}
+
+/// What a TLB miss of translated code comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// The entry is there: look again.
+    Ready,
+    /// Interpret the instruction: it faults, crosses a page, touches a device or translated code.
+    Interpret,
+}
+
+/// Bookkeeping behind the TLB arrays.
+pub struct Mmu {
+    /// Indices filled since the last flush, per context.
+    journal: [Vec<u16>; TLB_CONTEXTS],
+    /// Indices in the kernel TLB whose pages are not global.
+    kernel_local: Vec<u16>,
+    /// 2 MiB regions that had an entry from a large page.
+    large: HashSet<u64>,
+    last_large: u64,
+    /// The page last fetched from: linear page, user, guest-physical page, host address.
+    code_page: Option<(u64, bool, u64, *mut u8)>,
+    /// Linear pages that entries of the jump cache may be in, as a filter by hash.
+    jump_filter: Box<[u64; 64]>,
+    jump_journal: Vec<u16>,
+    /// Counts flushes of any kind that can change what a linear code address means.
+    pub code_generation: u64,
+}
+
+// SAFETY: `code_page`'s pointer is into the VM's RAM, which any thread may address by raw copies.
+unsafe impl Send for Mmu {}
+
+impl Mmu {
+    pub fn new() -> Mmu {
+        Mmu {
+            journal: Default::default(),
+            kernel_local: Vec::new(),
+            large: HashSet::new(),
+            last_large: u64::MAX,
+            code_page: None,
+            jump_filter: Box::new([0; 64]),
+            jump_journal: Vec::new(),
+            code_generation: 0,
+        }
+    }
+}
+
+impl Default for Mmu {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn tlb_index(gva: u64) -> usize {
+    ((gva >> 12) as usize) & (TLB_ENTRIES - 1)
+}
+
+impl Core {
+    fn paging_mode(&self, ac: bool) -> PagingMode {
+        PagingMode {
+            cr0: self.cpu.cr0,
+            cr3: self.cpu.cr3,
+            cr4: self.cpu.cr4,
+            efer: self.cpu.efer,
+            ac,
+            physical_bits: self.physical_bits,
+        }
+    }
+
+    /// Walks the guest's page tables for an access at the current privilege level, or implicitly.
+    ///
+    /// # Errors
+    /// The #PF, or #GP(0) for a non-canonical address (a stack access turns that into #SS(0)).
+    pub fn translate(&self, gva: u64, kind: AccessKind, rights: Rights) -> Result<Mapping, Exception> {
+        let implicit = rights == Rights::Implicit;
+        let user = !implicit && self.cpu.cpl == 3;
+        let ac = self.cpu.rflags & anyvisor_x86::bits::rflags::AC != 0;
+        paging::walk(&*self.ram, &self.paging_mode(ac), gva, Access { kind, user, implicit })
+    }
+
+    fn context(&self, rights: Rights) -> TlbContext {
+        match rights {
+            Rights::Implicit => TlbContext::Kernel,
+            Rights::Current => self.cpu.data_context(),
+        }
+    }
+
+    /// Handles a miss in `context` for `size` bytes at `gva`.
+    pub fn fill(&mut self, context: TlbContext, gva: u64, size: u64, write: bool) -> Fill {
+        if (gva & 0xfff) + size > PAGE_SIZE {
+            return Fill::Interpret;
+        }
+        match self.fill_page(context, gva, write) {
+            Ok(true) => Fill::Ready,
+            Ok(false) | Err(_) => Fill::Interpret,
+        }
+    }
+
+    /// Enters the page of `gva`; `Ok(true)` if the access can now hit.
+    fn fill_page(&mut self, context: TlbContext, gva: u64, write: bool) -> Result<bool, Exception> {
+        let user = context == TlbContext::User;
+        let mode = self.paging_mode(context == TlbContext::KernelAc);
+        let kind = if write { AccessKind::Write } else { AccessKind::Read };
+        let mapping = paging::walk(&*self.ram, &mode, gva, Access { kind, user, implicit: false })?;
+        let gpa = mapping.gpa & !0xfff;
+        if self.is_lapic_page(gpa) {
+            return Ok(false);
+        }
+        let Some(host) = self.ram.host(gpa, PAGE_SIZE) else { return Ok(false) };
+        let attributes = self.ram.page_attributes(gpa).expect("RAM pages have attributes");
+        let may_write = mapping.writable || (!user && self.cpu.cr0 & cr0::WP == 0);
+        let write_tag = may_write && mapping.dirty && attributes.load(Ordering::Relaxed) & page::CODE == 0;
+        if write_tag {
+            attributes.fetch_or(page::WRITABLE_IN_TLB, Ordering::Relaxed);
+        }
+        let index = tlb_index(gva);
+        let tag = 0u64.wrapping_sub(gva & !0xfff);
+        let entry = &mut self.cpu.tlb[context as usize][index];
+        entry.read = tag;
+        entry.write = if write_tag { tag } else { invalid_tag(index) };
+        entry.host = host as u64;
+        entry.gpa = gpa | u64::from(mapping.global);
+        self.mmu.journal[context as usize].push(index as u16);
+        if context == TlbContext::Kernel && !mapping.global {
+            self.mmu.kernel_local.push(index as u16);
+        }
+        if mapping.page_bits > 12 && self.mmu.last_large != gva >> 21 {
+            self.mmu.last_large = gva >> 21;
+            self.mmu.large.insert(gva >> 21);
+        }
+        if self.mmu.journal[context as usize].len() >= 4 * TLB_ENTRIES {
+            self.compact_journal(context);
+        }
+        Ok(write_tag || !write)
+    }
+
+    fn compact_journal(&mut self, context: TlbContext) {
+        let tlb = &self.cpu.tlb[context as usize];
+        let mut journal = std::mem::take(&mut self.mmu.journal[context as usize]);
+        journal.sort_unstable();
+        journal.dedup();
+        journal.retain(|&i| tlb[i as usize].read != invalid_tag(i as usize));
+        self.mmu.journal[context as usize] = journal;
+        if context == TlbContext::Kernel {
+            self.mmu.kernel_local.sort_unstable();
+            self.mmu.kernel_local.dedup();
+        }
+    }
+
+    fn is_lapic_page(&self, gpa: u64) -> bool {
+        self.lapic.mmio_base() == Some(gpa & !0xfff)
+    }
+
+    fn drop_entry(&mut self, context: usize, index: usize) {
+        let entry = &mut self.cpu.tlb[context][index];
+        entry.read = invalid_tag(index);
+        entry.write = invalid_tag(index);
+    }
+
+    /// Drops every translation, global ones included.
+    pub fn flush_all(&mut self) {
+        for context in 0..TLB_CONTEXTS {
+            let mut journal = std::mem::take(&mut self.mmu.journal[context]);
+            for &index in &journal {
+                self.drop_entry(context, index as usize);
+            }
+            journal.clear();
+            self.mmu.journal[context] = journal;
+        }
+        self.mmu.kernel_local.clear();
+        self.mmu.large.clear();
+        self.mmu.last_large = u64::MAX;
+        self.flush_jumps();
+    }
+
+    /// Drops the translations that a CR3 load drops: all but global ones.
+    pub fn flush_non_global(&mut self) {
+        for context in [TlbContext::KernelAc as usize, TlbContext::User as usize] {
+            let mut journal = std::mem::take(&mut self.mmu.journal[context]);
+            for &index in &journal {
+                self.drop_entry(context, index as usize);
+            }
+            journal.clear();
+            self.mmu.journal[context] = journal;
+        }
+        let mut local = std::mem::take(&mut self.mmu.kernel_local);
+        for &index in &local {
+            let index = index as usize;
+            if self.cpu.tlb[TlbContext::Kernel as usize][index].gpa & 1 == 0 {
+                self.drop_entry(TlbContext::Kernel as usize, index);
+            }
+        }
+        local.clear();
+        self.mmu.kernel_local = local;
+        self.flush_jumps();
+    }
+
+    /// INVLPG: drops the translation of the page that holds `gva`, of whatever size.
+    pub fn invalidate_page(&mut self, gva: u64) {
+        if self.mmu.large.contains(&(gva >> 21)) {
+            self.invalidate_large(gva);
+        } else {
+            let (index, page) = (tlb_index(gva), gva & !0xfff);
+            for context in 0..TLB_CONTEXTS {
+                if self.cpu.tlb[context][index].read == 0u64.wrapping_sub(page) {
+                    self.drop_entry(context, index);
+                }
+            }
+        }
+        self.mmu.code_page = None;
+        if self.jumps_may_be_in(gva) {
+            self.flush_jumps();
+        }
+    }
+
+    /// A page of 2 MiB, 4 MiB or 1 GiB may have left entries anywhere in its range.
+    fn invalidate_large(&mut self, gva: u64) {
+        for context in 0..TLB_CONTEXTS {
+            for i in 0..self.mmu.journal[context].len() {
+                let index = self.mmu.journal[context][i] as usize;
+                let page = 0u64.wrapping_sub(self.cpu.tlb[context][index].read);
+                if page >> 30 == gva >> 30 {
+                    self.drop_entry(context, index);
+                }
+            }
+        }
+        self.mmu.large.retain(|region| region >> 9 != gva >> 30);
+        self.mmu.last_large = u64::MAX;
+        self.flush_jumps();
+    }
+
+    /// Takes the write tags away from every entry for the page at `gpa`, because code is made from it.
+    pub fn protect_code_page(&mut self, gpa: u64) {
+        let gpa = gpa & !0xfff;
+        let Some(attributes) = self.ram.page_attributes(gpa) else { return };
+        let old = attributes.fetch_or(page::CODE, Ordering::SeqCst);
+        if old & page::CODE != 0 || old & page::WRITABLE_IN_TLB == 0 {
+            return;
+        }
+        for context in 0..TLB_CONTEXTS {
+            for &index in &self.mmu.journal[context] {
+                let index = index as usize;
+                if self.cpu.tlb[context][index].gpa & !0xfff == gpa {
+                    self.cpu.tlb[context][index].write = invalid_tag(index);
+                }
+            }
+        }
+    }
+
+    /// The page at `gpa` holds no translated code any more.
+    pub fn unprotect_code_page(&mut self, gpa: u64) {
+        if let Some(attributes) = self.ram.page_attributes(gpa) {
+            attributes.fetch_and(!page::CODE, Ordering::SeqCst);
+        }
+    }
+
+    /// Notes that the jump cache got entry `index` for linear address `gva`.
+    pub fn note_jump(&mut self, index: usize, gva: u64) {
+        let hash = ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff;
+        self.mmu.jump_filter[hash / 64] |= 1 << (hash % 64);
+        self.mmu.jump_journal.push(index as u16);
+        if self.mmu.jump_journal.len() >= 4 * JUMP_CACHE_ENTRIES {
+            self.mmu.jump_journal.sort_unstable();
+            self.mmu.jump_journal.dedup();
+        }
+    }
+
+    fn jumps_may_be_in(&self, gva: u64) -> bool {
+        let hash = ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff;
+        self.mmu.jump_filter[hash / 64] & (1 << (hash % 64)) != 0
+    }
+
+    /// Empties the jump cache.
+    pub fn flush_jumps(&mut self) {
+        let mut journal = std::mem::take(&mut self.mmu.jump_journal);
+        for &index in &journal {
+            self.cpu.jump_cache[index as usize] = JumpEntry::default();
+        }
+        journal.clear();
+        self.mmu.jump_journal = journal;
+        *self.mmu.jump_filter = [0; 64];
+        self.mmu.code_page = None;
+        self.mmu.code_generation += 1;
+    }
+
+    /// Guest-physical and host address of the code byte at `gva`; host is `None` outside RAM.
+    ///
+    /// # Errors
+    /// The exception that fetching there raises.
+    pub fn fetch_page(&mut self, gva: u64) -> Result<(u64, Option<*mut u8>), Exception> {
+        let user = self.cpu.cpl == 3;
+        let (page, offset) = (gva & !0xfff, gva & 0xfff);
+        if let Some((p, u, gpa, host)) = self.mmu.code_page
+            && p == page
+            && u == user
+        {
+            return Ok((gpa | offset, Some(host.wrapping_add(offset as usize))));
+        }
+        let mapping = self.translate(gva, AccessKind::Fetch, Rights::Current)?;
+        let gpa = mapping.gpa & !0xfff;
+        let host = self.ram.host(gpa, PAGE_SIZE);
+        if let Some(host) = host {
+            self.mmu.code_page = Some((page, user, gpa, host));
+        }
+        Ok((gpa | offset, host.map(|h| h.wrapping_add(offset as usize))))
+    }
+
+    /// Fetches up to `data.len()` (at most 15) instruction bytes at linear address `gva`; returns how many.
+    /// Fewer only where the second page cannot be fetched, which matters only if the instruction needs it.
+    ///
+    /// # Errors
+    /// The exception that fetching the first byte raises.
+    pub fn fetch(&mut self, gva: u64, data: &mut [u8]) -> Result<usize, Exception> {
+        let first = data.len().min((PAGE_SIZE - (gva & 0xfff)) as usize);
+        self.fetch_within_page(gva, &mut data[..first])?;
+        if first == data.len() {
+            return Ok(first);
+        }
+        match self.fetch_within_page(gva.wrapping_add(first as u64), &mut data[first..]) {
+            Ok(()) => Ok(data.len()),
+            Err(_) => Ok(first),
+        }
+    }
+
+    fn fetch_within_page(&mut self, gva: u64, data: &mut [u8]) -> Result<(), Exception> {
+        let (gpa, _) = self.fetch_page(gva)?;
+        if !self.ram.read(gpa, data) {
+            data.fill(0xff);
+        }
+        Ok(())
+    }
+
+    /// Host address for `size` bytes at `gva` if one page of RAM holds them and, for a write, no
+    /// translated code is there. For atomic accesses in place.
+    ///
+    /// # Errors
+    /// The exception that the access raises.
+    pub fn host_address(
+        &mut self,
+        gva: u64,
+        size: u64,
+        write: bool,
+        rights: Rights,
+    ) -> Result<Option<*mut u8>, Exception> {
+        if (gva & 0xfff) + size > PAGE_SIZE {
+            return Ok(None);
+        }
+        let context = self.context(rights);
+        let index = tlb_index(gva);
+        let entry = &self.cpu.tlb[context as usize][index];
+        let tag = if write { entry.write } else { entry.read };
+        let offset = gva.wrapping_add(tag);
+        if offset < PAGE_SIZE {
+            return Ok(Some((entry.host + offset) as *mut u8));
+        }
+        if !self.fill_page(context, gva, write)? {
+            return Ok(None);
+        }
+        Ok(Some((self.cpu.tlb[context as usize][index].host + (gva & 0xfff)) as *mut u8))
+    }
+
+    /// Reads guest-linear memory, devices included.
+    ///
+    /// # Errors
+    /// The exception that the access raises; nothing has been read from a device then.
+    pub fn read(&mut self, io: &dyn GuestIo, gva: u64, data: &mut [u8], rights: Rights) -> Result<(), Exception> {
+        if let Some(host) = self.host_address(gva, data.len() as u64, false, rights)? {
+            // SAFETY: host_address checked that data.len() bytes of one RAM page are there.
+            unsafe { copy_from_guest(host, data) };
+            return Ok(());
+        }
+        let pieces = self.pieces(gva, data.len(), AccessKind::Read, rights)?;
+        let mut done = 0;
+        for (gpa, length) in pieces.into_iter().flatten() {
+            self.read_physical(io, gpa, &mut data[done..done + length]);
+            done += length;
+        }
+        Ok(())
+    }
+
+    /// Writes guest-linear memory, devices included. Both pages of a crossing write are checked first.
+    ///
+    /// # Errors
+    /// The exception that the access raises; nothing has been written then.
+    pub fn write(&mut self, io: &dyn GuestIo, gva: u64, data: &[u8], rights: Rights) -> Result<(), Exception> {
+        if let Some(host) = self.host_address(gva, data.len() as u64, true, rights)? {
+            // SAFETY: as in `read`.
+            unsafe { copy_to_guest(host, data) };
+            return Ok(());
+        }
+        let pieces = self.pieces(gva, data.len(), AccessKind::Write, rights)?;
+        let mut done = 0;
+        for (gpa, length) in pieces.into_iter().flatten() {
+            self.write_physical(io, gpa, &data[done..done + length]);
+            done += length;
+        }
+        Ok(())
+    }
+
+    /// Raises what a write of `size` bytes at `gva` would raise, without writing.
+    ///
+    /// # Errors
+    /// The exception that the access raises.
+    pub fn probe_write(&mut self, gva: u64, size: usize, rights: Rights) -> Result<(), Exception> {
+        if self.host_address(gva, size as u64, true, rights)?.is_none() {
+            self.pieces(gva, size, AccessKind::Write, rights)?;
+        }
+        Ok(())
+    }
+
+    /// Guest-physical pieces of an access, one or two.
+    fn pieces(
+        &mut self,
+        gva: u64,
+        size: usize,
+        kind: AccessKind,
+        rights: Rights,
+    ) -> Result<[Option<(u64, usize)>; 2], Exception> {
+        let first = size.min((PAGE_SIZE - (gva & 0xfff)) as usize);
+        let low = self.translate(gva, kind, rights)?;
+        if first == size {
+            return Ok([Some((low.gpa, size)), None]);
+        }
+        let mut next = gva.wrapping_add(first as u64);
+        if !self.cpu.is_long_mode() {
+            next &= 0xffff_ffff;
+        }
+        let high = self.translate(next, kind, rights)?;
+        Ok([Some((low.gpa, first)), Some((high.gpa, size - first))])
+    }
+
+    /// Reads guest-physical memory: RAM, the local APIC's page, or a device.
+    pub fn read_physical(&mut self, io: &dyn GuestIo, gpa: u64, data: &mut [u8]) {
+        if self.is_lapic_page(gpa) {
+            let now = self.now_ns();
+            return lapic_read(self, gpa & 0xfff, data, now);
+        }
+        if self.ram.read(gpa, data) {
+            return;
+        }
+        for (i, chunk) in data.chunks_mut(8).enumerate() {
+            io.mmio_read(gpa + 8 * i as u64, chunk);
+        }
+    }
+
+    /// Writes guest-physical memory; writes over translated code are noted in `code_writes`.
+    pub fn write_physical(&mut self, io: &dyn GuestIo, gpa: u64, data: &[u8]) {
+        if self.is_lapic_page(gpa) {
+            return self.lapic_mmio_write(io, gpa & 0xfff, data);
+        }
+        if self.ram.write(gpa, data) {
+            if self.ram.is_code(gpa) {
+                self.code_writes.push((gpa, data.len() as u32));
+            }
+            return;
+        }
+        for (i, chunk) in data.chunks(8).enumerate() {
+            io.mmio_write(gpa + 8 * i as u64, chunk);
+        }
+    }
+}
+
+/// xAPIC registers are 32 bits at multiples of 16 bytes; other accesses are undefined (SDM vol. 3A
+/// 10.4.1) and read here as the bytes that are there.
+fn lapic_read(core: &mut Core, offset: u64, data: &mut [u8], now: u64) {
+    let word = core.lapic.read_mmio((offset & 0xff0) as u32, now).to_le_bytes();
+    for (i, byte) in data.iter_mut().enumerate() {
+        *byte = *word.get((offset & 0xf) as usize + i).unwrap_or(&0);
+    }
+}

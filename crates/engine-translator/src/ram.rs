@@ -1,0 +1,157 @@
+//! Guest RAM by host address.
+//!
+//! Guest memory is shared with the guest, with other vCPUs and with devices, so no Rust reference to it
+//! ever exists: all accesses are raw copies or atomics on addresses that [`Ram::host`] has bounds-checked.
+
+use anyvisor_x86::paging::PageTables;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Bits of a page's attributes.
+pub mod page {
+    /// Translated code was made from this page: writes must be seen.
+    pub const CODE: u8 = 1 << 0;
+    /// Some TLB may hold a write entry for it.
+    pub const WRITABLE_IN_TLB: u8 = 1 << 1;
+}
+
+struct Region {
+    gpa: u64,
+    length: u64,
+    host: *mut u8,
+    pages: Box<[AtomicU8]>,
+}
+
+/// The RAM of one VM.
+pub struct Ram {
+    regions: Vec<Region>,
+    /// Keeps the mappings that `regions` points into.
+    _memory: GuestMemoryMmap,
+}
+
+// SAFETY: the raw pointers are to mappings that live as long as `_memory`; all access through them is by
+// raw copies and atomics, which any thread may do.
+unsafe impl Send for Ram {}
+// SAFETY: as above.
+unsafe impl Sync for Ram {}
+
+impl Ram {
+    pub fn new(memory: GuestMemoryMmap) -> Ram {
+        let regions = memory
+            .iter()
+            .map(|r| Region {
+                gpa: r.start_addr().raw_value(),
+                length: r.len(),
+                host: r.as_ptr(),
+                pages: (0..r.len().div_ceil(PAGE_SIZE)).map(|_| AtomicU8::new(0)).collect(),
+            })
+            .collect();
+        Ram { regions, _memory: memory }
+    }
+
+    fn region(&self, gpa: u64) -> Option<&Region> {
+        self.regions.iter().find(|r| gpa.wrapping_sub(r.gpa) < r.length)
+    }
+
+    /// Host address of `length` bytes of RAM at `gpa`; `None` if any of them is not RAM.
+    pub fn host(&self, gpa: u64, length: u64) -> Option<*mut u8> {
+        let region = self.region(gpa)?;
+        let offset = gpa - region.gpa;
+        if region.length - offset < length {
+            return None;
+        }
+        // SAFETY: offset is within the region's mapping.
+        Some(unsafe { region.host.add(offset as usize) })
+    }
+
+    /// The attribute byte of the page at `gpa` (bits of [`page`]).
+    pub fn page_attributes(&self, gpa: u64) -> Option<&AtomicU8> {
+        let region = self.region(gpa)?;
+        Some(&region.pages[((gpa - region.gpa) / PAGE_SIZE) as usize])
+    }
+
+    pub fn is_code(&self, gpa: u64) -> bool {
+        self.page_attributes(gpa).is_some_and(|a| a.load(Ordering::Relaxed) & page::CODE != 0)
+    }
+
+    /// Copies from RAM; `false` (and `data` untouched) if the range is not all RAM.
+    pub fn read(&self, gpa: u64, data: &mut [u8]) -> bool {
+        let Some(host) = self.host(gpa, data.len() as u64) else { return false };
+        // SAFETY: `host` points at data.len() bytes of mapped RAM; concurrent guest writes may tear, which
+        // is what a racing guest gets.
+        unsafe { copy_from_guest(host, data) };
+        true
+    }
+
+    /// Copies to RAM without regard to translated code; callers report code pages to `Core`.
+    pub fn write(&self, gpa: u64, data: &[u8]) -> bool {
+        let Some(host) = self.host(gpa, data.len() as u64) else { return false };
+        // SAFETY: as for `read`.
+        unsafe { copy_to_guest(host, data) };
+        true
+    }
+}
+
+/// Reads guest bytes; sizes 1, 2, 4 and 8 by one load, as the guest's own access would be.
+///
+/// # Safety
+/// `host` must point at `data.len()` bytes of mapped memory.
+pub unsafe fn copy_from_guest(host: *const u8, data: &mut [u8]) {
+    // SAFETY: by the contract; unaligned volatile loads of plain integers.
+    unsafe {
+        match data.len() {
+            1 => data[0] = host.read_volatile(),
+            2 => data.copy_from_slice(&host.cast::<[u8; 2]>().read_volatile()),
+            4 => data.copy_from_slice(&host.cast::<u32>().read_unaligned().to_ne_bytes()),
+            8 => data.copy_from_slice(&host.cast::<u64>().read_unaligned().to_ne_bytes()),
+            n => std::ptr::copy_nonoverlapping(host, data.as_mut_ptr(), n),
+        }
+    }
+}
+
+/// Writes guest bytes; see [`copy_from_guest`].
+///
+/// # Safety
+/// `host` must point at `data.len()` bytes of mapped writable memory.
+pub unsafe fn copy_to_guest(host: *mut u8, data: &[u8]) {
+    // SAFETY: by the contract.
+    unsafe {
+        match data.len() {
+            1 => host.write_volatile(data[0]),
+            2 => host.cast::<u16>().write_unaligned(u16::from_ne_bytes([data[0], data[1]])),
+            4 => host.cast::<u32>().write_unaligned(u32::from_ne_bytes(data.try_into().unwrap())),
+            8 => host.cast::<u64>().write_unaligned(u64::from_ne_bytes(data.try_into().unwrap())),
+            n => std::ptr::copy_nonoverlapping(data.as_ptr(), host, n),
+        }
+    }
+}
+
+impl PageTables for Ram {
+    fn read(&self, gpa: u64, size: u8) -> Option<u64> {
+        let host = self.host(gpa, u64::from(size))?;
+        // SAFETY: `host` is `size` bytes of RAM, aligned because page tables and their indices are.
+        unsafe {
+            Some(if size == 8 {
+                (*host.cast::<AtomicU64>()).load(Ordering::Relaxed)
+            } else {
+                u64::from((*host.cast::<AtomicU32>()).load(Ordering::Relaxed))
+            })
+        }
+    }
+
+    fn compare_exchange(&self, gpa: u64, size: u8, old: u64, new: u64) -> bool {
+        let Some(host) = self.host(gpa, u64::from(size)) else { return false };
+        // SAFETY: as for `read`.
+        unsafe {
+            if size == 8 {
+                let entry = &*host.cast::<AtomicU64>();
+                entry.compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+            } else {
+                let entry = &*host.cast::<AtomicU32>();
+                entry.compare_exchange(old as u32, new as u32, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+            }
+        }
+    }
+}
