@@ -3,11 +3,11 @@
 use crate::cpu::{Cpu, pending};
 use crate::mmu::Mmu;
 use crate::ram::Ram;
-use anyvisor_x86::lapic::Lapic;
-use anyvisor_x86::{Cpuid, CpuidResult, Msi};
+use anyvisor_x86::lapic::{self, LocalApic};
+use anyvisor_x86::{Cpuid, CpuidResult};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Instant;
 
@@ -22,6 +22,10 @@ pub struct VmShared {
     pub pic_intr: AtomicBool,
     /// Frequency of the guest's TSC in kHz, which is the host's.
     pub tsc_khz: u64,
+    /// The host's TSC at `started`: the guest's TSC counts from there.
+    pub tsc_started: u64,
+    /// The vCPU that last received a lowest-priority interrupt.
+    pub last_receiver: AtomicU32,
 }
 
 /// A message to a vCPU's local APIC from another thread.
@@ -36,8 +40,6 @@ pub enum Message {
     Init,
     /// A start-up IPI with its vector.
     Sipi(u8),
-    /// An MSI or IPI not yet matched against this vCPU's APIC (it depends on the APIC's own registers).
-    Msi(Msi),
 }
 
 /// The part of a vCPU that any thread may touch.
@@ -47,6 +49,8 @@ pub struct VcpuShared {
     /// Waiting in `wait`, so that a wake-up is needed.
     asleep: AtomicU32,
     pub inbox: Mutex<Vec<Message>>,
+    /// The [`lapic::Address`] of the vCPU's APIC, packed; senders match destinations against it.
+    address: AtomicU64,
 }
 
 // SAFETY: other threads touch only `pending` of the block, which is atomic; the rest belongs to the one
@@ -59,7 +63,13 @@ impl VcpuShared {
     /// Makes a vCPU block and the owner's handle to it.
     pub fn new(id: u32) -> (Arc<VcpuShared>, CpuBox) {
         let cpu = NonNull::from(Box::leak(Cpu::new()));
-        let shared = Arc::new(VcpuShared { id, cpu, asleep: AtomicU32::new(0), inbox: Mutex::new(Vec::new()) });
+        let shared = Arc::new(VcpuShared {
+            id,
+            cpu,
+            asleep: AtomicU32::new(0),
+            inbox: Mutex::new(Vec::new()),
+            address: AtomicU64::new(0),
+        });
         let owner = CpuBox { shared: shared.clone() };
         (shared, owner)
     }
@@ -85,6 +95,27 @@ impl VcpuShared {
     pub fn send(&self, message: Message) {
         self.inbox.lock().unwrap().push(message);
         self.notify(pending::EVENT);
+    }
+
+    /// How the vCPU's APIC is addressed.
+    pub fn address(&self) -> lapic::Address {
+        let packed = self.address.load(Ordering::Acquire);
+        lapic::Address {
+            id: self.id,
+            ldr: packed as u32,
+            dfr: (packed >> 32) as u32 & 0xf,
+            enabled: packed >> 36 & 1 != 0,
+            x2apic: packed >> 37 & 1 != 0,
+        }
+    }
+
+    /// Publishes how the vCPU's APIC is addressed from now on.
+    pub fn set_address(&self, address: lapic::Address) {
+        let packed = u64::from(address.ldr)
+            | u64::from(address.dfr) << 32
+            | u64::from(address.enabled) << 36
+            | u64::from(address.x2apic) << 37;
+        self.address.store(packed, Ordering::Release);
     }
 
     /// Sleeps until a bit of `pending` is set, or for `timeout_ns`.
@@ -147,7 +178,7 @@ pub struct Core {
     pub ram: Arc<Ram>,
     pub vm: Arc<VmShared>,
     pub shared: Arc<VcpuShared>,
-    pub lapic: Lapic,
+    pub lapic: LocalApic,
     pub mmu: Mmu,
     pub cpuid: Cpuid,
     /// Width of guest-physical addresses in bits.
@@ -174,7 +205,14 @@ impl Core {
         Core {
             cpu,
             ram: vm.ram.clone(),
-            lapic: Lapic::new(shared.id),
+            lapic: LocalApic::new(
+                shared.id,
+                lapic::Features {
+                    x2apic: cpuid.get(1, 0).is_some_and(|r| r.ecx >> 21 & 1 != 0),
+                    tsc_deadline: cpuid.get(1, 0).is_some_and(|r| r.ecx >> 24 & 1 != 0),
+                    physical_bits,
+                },
+            ),
             mmu: Mmu::new(),
             vm,
             shared,

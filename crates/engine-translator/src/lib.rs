@@ -4,3 +4,4 @@ pub mod core;
 pub mod cpu;
 pub mod mmu;
 pub mod ram;
+pub mod system;

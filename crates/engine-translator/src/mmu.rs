@@ -461,8 +461,7 @@ impl Core {
     /// Reads guest-physical memory: RAM, the local APIC's page, or a device.
     pub fn read_physical(&mut self, io: &dyn GuestIo, gpa: u64, data: &mut [u8]) {
         if self.is_lapic_page(gpa) {
-            let now = self.now_ns();
-            return lapic_read(self, gpa & 0xfff, data, now);
+            return self.lapic_mmio_read(gpa & 0xfff, data);
         }
         if self.ram.read(gpa, data) {
             return;
@@ -486,14 +485,5 @@ impl Core {
         for (i, chunk) in data.chunks(8).enumerate() {
             io.mmio_write(gpa + 8 * i as u64, chunk);
         }
-    }
-}
-
-/// xAPIC registers are 32 bits at multiples of 16 bytes; other accesses are undefined (SDM vol. 3A
-/// 10.4.1) and read here as the bytes that are there.
-fn lapic_read(core: &mut Core, offset: u64, data: &mut [u8], now: u64) {
-    let word = core.lapic.read_mmio((offset & 0xff0) as u32, now).to_le_bytes();
-    for (i, byte) in data.iter_mut().enumerate() {
-        *byte = *word.get((offset & 0xf) as usize + i).unwrap_or(&0);
     }
 }

@@ -133,6 +133,39 @@ pub enum Destination {
     Logical(u32),
 }
 
+/// What decides whether a message is for an APIC. Small, so that it can be published to senders.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Address {
+    pub id: u32,
+    pub ldr: u32,
+    /// The model, bits 31:28 of DFR.
+    pub dfr: u32,
+    pub enabled: bool,
+    pub x2apic: bool,
+}
+
+impl Address {
+    /// Whether a message to `destination` is for this APIC (SDM 10.6.2).
+    pub fn matches(&self, destination: Destination) -> bool {
+        if !self.enabled {
+            return false;
+        }
+        let ldr = self.ldr;
+        match destination {
+            Destination::Broadcast => true,
+            Destination::Physical(id) if self.x2apic => id == self.id,
+            Destination::Physical(id) => id == self.id & 0xff,
+            Destination::Logical(mda) if self.x2apic => mda >> 16 == ldr >> 16 && mda & ldr & 0xffff != 0,
+            Destination::Logical(mda) if mda > 0xff => false,
+            Destination::Logical(mda) => match self.dfr {
+                0xf => mda & ldr >> 24 != 0,
+                0 => (mda >> 4 == ldr >> 28 || mda >> 4 == 0xf) && mda & ldr >> 24 & 0xf != 0,
+                _ => false,
+            },
+        }
+    }
+}
+
 /// An interrupt message between APICs: an IPI, or a device's MSI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message {
@@ -679,21 +712,17 @@ impl LocalApic {
 
     /// Whether a message to `destination` is for this APIC (SDM 10.6.2).
     pub fn matches_destination(&self, destination: Destination) -> bool {
-        if !self.is_enabled() {
-            return false;
-        }
-        let ldr = self.reg(reg::LDR);
-        match destination {
-            Destination::Broadcast => true,
-            Destination::Physical(id) if self.is_x2apic() => id == self.id,
-            Destination::Physical(id) => id == self.id & 0xff,
-            Destination::Logical(mda) if self.is_x2apic() => mda >> 16 == ldr >> 16 && mda & ldr & 0xffff != 0,
-            Destination::Logical(mda) if mda > 0xff => false,
-            Destination::Logical(mda) => match self.reg(reg::DFR) >> 28 {
-                0xf => mda & ldr >> 24 != 0,
-                0 => (mda >> 4 == ldr >> 28 || mda >> 4 == 0xf) && mda & ldr >> 24 & 0xf != 0,
-                _ => false,
-            },
+        self.address().matches(destination)
+    }
+
+    /// How messages address this APIC now.
+    pub fn address(&self) -> Address {
+        Address {
+            id: self.id,
+            ldr: self.reg(reg::LDR),
+            dfr: self.reg(reg::DFR) >> 28,
+            enabled: self.is_enabled(),
+            x2apic: self.is_x2apic(),
         }
     }
 
