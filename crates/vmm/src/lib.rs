@@ -1,1 +1,45 @@
+//! The machine: everything of a VM that is neither the architecture, nor a chip, nor an engine.
+//!
+//! A [`Config`] says what to build; [`boot`] puts a kernel and what it wants to know into guest memory;
+//! [`acpi`] describes the machine to it; [`machine`] wires memory, chips and vCPUs together, runs them and
+//! reports how the guest ended. No module names a concrete engine: the binary hands one in.
+#![forbid(unsafe_code)]
 
+pub mod acpi;
+pub mod boot;
+pub mod config;
+// pub mod console;
+pub mod layout;
+// pub mod machine;
+// pub mod timer;
+
+pub use config::Config;
+// pub use machine::{End, Machine, Remote};
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a VM could not be built or run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The user asked for something impossible. The message is one line: what, which, and what to do.
+    #[error("{0}")]
+    User(String),
+    /// The host failed.
+    #[error("{what}: {source}")]
+    Host { what: String, source: std::io::Error },
+    /// The engine failed, which is the host's failure too.
+    #[error(transparent)]
+    Engine(#[from] anyvisor_engine::Error),
+}
+
+impl Error {
+    /// A user's mistake.
+    pub fn user(message: impl Into<String>) -> Error {
+        Error::User(message.into())
+    }
+
+    /// A host failure in doing `what`.
+    pub fn host(what: impl Into<String>, source: std::io::Error) -> Error {
+        Error::Host { what: what.into(), source }
+    }
+}

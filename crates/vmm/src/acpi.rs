@@ -1,0 +1,277 @@
+//! The ACPI tables (ACPI 6.5): what the machine tells an operating system about itself.
+//!
+//! A fixed-hardware platform (PM1a, PM timer, SCI on IRQ 9) without system management mode: ACPI mode is
+//! always on. The DSDT has processors, the PCI root with its windows and interrupt routing, the serial
+//! port, the clock, the motherboard's resources and the sleep state S5. No keyboard controller is listed:
+//! the chip is there for its reset line, and an operating system need not look for a keyboard.
+//! Addresses come from [`layout`], so that a table cannot disagree with the machine.
+//!
+//! All tables are made as bytes first ([`tables`]) and then written below 1 MiB, where the RSDP must be.
+
+use crate::layout::{self, irq, port};
+use acpi_tables::aml::{self, AddressSpace, AddressSpaceCacheable, EISAName, IO, Name, ResourceTemplate};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::{GenericAddress, Sdt};
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, facs::FACS, mcfg::MCFG};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+const OEM_ID: [u8; 6] = *b"ANYVSR";
+const OEM_TABLE: [u8; 8] = *b"ANYVISOR";
+const OEM_REVISION: u32 = 1;
+/// SLP_TYP of S5 in the PM1 control register.
+pub const S5_SLEEP_TYPE: u8 = 5;
+/// What resets the machine when written to [`port::RESET`]: hard reset, now.
+const RESET_VALUE: u8 = 0x6;
+/// IO-APIC pins that PCI's INTA# to INTD# are wired to, with the device number added as usual.
+const PCI_PINS: [u32; 4] = [16, 17, 18, 19];
+const PCI_BUSES: u16 = (layout::ECAM_SIZE >> 20) as u16;
+
+/// Writes the tables for a machine with `cpus` processors; returns the RSDP's address.
+pub fn write(memory: &GuestMemoryMmap, cpus: u32) -> u64 {
+    for (gpa, bytes) in tables(cpus) {
+        memory.write_slice(&bytes, GuestAddress(gpa)).expect("RAM below 1 MiB exists in every machine");
+    }
+    layout::ACPI
+}
+
+/// Every table with its address; the RSDP is first, at [`layout::ACPI`].
+fn tables(cpus: u32) -> Vec<(u64, Vec<u8>)> {
+    let mut placed = vec![];
+    let mut next = layout::ACPI + 0x40;
+    let mut place = |bytes: Vec<u8>| {
+        let gpa = next;
+        // The FACS wants 64 bytes; the others take it too.
+        next += (bytes.len() as u64).next_multiple_of(64);
+        assert!(next <= layout::ACPI_END, "the ACPI tables outgrew their area");
+        placed.push((gpa, bytes));
+        gpa
+    };
+    let facs = place(bytes_of(&FACS::new()));
+    let dsdt = place(dsdt(cpus));
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE, OEM_REVISION);
+    for table in [fadt(facs, dsdt), madt(cpus), mcfg()] {
+        xsdt.add_entry(place(table));
+    }
+    let xsdt = place(bytes_of(&xsdt));
+    placed.insert(0, (layout::ACPI, bytes_of(&Rsdp::new(OEM_ID, xsdt))));
+    placed
+}
+
+fn bytes_of(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+/// Fixed ACPI description (5.2.9), as bytes by offset.
+fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
+    const WBINVD: u32 = 1 << 0;
+    const PROC_C1: u32 = 1 << 2;
+    const SLEEP_BUTTON_ABSENT: u32 = 1 << 5;
+    const FIXED_RTC_ABSENT: u32 = 1 << 6;
+    const TIMER_32_BIT: u32 = 1 << 8;
+    const RESET_REGISTER: u32 = 1 << 10;
+    const LEGACY_DEVICES: u16 = 1 << 0;
+    const NO_VGA: u16 = 1 << 2;
+
+    let mut table = Sdt::new(*b"FACP", 276, 6, OEM_ID, OEM_TABLE, OEM_REVISION);
+    table.write_u32(36, facs as u32);
+    table.write_u32(40, dsdt as u32);
+    table.write_u16(46, u16::from(irq::SCI));
+    // 48: no SMI command port, so ACPI mode is on from the start.
+    table.write_u32(56, u32::from(port::PM1_EVENT));
+    table.write_u32(64, u32::from(port::PM1_CONTROL));
+    table.write_u32(76, u32::from(port::PM_TIMER));
+    table.write_u8(88, 4);
+    table.write_u8(89, 2);
+    table.write_u8(91, 4);
+    table.write_u16(96, 0xffff); // no C2
+    table.write_u16(98, 0xffff); // no C3
+    table.write_u8(108, 0x32); // the century's byte in CMOS
+    table.write_u16(109, LEGACY_DEVICES | NO_VGA);
+    let flags = WBINVD | PROC_C1 | SLEEP_BUTTON_ABSENT | FIXED_RTC_ABSENT | TIMER_32_BIT | RESET_REGISTER;
+    table.write_u32(112, flags);
+    table.write_bytes(116, &generic(GenericAddress::io_port_address::<u8>(port::RESET)));
+    table.write_u8(128, RESET_VALUE);
+    table.write_u8(131, 5); // minor version
+    table.write_u64(140, dsdt);
+    table.write_bytes(148, &generic(GenericAddress::io_port_address::<u32>(port::PM1_EVENT)));
+    table.write_bytes(172, &generic(GenericAddress::io_port_address::<u16>(port::PM1_CONTROL)));
+    table.write_bytes(208, &generic(GenericAddress::io_port_address::<u32>(port::PM_TIMER)));
+    table.write_bytes(268, b"anyvisor");
+    table.as_slice().to_vec()
+}
+
+/// A generic address structure's 12 bytes (5.2.3.2).
+fn generic(address: GenericAddress) -> [u8; 12] {
+    let mut bytes = [0; 12];
+    bytes[0] = address.address_space_id;
+    bytes[1] = address.register_bit_width;
+    bytes[3] = address.access_size;
+    bytes[4..].copy_from_slice(&{ address.address }.to_le_bytes());
+    bytes
+}
+
+/// Interrupt controllers (5.2.12). ISA interrupts are wired to the IO-APIC pin of their number, but for
+/// the PIT, which is on pin 2 as on every PC.
+fn madt(cpus: u32) -> Vec<u8> {
+    const PC_AT_8259: u32 = 1;
+    const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
+    let mut table = Sdt::new(*b"APIC", 44, 5, OEM_ID, OEM_TABLE, OEM_REVISION);
+    table.write_u32(36, layout::LOCAL_APIC as u32);
+    table.write_u32(40, PC_AT_8259);
+    for cpu in 0..cpus as u8 {
+        table.append_slice(&[0, 8, cpu, cpu, 1, 0, 0, 0]);
+    }
+    let mut io_apic = [1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    io_apic[4..8].copy_from_slice(&(layout::IO_APIC as u32).to_le_bytes());
+    table.append_slice(&io_apic);
+    let source_override = |irq: u8, gsi: u8, flags: u16| {
+        let flags = flags.to_le_bytes();
+        [2, 10, 0, irq, gsi, 0, 0, 0, flags[0], flags[1]]
+    };
+    table.append_slice(&source_override(irq::PIT, 2, 0));
+    table.append_slice(&source_override(irq::SCI, irq::SCI, ACTIVE_HIGH_LEVEL));
+    // NMI on LINT1 of every processor.
+    table.append_slice(&[4, 6, 0xff, 0, 0, 1]);
+    table.as_slice().to_vec()
+}
+
+/// Memory-mapped configuration space (PCI firmware specification 3.3, 4.1.2).
+fn mcfg() -> Vec<u8> {
+    let mut table = MCFG::new(OEM_ID, OEM_TABLE, OEM_REVISION);
+    table.add_ecam(layout::ECAM, 0, 0, (PCI_BUSES - 1) as u8);
+    bytes_of(&table)
+}
+
+/// Differentiated system description: the name space.
+fn dsdt(cpus: u32) -> Vec<u8> {
+    let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE, OEM_REVISION);
+    let mut code = processors(cpus);
+    code.extend(pci_root());
+    code.extend(isa_devices());
+    let s5: [&dyn Aml; 4] = [&S5_SLEEP_TYPE, &S5_SLEEP_TYPE, &aml::ZERO, &aml::ZERO];
+    Name::new("_S5_".into(), &aml::Package::new(s5.to_vec())).to_aml_bytes(&mut code);
+    table.append_slice(&code);
+    table.as_slice().to_vec()
+}
+
+fn scope(devices: &[&dyn Aml]) -> Vec<u8> {
+    bytes_of(&aml::Scope::new("\\_SB_".into(), devices.to_vec()))
+}
+
+fn processors(cpus: u32) -> Vec<u8> {
+    let hid = Name::new("_HID".into(), &"ACPI0007");
+    let uids: Vec<_> = (0..cpus).map(|cpu| Name::new("_UID".into(), &cpu)).collect();
+    let devices: Vec<_> = uids
+        .iter()
+        .enumerate()
+        .map(|(cpu, uid)| aml::Device::new(format!("C{cpu:03X}").as_str().into(), vec![&hid, uid]))
+        .collect();
+    scope(&devices.iter().map(|d| d as &dyn Aml).collect::<Vec<_>>())
+}
+
+/// PCI host bridge with its windows and interrupt routing.
+fn pci_root() -> Vec<u8> {
+    let buses = AddressSpace::new_bus_number(0u16, PCI_BUSES - 1);
+    let config_ports = IO::new(port::PCI_CONFIG, port::PCI_CONFIG, 1, 8);
+    let low_ports = AddressSpace::new_io(0u16, port::PCI_CONFIG - 1, None);
+    let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
+    let (first, last) = (layout::PCI_WINDOW as u32, (layout::PCI_WINDOW_END - 1) as u32);
+    let window = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None);
+    let windows = ResourceTemplate::new(vec![&buses, &config_ports, &low_ports, &high_ports, &window]);
+
+    let mut routing = aml::PackageBuilder::new();
+    for device in 0..32u32 {
+        for pin in 0..4u8 {
+            let address = device << 16 | 0xffff;
+            let gsi = PCI_PINS[(device as usize + usize::from(pin)) % 4];
+            routing.add_element(&aml::Package::new(vec![&address, &pin, &aml::ZERO, &gsi]));
+        }
+    }
+    scope(&[&aml::Device::new(
+        "PCI0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_UID".into(), &aml::ZERO),
+            &Name::new("_SEG".into(), &aml::ZERO),
+            &Name::new("_BBN".into(), &aml::ZERO),
+            &Name::new("_CRS".into(), &windows),
+            &Name::new("_PRT".into(), &routing),
+        ],
+    )])
+}
+
+/// The devices that no bus enumerates.
+fn isa_devices() -> Vec<u8> {
+    let edge = |irq: u8| aml::Interrupt::new(true, true, false, false, u32::from(irq));
+    let hid = |id: &str| Name::new("_HID".into(), &EISAName::new(id));
+    let crs = |resources: Vec<&dyn Aml>| Name::new("_CRS".into(), &ResourceTemplate::new(resources));
+    let com1 = crs(vec![&IO::new(port::COM1, port::COM1, 1, 8), &edge(irq::COM1)]);
+    let clock = crs(vec![&IO::new(port::CMOS, port::CMOS, 1, 2), &edge(irq::RTC)]);
+    // What nobody else claims. Linux uses the configuration space only if it is listed here.
+    let board = crs(vec![
+        &aml::Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_SIZE as u32),
+        &IO::new(port::PM1_EVENT, port::PM1_EVENT, 1, (port::PM_END - port::PM1_EVENT) as u8),
+        &IO::new(port::ELCR, port::ELCR, 1, 2),
+    ]);
+    scope(&[
+        &aml::Device::new("COM1".into(), vec![&hid("PNP0501"), &Name::new("_UID".into(), &aml::ONE), &com1]),
+        &aml::Device::new("RTC_".into(), vec![&hid("PNP0B00"), &clock]),
+        &aml::Device::new("MBRD".into(), vec![&hid("PNP0C02"), &Name::new("_UID".into(), &aml::ZERO), &board]),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+    fn u32_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from(u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()))
+    }
+
+    /// Follows the pointers as an operating system does.
+    #[test]
+    fn tables_are_found_from_the_rsdp() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let rsdp = write(&memory, 3);
+        let read = |gpa: u64, size: usize| {
+            let mut bytes = vec![0; size];
+            memory.read_slice(&mut bytes, GuestAddress(gpa)).unwrap();
+            bytes
+        };
+        let table = |gpa: u64, signature: &[u8]| {
+            let bytes = read(gpa, u32_at(&read(gpa, 8), 4) as usize);
+            assert_eq!(&bytes[..4], signature);
+            assert_eq!(sum(&bytes), 0, "checksum");
+            bytes
+        };
+        let root = read(rsdp, 36);
+        assert_eq!(&root[..8], b"RSD PTR ");
+        assert_eq!((sum(&root), sum(&root[..20])), (0, 0));
+        let xsdt = table(u32_at(&root, 24), b"XSDT");
+        let fadt = table(u32_at(&xsdt, 36), b"FACP");
+        let madt = table(u32_at(&xsdt, 44), b"APIC");
+        let mcfg = table(u32_at(&xsdt, 52), b"MCFG");
+        let dsdt = table(u32_at(&fadt, 40), b"DSDT");
+        assert_eq!(read(u32_at(&fadt, 36), 4), b"FACS");
+        assert_eq!(u32_at(&fadt, 36) % 64, 0);
+        assert_eq!(u32_at(&fadt, 140), u32_at(&fadt, 40));
+        assert_eq!((fadt[46], u32_at(&fadt, 112) >> 20 & 1), (9, 0), "SCI, hardware-reduced");
+        assert_eq!((fadt[116], u32_at(&fadt, 120), fadt[128]), (1, 0xcf9, 6));
+        assert_eq!(madt[44..].chunks(8).take_while(|c| c[..2] == [0, 8]).count(), 3);
+        assert_eq!(u32_at(&mcfg, 44), layout::ECAM);
+        assert_eq!(mcfg[55], 255);
+        assert!(dsdt.windows(4).any(|w| w == b"_S5_") && dsdt.windows(4).any(|w| w == b"C002"));
+    }
+
+    #[test]
+    fn the_largest_machine_fits() {
+        let last = tables(crate::config::CPUS_MAX).into_iter().map(|(gpa, bytes)| gpa + bytes.len() as u64).max();
+        assert!(last.unwrap() < layout::ACPI_END);
+    }
+}

@@ -1,0 +1,196 @@
+//! What to build, checked: the command line in types.
+//!
+//! Every error here is the user's, and one line that says what is wrong, with which value, and what to do.
+
+use crate::{Error, Result};
+use anyvisor_x86::cpuid::CpuModel;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Fewest bytes of RAM a machine can have: the boot structures and a small kernel.
+pub const MEMORY_MIN: u64 = 8 << 20;
+/// Most bytes of RAM, 1 TiB: a limit on what a typing error can ask of the host.
+pub const MEMORY_MAX: u64 = 1 << 40;
+/// Most vCPUs: what 8-bit APIC IDs and one bus lock serve well.
+pub const CPUS_MAX: u32 = 64;
+
+/// One VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Name in messages.
+    pub id: String,
+    /// bzImage, or ELF with a PVH note.
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    pub command_line: String,
+    /// RAM in bytes, a multiple of 4 KiB.
+    pub memory: u64,
+    pub cpus: u32,
+    pub cpu_model: CpuModel,
+    pub serial: Serial,
+    /// A write of v to port 0xf4 ends the VM with exit code (v << 1) | 1.
+    pub debug_exit: bool,
+    pub on_reboot: OnReboot,
+}
+
+impl Config {
+    /// Checks what single options cannot know.
+    ///
+    /// # Errors
+    /// [`Error::User`] for too little or too much memory, and for too many vCPUs.
+    pub fn validate(&self) -> Result<()> {
+        if self.memory < MEMORY_MIN {
+            return Err(Error::user(format!(
+                "--memory {} is too little; give at least {}",
+                show_size(self.memory),
+                show_size(MEMORY_MIN)
+            )));
+        }
+        if self.memory > MEMORY_MAX {
+            return Err(Error::user(format!(
+                "--memory {} is too much; give at most {}",
+                show_size(self.memory),
+                show_size(MEMORY_MAX)
+            )));
+        }
+        if self.cpus == 0 || self.cpus > CPUS_MAX {
+            return Err(Error::user(format!("--cpus {} is out of range; give 1 to {CPUS_MAX}", self.cpus)));
+        }
+        Ok(())
+    }
+}
+
+/// Where the serial console goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Serial {
+    /// The process's stdin and stdout.
+    Stdio,
+    /// Output only, to a file that is created or emptied.
+    File(PathBuf),
+    /// Output is dropped, input never comes.
+    Null,
+}
+
+impl FromStr for Serial {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Serial, String> {
+        match text {
+            "stdio" => Ok(Serial::Stdio),
+            "null" => Ok(Serial::Null),
+            _ => match text.strip_prefix("file:") {
+                Some(path) if !path.is_empty() => Ok(Serial::File(path.into())),
+                _ => Err(format!("unknown serial console '{text}'; use stdio, file:PATH or null")),
+            },
+        }
+    }
+}
+
+/// What a reset of the guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnReboot {
+    Exit,
+    /// Builds the VM anew and boots it again.
+    Restart,
+}
+
+impl FromStr for OnReboot {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<OnReboot, String> {
+        match text {
+            "exit" => Ok(OnReboot::Exit),
+            "restart" => Ok(OnReboot::Restart),
+            _ => Err(format!("unknown action '{text}'; use exit or restart")),
+        }
+    }
+}
+
+/// Parses a size such as `512M` or `2G` (binary units K, M, G, T) into bytes, a multiple of 4 KiB.
+///
+/// # Errors
+/// One line about what is wrong with `text`.
+pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "K" | "KIB" => 10,
+        "M" | "MIB" => 20,
+        "G" | "GIB" => 30,
+        "T" | "TIB" => 40,
+        "" => return Err(format!("size '{text}' has no unit; write for example 512M or 2G")),
+        _ => return Err(format!("bad size '{text}'; write for example 512M or 2G")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("bad size '{text}'; write for example 512M or 2G"))?;
+    let bytes = number.checked_mul(1 << shift).ok_or_else(|| format!("size '{text}' is too large"))?;
+    if bytes % 4096 != 0 {
+        return Err(format!("size '{text}' is not a multiple of 4K"));
+    }
+    Ok(bytes)
+}
+
+/// A size for messages, in the largest unit that divides it.
+pub fn show_size(bytes: u64) -> String {
+    for (shift, unit) in [(30, "G"), (20, "M"), (10, "K")] {
+        if bytes >= 1 << shift && bytes % (1 << shift) == 0 {
+            return format!("{}{unit}", bytes >> shift);
+        }
+    }
+    format!("{bytes} bytes")
+}
+
+/// The smallest size in whole MiB that holds `bytes`, for advice.
+pub fn show_mib(bytes: u64) -> String {
+    format!("{}M", bytes.div_ceil(1 << 20))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_parse() {
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("2g"), Ok(2 << 30));
+        assert_eq!(parse_size("64MiB"), Ok(64 << 20));
+        for bad in ["", "M", "12", "-5M", "5X", "1.5G", "99999999999999999999M", "18446744073709551615T", "1K", "٣M"] {
+            let message = parse_size(bad).unwrap_err();
+            assert!(message.contains(&format!("'{bad}'")) && !message.contains('\n'), "{message}");
+        }
+    }
+
+    #[test]
+    fn sizes_show() {
+        assert_eq!(show_size(2 << 30), "2G");
+        assert_eq!(show_size(1536 << 20), "1536M");
+        assert_eq!(show_size(4097), "4097 bytes");
+        assert_eq!(show_mib((1 << 20) + 1), "2M");
+    }
+
+    #[test]
+    fn serial_targets_parse() {
+        assert_eq!("stdio".parse(), Ok(Serial::Stdio));
+        assert_eq!("file:/tmp/x".parse(), Ok(Serial::File("/tmp/x".into())));
+        assert!("file:".parse::<Serial>().is_err());
+        assert!("tty".parse::<Serial>().unwrap_err().contains("tty"));
+    }
+
+    #[test]
+    fn a_machine_has_limits() {
+        let good = Config {
+            id: "t".into(),
+            kernel: "k".into(),
+            initrd: None,
+            command_line: String::new(),
+            memory: 512 << 20,
+            cpus: 1,
+            cpu_model: CpuModel::V3,
+            serial: Serial::Null,
+            debug_exit: false,
+            on_reboot: OnReboot::Exit,
+        };
+        assert!(good.validate().is_ok());
+        let message = Config { memory: 4096, ..good.clone() }.validate().unwrap_err().to_string();
+        assert!(message.contains("4K") && message.contains("8M"), "{message}");
+        assert!(Config { memory: MEMORY_MAX + 4096, ..good.clone() }.validate().is_err());
+        assert!(Config { cpus: 0, ..good.clone() }.validate().is_err());
+        assert!(Config { cpus: 65, ..good }.validate().is_err());
+    }
+}

@@ -1,0 +1,134 @@
+//! Where things are in guest-physical memory.
+//!
+//! RAM is one piece from 0 to at most 3 GiB, and the rest starts at 4 GiB; the gigabyte between them holds
+//! PCI's window and the chips. Below 1 MiB live the structures of the boot protocols, which a kernel reads
+//! once, and the ACPI tables, which it keeps.
+
+/// GDT of the entry state.
+pub const GDT: u64 = 0x500;
+/// `hvm_start_info` of the PVH protocol, its memory map and module list behind it.
+pub const PVH_START_INFO: u64 = 0x6000;
+pub const PVH_MODULES: u64 = 0x6100;
+pub const PVH_MEMORY_MAP: u64 = 0x6200;
+/// `boot_params` of the Linux boot protocol, one page.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Top of a small stack for the entry code.
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// Identity page tables: PML4, PDPT, four page directories.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// A `setup_data` node with a random seed.
+pub const RNG_SEED: u64 = 0xf000;
+/// The command line, at most [`COMMAND_LINE_MAX`] bytes with its NUL.
+pub const COMMAND_LINE: u64 = 0x2_0000;
+pub const COMMAND_LINE_MAX: usize = 0x1_0000;
+/// End of conventional memory, where firmware keeps its extended BIOS data area.
+pub const LOW_END: u64 = 0x9_fc00;
+/// ACPI tables, in the area that an operating system searches for the RSDP (ACPI 6.5, 5.2.5.1).
+pub const ACPI: u64 = 0xe_0000;
+pub const ACPI_END: u64 = 0x10_0000;
+/// Kernels are loaded from here up.
+pub const HIGH_START: u64 = 0x10_0000;
+/// RAM below 4 GiB ends here at the latest.
+pub const LOW_RAM_LIMIT: u64 = 0xc000_0000;
+/// PCI's window for 32-bit BARs.
+pub const PCI_WINDOW: u64 = LOW_RAM_LIMIT;
+pub const PCI_WINDOW_END: u64 = ECAM;
+/// PCI configuration space by memory access: 256 buses of 1 MiB.
+pub const ECAM: u64 = 0xe000_0000;
+pub const ECAM_SIZE: u64 = 0x1000_0000;
+pub const IO_APIC: u64 = 0xfec0_0000;
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// RAM beyond [`LOW_RAM_LIMIT`] continues here.
+pub const HIGH_RAM: u64 = 1 << 32;
+
+/// I/O ports, where every PC has them.
+pub mod port {
+    pub const PIC_MASTER: u16 = 0x20;
+    pub const PIT: u16 = 0x40;
+    pub const KEYBOARD: u16 = 0x60;
+    pub const CMOS: u16 = 0x70;
+    pub const PIC_SLAVE: u16 = 0xa0;
+    /// With `--debug-exit`: a write of v ends the VM.
+    pub const DEBUG_EXIT: u16 = 0xf4;
+    pub const COM1: u16 = 0x3f8;
+    /// Edge or level triggering of ISA interrupts.
+    pub const ELCR: u16 = 0x4d0;
+    /// ACPI power management: event block, control, timer (from a base of the machine's choice).
+    pub const PM1_EVENT: u16 = 0x600;
+    pub const PM1_CONTROL: u16 = 0x604;
+    pub const PM_TIMER: u16 = 0x608;
+    pub const PM_END: u16 = 0x60c;
+    pub const PCI_CONFIG: u16 = 0xcf8;
+    /// The reset control register, amid PCI's configuration ports.
+    pub const RESET: u16 = 0xcf9;
+}
+
+/// ISA interrupt lines.
+pub mod irq {
+    pub const PIT: u8 = 0;
+    pub const KEYBOARD: u8 = 1;
+    pub const COM1: u8 = 4;
+    pub const RTC: u8 = 8;
+    /// ACPI's system control interrupt.
+    pub const SCI: u8 = 9;
+}
+
+/// What a piece of guest-physical memory is for; the numbers are e820's types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum MapKind {
+    Ram = 1,
+    Reserved = 2,
+}
+
+/// One entry of the memory map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapEntry {
+    pub start: u64,
+    pub size: u64,
+    pub kind: MapKind,
+}
+
+/// The pieces of RAM, as (start, size), of a machine with `ram` bytes.
+pub fn ram_pieces(ram: u64) -> Vec<(u64, u64)> {
+    let low = ram.min(LOW_RAM_LIMIT);
+    let mut pieces = vec![(0, low)];
+    if ram > low {
+        pieces.push((HIGH_RAM, ram - low));
+    }
+    pieces
+}
+
+/// The memory map that a guest is told, in ascending order.
+pub fn memory_map(ram: u64) -> Vec<MapEntry> {
+    let low = ram.min(LOW_RAM_LIMIT);
+    let entry = |start, end, kind| MapEntry { start, size: end - start, kind };
+    let mut map = vec![
+        entry(0, LOW_END, MapKind::Ram),
+        entry(LOW_END, 0xa_0000, MapKind::Reserved),
+        entry(ACPI, ACPI_END, MapKind::Reserved),
+        entry(HIGH_START, low, MapKind::Ram),
+        // Linux trusts MCFG only where the memory map reserves the area.
+        entry(ECAM, ECAM + ECAM_SIZE, MapKind::Reserved),
+    ];
+    if ram > low {
+        map.push(entry(HIGH_RAM, HIGH_RAM + (ram - low), MapKind::Ram));
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_map_is_sorted_and_covers_the_ram() {
+        for ram in [32 << 20, 3 << 30, (3 << 30) + 4096, 8 << 30] {
+            let map = memory_map(ram);
+            assert!(map.windows(2).all(|w| w[0].start + w[0].size <= w[1].start), "{map:x?}");
+            let usable: u64 = map.iter().filter(|e| e.kind == MapKind::Ram).map(|e| e.size).sum();
+            assert_eq!(usable, ram - (HIGH_START - LOW_END));
+            assert_eq!(ram_pieces(ram).iter().map(|p| p.1).sum::<u64>(), ram);
+        }
+    }
+}
