@@ -14,9 +14,23 @@ use std::sync::atomic::AtomicU32;
 pub const TLB_BITS: u32 = 13;
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS;
 
-/// Entries of the jump cache, which maps linear addresses to translated code.
-pub const JUMP_CACHE_BITS: u32 = 12;
-pub const JUMP_CACHE_ENTRIES: usize = 1 << JUMP_CACHE_BITS;
+/// Entries of each jump cache, which maps linear addresses to translated code. The index is the low 16
+/// bits of the address: a zero extension computes it without touching flags.
+pub const JUMP_CACHE_ENTRIES: usize = 1 << 16;
+
+/// Jump caches, by who runs: a block knows statically which one its indirect jumps use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(usize)]
+pub enum JumpContext {
+    Kernel = 0,
+    /// With RFLAGS.AC set under SMAP.
+    KernelAc = 1,
+    User = 2,
+    /// 32-bit user code in compatibility mode.
+    User32 = 3,
+}
+
+pub const JUMP_CONTEXTS: usize = 4;
 
 /// Whose rights a TLB holds: a block knows statically which one its accesses use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,12 +67,21 @@ pub const fn invalid_tag(index: usize) -> u64 {
     0u64.wrapping_sub((((index + 2) % TLB_ENTRIES) as u64) << 12)
 }
 
-/// One entry of the jump cache: a linear address mixed with the context's key, and host code.
+/// One entry of a jump cache. An entry of zeros matches address 0 alone, which has index 0: entry 0 is
+/// given another key when it is empty.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct JumpEntry {
+    /// Minus the linear address, so that a sum of zero is a hit.
     pub key: u64,
     pub host: u64,
+}
+
+impl JumpEntry {
+    /// What an empty entry `index` holds.
+    pub fn empty(index: usize) -> JumpEntry {
+        JumpEntry { key: u64::from(index == 0), host: 0 }
+    }
 }
 
 /// Reasons to leave translated code at the next boundary; bits of [`Cpu::pending`].
@@ -135,7 +158,7 @@ pub struct Cpu {
     /// Generated code's private words; see `enter`.
     pub translated: [u64; 32],
 
-    pub jump_cache: [JumpEntry; JUMP_CACHE_ENTRIES],
+    pub jump_cache: [[JumpEntry; JUMP_CACHE_ENTRIES]; JUMP_CONTEXTS],
     pub tlb: [[TlbEntry; TLB_ENTRIES]; TLB_CONTEXTS],
 }
 
@@ -184,6 +207,9 @@ impl Cpu {
                 entry.read = invalid_tag(i);
                 entry.write = invalid_tag(i);
             }
+        }
+        for jumps in &mut cpu.jump_cache {
+            jumps[0] = JumpEntry::empty(0);
         }
         cpu.mxcsr = 0x1f80;
         cpu

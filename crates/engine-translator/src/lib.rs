@@ -2,6 +2,8 @@
 pub mod code_memory;
 pub mod core;
 pub mod cpu;
+pub mod interpret;
 pub mod mmu;
 pub mod ram;
 pub mod system;
+pub mod translate;

@@ -8,7 +8,7 @@
 //! code was made from the page.
 
 use crate::core::Core;
-use crate::cpu::{JUMP_CACHE_ENTRIES, JumpEntry, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, invalid_tag};
+use crate::cpu::{JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, invalid_tag};
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
@@ -51,7 +51,9 @@ pub struct Mmu {
     code_page: Option<(u64, bool, u64, *mut u8)>,
     /// Linear pages that entries of the jump cache may be in, as a filter by hash.
     jump_filter: Box<[u64; 64]>,
-    jump_journal: Vec<u16>,
+    jump_journal: [Vec<u16>; JUMP_CONTEXTS],
+    /// Kernel code has been fetched from a page that is not global.
+    kernel_code_local: bool,
     /// Counts flushes of any kind that can change what a linear code address means.
     pub code_generation: u64,
 }
@@ -68,7 +70,8 @@ impl Mmu {
             last_large: u64::MAX,
             code_page: None,
             jump_filter: Box::new([0; 64]),
-            jump_journal: Vec::new(),
+            jump_journal: Default::default(),
+            kernel_code_local: false,
             code_generation: 0,
         }
     }
@@ -114,9 +117,12 @@ impl Core {
         }
     }
 
-    /// Handles a miss in `context` for `size` bytes at `gva`.
-    pub fn fill(&mut self, context: TlbContext, gva: u64, size: u64, write: bool) -> Fill {
-        if (gva & 0xfff) + size > PAGE_SIZE {
+    /// Handles a miss of translated code in `context` at `gva`. If the tag is there already, what missed is
+    /// the end of the page: the access crosses it.
+    pub fn fill(&mut self, context: TlbContext, gva: u64, write: bool) -> Fill {
+        let entry = &self.cpu.tlb[context as usize][tlb_index(gva)];
+        let tag = if write { entry.write } else { entry.read };
+        if tag == 0u64.wrapping_sub(gva & !0xfff) {
             return Fill::Interpret;
         }
         match self.fill_page(context, gva, write) {
@@ -221,7 +227,7 @@ impl Core {
         }
         local.clear();
         self.mmu.kernel_local = local;
-        self.flush_jumps();
+        self.flush_non_global_jumps();
     }
 
     /// INVLPG: drops the translation of the page that holds `gva`, of whatever size.
@@ -283,14 +289,26 @@ impl Core {
         }
     }
 
-    /// Notes that the jump cache got entry `index` for linear address `gva`.
-    pub fn note_jump(&mut self, index: usize, gva: u64) {
+    /// Enters `host` as the code for linear address `gva`.
+    pub fn add_jump(&mut self, context: JumpContext, gva: u64, host: u64) {
+        let index = gva as usize & (JUMP_CACHE_ENTRIES - 1);
+        self.cpu.jump_cache[context as usize][index] = JumpEntry { key: 0u64.wrapping_sub(gva), host };
         let hash = ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff;
         self.mmu.jump_filter[hash / 64] |= 1 << (hash % 64);
-        self.mmu.jump_journal.push(index as u16);
-        if self.mmu.jump_journal.len() >= 4 * JUMP_CACHE_ENTRIES {
-            self.mmu.jump_journal.sort_unstable();
-            self.mmu.jump_journal.dedup();
+        let journal = &mut self.mmu.jump_journal[context as usize];
+        journal.push(index as u16);
+        if journal.len() >= 2 * JUMP_CACHE_ENTRIES {
+            journal.sort_unstable();
+            journal.dedup();
+        }
+    }
+
+    /// Removes `host` from the jump caches, if it is there as the code for `gva`.
+    pub fn remove_jump(&mut self, context: JumpContext, gva: u64, host: u64) {
+        let index = gva as usize & (JUMP_CACHE_ENTRIES - 1);
+        let entry = &mut self.cpu.jump_cache[context as usize][index];
+        if entry.host == host {
+            *entry = JumpEntry::empty(index);
         }
     }
 
@@ -299,17 +317,38 @@ impl Core {
         self.mmu.jump_filter[hash / 64] & (1 << (hash % 64)) != 0
     }
 
-    /// Empties the jump cache.
+    /// Empties the jump caches.
     pub fn flush_jumps(&mut self) {
-        let mut journal = std::mem::take(&mut self.mmu.jump_journal);
+        for context in 0..JUMP_CONTEXTS {
+            self.flush_jump_context(context);
+        }
+        *self.mmu.jump_filter = [0; 64];
+        self.mmu.kernel_code_local = false;
+        self.forget_code_pages();
+    }
+
+    fn flush_jump_context(&mut self, context: usize) {
+        let mut journal = std::mem::take(&mut self.mmu.jump_journal[context]);
         for &index in &journal {
-            self.cpu.jump_cache[index as usize] = JumpEntry::default();
+            self.cpu.jump_cache[context][index as usize] = JumpEntry::empty(index as usize);
         }
         journal.clear();
-        self.mmu.jump_journal = journal;
-        *self.mmu.jump_filter = [0; 64];
+        self.mmu.jump_journal[context] = journal;
+    }
+
+    fn forget_code_pages(&mut self) {
         self.mmu.code_page = None;
         self.mmu.code_generation += 1;
+    }
+
+    /// What a CR3 load leaves of the jump caches: kernel code, if all of it is in global pages.
+    fn flush_non_global_jumps(&mut self) {
+        if self.mmu.kernel_code_local {
+            return self.flush_jumps();
+        }
+        self.flush_jump_context(JumpContext::User as usize);
+        self.flush_jump_context(JumpContext::User32 as usize);
+        self.forget_code_pages();
     }
 
     /// Guest-physical and host address of the code byte at `gva`; host is `None` outside RAM.
@@ -327,6 +366,7 @@ impl Core {
         }
         let mapping = self.translate(gva, AccessKind::Fetch, Rights::Current)?;
         let gpa = mapping.gpa & !0xfff;
+        self.mmu.kernel_code_local |= !user && !mapping.global;
         let host = self.ram.host(gpa, PAGE_SIZE);
         if let Some(host) = host {
             self.mmu.code_page = Some((page, user, gpa, host));

@@ -1,0 +1,202 @@
+//! Guest memory operands: the effective address, the TLB probe, and the way to a miss.
+//!
+//! A probe leaves the host address of the operand in RSI, alone or with RDI as index, having compared the
+//! page, the access right and the distance to the page's end in one comparison (see
+//! [`TlbEntry`](crate::cpu::TlbEntry)). The comparison destroys the status flags, so where they are alive
+//! they wait in AX meanwhile.
+
+use super::assembler::*;
+use super::block::{Builder, SAVED_RAX, Thunk, host_register, scratch, slot};
+use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry};
+use anyvisor_x86::segment::{Segment, index};
+use iced_x86::{Instruction, Register};
+use std::mem::offset_of;
+
+/// log2 of the size of a TLB entry.
+const ENTRY_BITS: u8 = 5;
+const _: () = assert!(size_of::<TlbEntry>() == 1 << ENTRY_BITS);
+
+/// An effective address: `segment base + base + index × 2^scale + displacement`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ea {
+    /// Guest register numbers.
+    base: Option<u8>,
+    index: Option<u8>,
+    scale: u8,
+    displacement: i64,
+    /// FS or GS; other segments are flat.
+    segment: Option<u8>,
+    /// The offset is 32 bits wide.
+    narrow: bool,
+}
+
+impl Ea {
+    /// The memory operand of `instruction` in `bits`-bit code; `None` for forms that are not translated.
+    pub fn of(instruction: &Instruction, bits: u32) -> Option<Ea> {
+        let number = |r: Register| (r.full_register() as u32 - Register::RAX as u32) as u8;
+        let (base, idx) = (instruction.memory_base(), instruction.memory_index());
+        let mut ea = Ea {
+            base: None,
+            index: None,
+            scale: instruction.memory_index_scale().trailing_zeros() as u8,
+            displacement: instruction.memory_displacement64() as i64,
+            segment: match instruction.memory_segment() {
+                Register::FS => Some(index::FS as u8),
+                Register::GS => Some(index::GS as u8),
+                _ => None,
+            },
+            narrow: bits == 32,
+        };
+        for register in [base, idx] {
+            match register {
+                Register::None | Register::RIP | Register::EIP => {}
+                r if r.is_gpr64() => {}
+                r if r.is_gpr32() => ea.narrow = true,
+                _ => return None,
+            }
+        }
+        if base.is_gpr() {
+            ea.base = Some(number(base));
+        }
+        if idx.is_gpr() {
+            ea.index = Some(number(idx));
+        }
+        let constant = ea.base.is_none() && ea.index.is_none();
+        if !constant && i64::from(ea.displacement as i32) != ea.displacement {
+            // 32-bit addresses: only the low half counts.
+            if !ea.narrow {
+                return None;
+            }
+            ea.displacement = i64::from(ea.displacement as i32);
+        }
+        Some(ea)
+    }
+
+    /// `[rsp + displacement]`
+    pub fn stack(displacement: i64) -> Ea {
+        Ea { base: Some(4), index: None, scale: 0, displacement, segment: None, narrow: false }
+    }
+
+    /// `[register]`
+    pub fn register(number: u8) -> Ea {
+        Ea { base: Some(number), index: None, scale: 0, displacement: 0, segment: None, narrow: false }
+    }
+
+    fn constant(&self) -> Option<u64> {
+        (self.base.is_none() && self.index.is_none() && self.segment.is_none()).then_some(self.displacement as u64)
+    }
+}
+
+/// An out-of-line TLB miss.
+pub struct Miss {
+    hole: Hole,
+    retry: usize,
+    flags: bool,
+    write: bool,
+    offset: u16,
+}
+
+impl Builder<'_> {
+    /// Computes the offset part of `ea` into RSI (zero-extended if narrow). Uses RDI; leaves flags alone.
+    pub(super) fn effective_address(&mut self, ea: &Ea) {
+        let displacement = ea.displacement as i32;
+        let load = |a: &mut Assembler, scratch: u8, number: u8| match host_register(number as usize) {
+            Some(host) => host,
+            None => {
+                a.load(scratch, slot(number as usize));
+                scratch
+            }
+        };
+        let a = &mut self.a;
+        let rm = match (ea.base, ea.index) {
+            (None, None) => return a.mov_imm(RSI, ea.displacement as u64),
+            (Some(base), None) => Rm::Base(load(a, RSI, base), displacement),
+            (None, Some(index)) => {
+                let index = load(a, RSI, index);
+                Rm::Scaled { index, scale: ea.scale, displacement }
+            }
+            (Some(base), Some(index)) => {
+                let (base, index) = (load(a, RSI, base), load(a, RDI, index));
+                Rm::Indexed { base, index, scale: ea.scale, displacement }
+            }
+        };
+        match rm {
+            Rm::Base(base, 0) if ea.narrow => a.mov32(RSI, base),
+            Rm::Base(RSI, 0) => {}
+            Rm::Base(base, 0) => a.mov(RSI, base),
+            rm if ea.narrow => a.lea32(RSI, rm),
+            rm => a.lea(RSI, rm),
+        }
+    }
+
+    /// Probes the TLB for `size` bytes at `ea`. Returns the operand to use: `[rsi]` if RDI is to be left
+    /// free (`keep_rdi`), else `[rsi + rdi]`. `flags`: the status flags are alive.
+    pub(super) fn access(&mut self, ea: &Ea, size: usize, write: bool, flags: bool, keep_rdi: bool) -> Rm {
+        let tlb = self.source.context.tlb as usize;
+        let table = (offset_of!(Cpu, tlb) + tlb * size_of::<[TlbEntry; TLB_ENTRIES]>()) as i32;
+        let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
+        let host = offset_of!(TlbEntry, host) as i32;
+        let retry = self.a.position();
+        self.effective_address(ea);
+        if flags {
+            self.a.store(scratch(SAVED_RAX), RAX);
+            self.a.lahf();
+            self.a.bytes(&[0x0f, 0x90, 0xc0]); // seto al
+        }
+        if let Some(segment) = ea.segment {
+            let base = offset_of!(Cpu, seg) + segment as usize * size_of::<Segment>() + offset_of!(Segment, base);
+            self.a.alu(Alu::Add, RSI, Rm::Gs(base as i32));
+            if self.bits() == 32 {
+                self.a.mov32(RSI, RSI);
+            }
+        }
+        match ea.constant() {
+            Some(address) => {
+                let index = (address >> 12) as usize & (TLB_ENTRIES - 1);
+                self.a.mov_imm(RDI, (index << ENTRY_BITS) as u64);
+            }
+            None => {
+                self.a.mov32(RDI, RSI);
+                self.a.shr32(RDI, 12 - ENTRY_BITS);
+                self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), ((TLB_ENTRIES - 1) << ENTRY_BITS) as i32);
+            }
+        }
+        self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + tag));
+        self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - size as i32);
+        let hole = self.a.jcc(cc::A);
+        self.misses.push(Miss { hole, retry, flags, write, offset: self.at });
+        if keep_rdi {
+            self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + host));
+        } else {
+            self.a.load(RDI, Rm::GsBase(RDI, table + host));
+        }
+        if flags {
+            self.restore_flags();
+        }
+        if keep_rdi { Rm::Base(RSI, 0) } else { Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 } }
+    }
+
+    /// Takes the status flags back from AX, and RAX from where it waits.
+    fn restore_flags(&mut self) {
+        self.a.bytes(&[0x04, 0x7f]); // add al, 0x7f: OF again
+        self.a.sahf();
+        self.a.load(RAX, scratch(SAVED_RAX));
+    }
+
+    /// The out-of-line parts of all probes.
+    pub(super) fn misses(&mut self) {
+        for miss in std::mem::take(&mut self.misses) {
+            self.a.bind(miss.hole);
+            self.map.push((self.a.position() as u32, miss.offset));
+            if miss.flags {
+                self.restore_flags();
+            }
+            let call = self.a.call();
+            let context = self.source.context.tlb;
+            let thunk = Thunk::Fill { context, write: miss.write, flags: miss.flags };
+            self.thunk_calls.push((call.at as u32, thunk));
+            let back = self.a.jmp();
+            self.a.bind_to(back, miss.retry);
+        }
+    }
+}

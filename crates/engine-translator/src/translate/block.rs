@@ -1,0 +1,750 @@
+//! One block: from guest bytes to host code.
+//!
+//! A block starts where control arrives and runs through not-taken conditional branches to the first
+//! transfer that does not fall through, to the page's end, or to a limit. Two passes: decode with the
+//! liveness of the status flags, backwards; then emission.
+//!
+//! Conventions of translated code:
+//! - GS is the vCPU block. RSP is a real host stack, 16-byte aligned.
+//! - Guest RAX, RCX, RDX, RBX, RBP and R8–R12 are in the registers of the same name, RSP in R13, RSI in
+//!   R14, RDI in R15. Guest R13–R15 live in the vCPU block. RSI and RDI are scratch.
+//! - Status flags are the guest's; DF is clear (a block is only made for a guest DF of 0).
+//! - What can fault or miss comes before anything is committed, so that the interpreter can execute the
+//!   instruction from the state at its start.
+
+use super::access::{Ea, Miss};
+use super::assembler::*;
+use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
+use super::control::FarJump;
+use super::encoding::{Fields, Layout, Place, gpr_operands};
+use crate::cpu::{Cpu, JumpContext};
+use anyvisor_x86::bits::gpr;
+use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register};
+use std::mem::offset_of;
+
+/// Guest instructions in a block at most.
+const MAX_INSTRUCTIONS: usize = 64;
+/// Conditional branches a block runs through at most.
+const MAX_BRANCHES: usize = 6;
+/// Instructions looked at to see whether a branch target overwrites the flags.
+const PEEK_INSTRUCTIONS: usize = 12;
+
+/// What translation depends on besides the code bytes; part of a block's key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Context {
+    pub jumps: JumpContext,
+    pub tlb: u8,
+    /// x87, MMX and SSE may run (CR0.TS and EM clear, CR4.OSFXSR set).
+    pub fpu: bool,
+    /// VEX vectors may run too.
+    pub avx: bool,
+    /// RDTSC may run as it is: the guest's TSC is the host's and CR4.TSD allows it.
+    pub tsc: bool,
+}
+
+impl Context {
+    pub fn bits(&self) -> u32 {
+        if self.jumps == JumpContext::User32 { 32 } else { 64 }
+    }
+}
+
+/// What happens at one way out of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitKind {
+    /// Go on at this linear address; the jump may be linked to the block there.
+    Direct { target: u64 },
+    /// As `Direct`, but on another page, so never linked.
+    Far { target: u64 },
+    /// Interpret the instruction at this address.
+    Interpret { rip: u64 },
+    /// Something is pending; go on at this address.
+    Poll { rip: u64 },
+    /// Go on at the address in [`word::TARGET`].
+    Indirect,
+}
+
+/// A way out: the jump to patch (for `Direct`) and the stub it jumps to while unlinked.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockExit {
+    pub kind: ExitKind,
+    /// Position of the 32-bit displacement that leads here.
+    pub site: u32,
+    pub stub: u32,
+}
+
+/// A finished translation, not yet placed.
+pub struct Translation {
+    pub code: Vec<u8>,
+    /// Jumps to thunks: position of the displacement, and which.
+    pub thunk_calls: Vec<(u32, Thunk)>,
+    pub exits: Vec<BlockExit>,
+    /// Host positions, ascending, with the offset of the guest instruction they belong to.
+    pub map: Vec<(u32, u16)>,
+    /// Guest bytes from the start of the block.
+    pub length: u16,
+    /// Further bytes on the page, `(offset in page, length)`, that the translation depends on.
+    pub peeked: Vec<(u16, u16)>,
+}
+
+/// Shared code that blocks jump to or call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thunk {
+    Exit,
+    /// TLB miss for a context, for a write, with live flags.
+    Fill { context: u8, write: bool, flags: bool },
+}
+
+/// Indices into [`Cpu::translated`].
+pub mod word {
+    /// Number of the exit taken.
+    pub const EXIT: usize = 0;
+    /// Host code to enter.
+    pub const ENTER: usize = 1;
+    /// `*mut Core`.
+    pub const CORE: usize = 2;
+    /// Guest address of an indirect jump that missed.
+    pub const TARGET: usize = 3;
+    /// Host address that faulted or missed.
+    pub const FAULT: usize = 4;
+}
+
+/// Offset of word `index`.
+pub fn word_offset(index: usize) -> i32 {
+    (offset_of!(Cpu, translated) + 8 * index) as i32
+}
+
+/// Operand `gs:[field]` for scratch word `index`.
+pub(super) fn scratch(index: usize) -> Rm {
+    Rm::Gs((offset_of!(Cpu, scratch) + 8 * index) as i32)
+}
+
+pub(super) const SAVED_RAX: usize = 0;
+pub(super) const SAVED_RCX: usize = 1;
+pub(super) const VALUE: usize = 2;
+
+/// Host register of guest register `index`, or `None` for the ones that live in the vCPU block.
+pub fn host_register(index: usize) -> Option<u8> {
+    match index {
+        gpr::RSP => Some(R13),
+        gpr::RSI => Some(R14),
+        gpr::RDI => Some(R15),
+        gpr::R13 | gpr::R14 | gpr::R15 => None,
+        other => Some(other as u8),
+    }
+}
+
+pub(super) fn slot(index: usize) -> Rm {
+    Rm::Gs((offset_of!(Cpu, gpr) + 8 * index) as i32)
+}
+
+pub(super) fn pending() -> Rm {
+    Rm::Gs(offset_of!(Cpu, pending) as i32)
+}
+
+pub(super) struct Insn {
+    pub(super) instruction: Instruction,
+    offset: u16,
+    length: u8,
+    kind: Kind,
+    /// Status flags alive before it, at the point where it may miss or fault.
+    pub(super) live_in: u32,
+    pub(super) live_out: u32,
+}
+
+pub(super) struct PendingExit {
+    pub(super) hole: Hole,
+    pub(super) kind: ExitKind,
+}
+
+/// Inputs of a translation.
+pub struct Source<'a> {
+    /// Bytes of the page from the block's start to the page's end.
+    pub bytes: &'a [u8],
+    /// The whole page, for peeking.
+    pub page: &'a [u8],
+    pub rip: u64,
+    pub context: Context,
+    pub features: &'a Features,
+    /// Number that the first exit of this block gets.
+    pub first_exit: u32,
+}
+
+pub struct Builder<'a> {
+    pub(super) a: Assembler,
+    pub(super) source: &'a Source<'a>,
+    info: InstructionInfoFactory,
+    pub(super) map: Vec<(u32, u16)>,
+    pub(super) misses: Vec<Miss>,
+    pub(super) far_jumps: Vec<FarJump>,
+    pub(super) exits: Vec<PendingExit>,
+    pub(super) thunk_calls: Vec<(u32, Thunk)>,
+    peeked: Vec<(u16, u16)>,
+    /// Offset of the instruction being emitted.
+    pub(super) at: u16,
+}
+
+/// Translates the code at `source`. At least one instruction is covered, if only by interpretation.
+pub fn translate(source: &Source) -> Translation {
+    let mut builder = Builder {
+        a: Assembler::default(),
+        source,
+        info: InstructionInfoFactory::new(),
+        map: Vec::new(),
+        misses: Vec::new(),
+        far_jumps: Vec::new(),
+        exits: Vec::new(),
+        thunk_calls: Vec::new(),
+        peeked: Vec::new(),
+        at: 0,
+    };
+    let insns = builder.decode();
+    builder.body(&insns);
+    builder.finish(&insns)
+}
+
+impl<'a> Builder<'a> {
+    pub(super) fn bits(&self) -> u32 {
+        self.source.context.bits()
+    }
+
+    pub(super) fn same_page(&self, target: u64) -> bool {
+        target >> 12 == self.source.rip >> 12
+    }
+
+    // Pass 1: decoding and flag liveness.
+
+    fn decode(&mut self) -> Vec<Insn> {
+        let source = self.source;
+        let mut decoder = Decoder::with_ip(self.bits(), source.bytes, source.rip, DecoderOptions::NONE);
+        let mut insns: Vec<Insn> = Vec::new();
+        let mut branches = 0;
+        while insns.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
+            let offset = decoder.position() as u16;
+            let instruction = decoder.decode();
+            if instruction.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
+                // Runs over the page's end.
+                if insns.is_empty() {
+                    insns.push(self.insn(instruction, offset, Kind::Interpret));
+                }
+                break;
+            }
+            let (mut kind, unit) = classify::classify(&instruction, source.features);
+            let enabled = match unit {
+                Unit::Integer => true,
+                Unit::Fpu => source.context.fpu,
+                Unit::Avx => source.context.avx,
+            };
+            if !enabled || (kind == Kind::ReadTsc && !source.context.tsc) {
+                kind = Kind::Interpret;
+            }
+            insns.push(self.insn(instruction, offset, kind));
+            match kind {
+                Kind::JumpIf | Kind::LoopJump => {
+                    branches += 1;
+                    if branches >= MAX_BRANCHES {
+                        break;
+                    }
+                }
+                Kind::CallDirect
+                | Kind::CallIndirect
+                | Kind::Return
+                | Kind::JumpDirect
+                | Kind::JumpIndirect
+                | Kind::Interpret => break,
+                _ => {}
+            }
+        }
+        self.liveness(&mut insns);
+        insns
+    }
+
+    fn insn(&self, instruction: Instruction, offset: u16, kind: Kind) -> Insn {
+        let length = instruction.len() as u8;
+        Insn { instruction, offset, length, kind, live_in: ALL_FLAGS, live_out: ALL_FLAGS }
+    }
+
+    fn liveness(&mut self, insns: &mut [Insn]) {
+        let mut live = match insns.last() {
+            Some(last) if ends_block(last.kind) => ALL_FLAGS,
+            Some(last) => self.live_at(last.instruction.next_ip()),
+            None => ALL_FLAGS,
+        };
+        for insn in insns.iter_mut().rev() {
+            match insn.kind {
+                Kind::JumpIf | Kind::LoopJump => live |= self.live_at(insn.instruction.near_branch_target()),
+                Kind::JumpDirect | Kind::CallDirect => live = self.live_at(insn.instruction.near_branch_target()),
+                _ => {}
+            }
+            insn.live_out = live;
+            let (read, written) = classify::flags(&insn.instruction);
+            live = if insn.kind == Kind::Interpret { ALL_FLAGS } else { (live & !written) | read };
+            insn.live_in = live;
+        }
+    }
+
+    /// Status flags that may be read at `target` before they are overwritten: all of them unless the code
+    /// there, on this page, tells.
+    fn live_at(&mut self, target: u64) -> u32 {
+        if !self.same_page(target) {
+            return ALL_FLAGS;
+        }
+        let start = (target & 0xfff) as usize;
+        let mut decoder =
+            Decoder::with_ip(self.bits(), &self.source.page[start..], target, DecoderOptions::NONE);
+        let (mut live, mut undecided) = (0, ALL_FLAGS);
+        for _ in 0..PEEK_INSTRUCTIONS {
+            if !decoder.can_decode() {
+                break;
+            }
+            let instruction = decoder.decode();
+            let (kind, _) = classify::classify(&instruction, self.source.features);
+            if instruction.is_invalid() || kind == Kind::Interpret {
+                break;
+            }
+            let (read, written) = classify::flags(&instruction);
+            live |= read & undecided;
+            undecided &= !(written | read);
+            if undecided == 0 || !matches!(kind, Kind::Nop | Kind::Copy | Kind::Lea | Kind::Memory | Kind::Push | Kind::Pop) {
+                break;
+            }
+        }
+        let length = decoder.position() as u16;
+        self.peeked.push((start as u16, length));
+        live | undecided
+    }
+
+    // Pass 2: emission.
+
+    fn body(&mut self, insns: &[Insn]) {
+        for insn in insns {
+            self.map.push((self.a.position() as u32, insn.offset));
+            self.at = insn.offset;
+            if !self.emit(insn) {
+                self.interpret(insn);
+                return;
+            }
+        }
+        match insns.last() {
+            Some(last) if ends_block(last.kind) => {}
+            Some(last) => self.direct(last.instruction.next_ip(), last.live_out != 0, false),
+            None => unreachable!("a block has an instruction"),
+        }
+    }
+
+    /// Emits one instruction; `false` if it has to be interpreted after all (nothing emitted then).
+    fn emit(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        match insn.kind {
+            Kind::Nop => true,
+            Kind::Copy => self.copy(insn, None),
+            Kind::Lea => self.lea(insn),
+            Kind::Memory => self.memory(insn),
+            Kind::Push => self.push(insn),
+            Kind::Pop => self.pop(insn),
+            Kind::Leave => self.leave(insn),
+            Kind::CallDirect => {
+                self.push_return_address(insn);
+                self.direct(instruction.near_branch_target(), insn.live_out != 0, false);
+                true
+            }
+            Kind::CallIndirect => self.call_indirect(insn),
+            Kind::Return => self.ret(insn),
+            Kind::JumpDirect => {
+                let target = instruction.near_branch_target();
+                let backward = target <= instruction.ip();
+                self.direct(target, insn.live_out != 0, backward);
+                true
+            }
+            Kind::JumpIndirect => self.jump_indirect(insn),
+            Kind::JumpIf => {
+                self.jump_if(insn);
+                true
+            }
+            Kind::LoopJump => self.loop_jump(insn),
+            Kind::ReadTsc => {
+                self.a.bytes(&[0x0f, 0x31]);
+                if instruction.mnemonic() == iced_x86::Mnemonic::Rdtscp {
+                    self.a.load32(RCX, Rm::Gs(offset_of!(Cpu, tsc_aux) as i32));
+                }
+                true
+            }
+            Kind::Interpret => false,
+        }
+    }
+
+    fn interpret(&mut self, insn: &Insn) {
+        let hole = self.a.jmp();
+        self.exits.push(PendingExit { hole, kind: ExitKind::Interpret { rip: insn.instruction.ip() } });
+    }
+
+    /// Copies an instruction with its registers renamed and `memory` in the place of its memory operand.
+    fn copy(&mut self, insn: &Insn, memory: Option<Rm>) -> bool {
+        match self.plan(insn, memory) {
+            Some(plan) => {
+                self.emit_plan(&plan);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Decides how the registers of an instruction are renamed, without emitting anything.
+    fn plan(&mut self, insn: &Insn, memory: Option<Rm>) -> Option<Plan> {
+        let instruction = &insn.instruction;
+        let start = insn.offset as usize;
+        let layout = Layout::parse(&self.source.bytes[start..start + insn.length as usize], self.bits())?;
+        let info = self.info.info_options(instruction, InstructionInfoOptions::NO_REGISTER_USAGE);
+        let access: [OpAccess; 5] = std::array::from_fn(|i| info.op_access(i as u32));
+        let mut fields = Fields { reg: layout.reg, vvvv: layout.vex.map_or(0, |v| v.vvvv), ..Fields::default() };
+        let mut rm = memory.unwrap_or(Rm::Reg(layout.rm));
+        let mut spills = Spills::new(memory.is_some());
+        let (mut high_byte, mut low_byte) = (false, false);
+        // Reads first: a register that is only written may then share the scratch of one that is read.
+        let operands: Vec<_> = gpr_operands(instruction).collect();
+        for pass in 0..2 {
+            for operand in &operands {
+                let (reads, writes) = reads_writes(access[operand.operand as usize]);
+                let partial = operand.register.size() < 4;
+                let reads = reads || (writes && partial);
+                if reads != (pass == 0) {
+                    continue;
+                }
+                let index = operand.register.full_register() as usize - Register::RAX as usize;
+                let host = if matches!(operand.register, Register::AH | Register::CH | Register::DH | Register::BH) {
+                    high_byte = true;
+                    operand.register as u8 - Register::AH as u8 + 4
+                } else {
+                    match host_register(index) {
+                        Some(host) => {
+                            low_byte |= operand.register.size() == 1 && (4..8).contains(&host);
+                            host
+                        }
+                        None if operand.or_memory && memory.is_none() && in_place(instruction, operand.register, writes) => {
+                            rm = slot(index);
+                            continue;
+                        }
+                        None => {
+                            let host = spills.assign(index, reads, writes)?;
+                            low_byte |= operand.register.size() == 1;
+                            host
+                        }
+                    }
+                };
+                match operand.place {
+                    Place::Reg => fields.reg = host,
+                    Place::Vvvv => fields.vvvv = host,
+                    Place::Opcode => {
+                        fields.opcode = host;
+                        fields.opcode_is_register = true;
+                    }
+                    Place::Rm => rm = Rm::Reg(host),
+                }
+            }
+        }
+        // AH–BH cannot be named next to a REX prefix: MOVZX and MOVSX from them go through a scratch.
+        let mut widen = None;
+        if high_byte && (layout.needs_rex(&fields, rm) || low_byte) {
+            use iced_x86::Mnemonic::{Movsx, Movzx};
+            if layout.w || memory.is_some() || !matches!(instruction.mnemonic(), Movzx | Movsx) || fields.reg < 8 {
+                return None;
+            }
+            if layout.operand_size {
+                return None;
+            }
+            widen = Some(fields.reg);
+            fields.reg = RSI;
+        }
+        Some(Plan { layout, fields, rm, spills, force_rex: low_byte, widen })
+    }
+
+    fn emit_plan(&mut self, plan: &Plan) {
+        for spill in plan.spills.used() {
+            if spill.reads {
+                self.a.load(spill.host, slot(spill.index));
+            }
+        }
+        plan.layout.emit(&mut self.a, &plan.fields, plan.rm, plan.force_rex);
+        if let Some(host) = plan.widen {
+            self.a.mov32(host, RSI);
+        }
+        for spill in plan.spills.used() {
+            if spill.writes {
+                self.a.store(slot(spill.index), spill.host);
+            }
+        }
+    }
+
+    fn memory(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        let info = self.info.info_options(instruction, InstructionInfoOptions::NO_REGISTER_USAGE);
+        let operand = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
+        let Some(operand) = operand else { return false };
+        let access = info.op_access(operand);
+        if access == OpAccess::NoMemAccess {
+            return true;
+        }
+        let (_, write) = reads_writes(access);
+        let size = instruction.memory_size().size();
+        // Either form of host address will do for the plan; only its registers matter.
+        let Some(plan) = self.plan(insn, Some(Rm::Base(RSI, 0))) else { return false };
+        let keep_rdi = plan.spills.used().next().is_some();
+        let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
+        let rm = self.access(&ea, size, write, insn.live_in != 0, keep_rdi);
+        self.emit_plan(&Plan { rm, ..plan });
+        true
+    }
+
+    fn lea(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
+        let register = instruction.op0_register();
+        let index = register.full_register() as usize - Register::RAX as usize;
+        self.effective_address(&ea);
+        match (register.size(), host_register(index)) {
+            (8, Some(host)) => self.a.mov(host, RSI),
+            (8, None) => self.a.store(slot(index), RSI),
+            (4, Some(host)) => self.a.mov32(host, RSI),
+            (4, None) => {
+                self.a.mov32(RSI, RSI);
+                self.a.store(slot(index), RSI);
+            }
+            (_, Some(host)) => {
+                self.a.byte(0x66);
+                self.a.mov32(host, RSI);
+            }
+            (_, None) => {
+                self.a.bytes(&[0x65, 0x66, 0x89, 0x34, 0x25]); // mov gs:[disp32], si
+                self.a.imm32((offset_of!(Cpu, gpr) + 8 * index) as i32);
+            }
+        }
+        true
+    }
+
+    fn push(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        let flags = insn.live_in != 0;
+        match instruction.op0_kind() {
+            OpKind::Register => {
+                let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
+                let host = host_register(index);
+                let rm = self.access(&Ea::stack(-8), 8, true, flags, host.is_none());
+                if host.is_none() {
+                    self.a.load(RDI, slot(index));
+                }
+                self.a.store(rm, host.unwrap_or(RDI));
+            }
+            OpKind::Memory => {
+                let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
+                let rm = self.access(&ea, 8, false, flags, false);
+                self.a.load(RDI, rm);
+                self.a.store(scratch(VALUE), RDI);
+                let rm = self.access(&Ea::stack(-8), 8, true, flags, true);
+                self.a.load(RDI, scratch(VALUE));
+                self.a.store(rm, RDI);
+            }
+            _ => {
+                let value = instruction.immediate(0) as i64 as i32;
+                let rm = self.access(&Ea::stack(-8), 8, true, flags, false);
+                self.a.store_imm32(rm, value);
+            }
+        }
+        self.a.lea(R13, Rm::Base(R13, -8));
+        true
+    }
+
+    fn pop(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        if instruction.op0_kind() != OpKind::Register {
+            return false;
+        }
+        let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
+        let rm = self.access(&Ea::stack(0), 8, false, insn.live_in != 0, false);
+        match host_register(index) {
+            Some(host) => self.a.load(host, rm),
+            None => {
+                self.a.load(RSI, rm);
+                self.a.store(slot(index), RSI);
+            }
+        }
+        if index != gpr::RSP {
+            self.a.lea(R13, Rm::Base(R13, 8));
+        }
+        true
+    }
+
+    fn leave(&mut self, insn: &Insn) -> bool {
+        let rm = self.access(&Ea::register(RBP), 8, false, insn.live_in != 0, false);
+        self.a.lea(R13, Rm::Base(RBP, 8));
+        self.a.load(RBP, rm);
+        true
+    }
+
+    fn push_return_address(&mut self, insn: &Insn) {
+        let address = insn.instruction.next_ip();
+        let short = address as i64 == i64::from(address as i32);
+        let rm = self.access(&Ea::stack(-8), 8, true, insn.live_in != 0, !short);
+        if short {
+            self.a.store_imm32(rm, address as i32);
+        } else {
+            self.a.mov_imm(RDI, address);
+            self.a.store(rm, RDI);
+        }
+        self.a.lea(R13, Rm::Base(R13, -8));
+    }
+
+    /// Puts the target of an indirect jump or call into RSI; `false` if it is to be interpreted.
+    fn indirect_target(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        match instruction.op0_kind() {
+            OpKind::Register if instruction.op0_register().size() == 8 => {
+                let index = instruction.op0_register() as usize - Register::RAX as usize;
+                match host_register(index) {
+                    Some(host) => self.a.mov(RSI, host),
+                    None => self.a.load(RSI, slot(index)),
+                }
+                true
+            }
+            OpKind::Memory if instruction.memory_size().size() == 8 => {
+                let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
+                let rm = self.access(&ea, 8, false, insn.live_in != 0, false);
+                self.a.load(RSI, rm);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn call_indirect(&mut self, insn: &Insn) -> bool {
+        if !self.indirect_target(insn) {
+            return false;
+        }
+        self.a.store(scratch(VALUE), RSI);
+        self.push_return_address(insn);
+        self.a.load(RSI, scratch(VALUE));
+        self.indirect(insn.live_out != 0);
+        true
+    }
+
+    fn jump_indirect(&mut self, insn: &Insn) -> bool {
+        if !self.indirect_target(insn) {
+            return false;
+        }
+        self.indirect(insn.live_out != 0);
+        true
+    }
+
+    fn ret(&mut self, insn: &Insn) -> bool {
+        let extra = if insn.instruction.op_count() == 1 { i32::from(insn.instruction.immediate16()) } else { 0 };
+        let rm = self.access(&Ea::stack(0), 8, false, insn.live_in != 0, false);
+        self.a.load(RSI, rm);
+        self.a.lea(R13, Rm::Base(R13, 8 + extra));
+        self.indirect(insn.live_out != 0);
+        true
+    }
+
+    fn finish(mut self, insns: &[Insn]) -> Translation {
+        self.misses();
+        self.far_jumps();
+        let exits = self.exit_stubs();
+        let last = insns.last().expect("a block has an instruction");
+        Translation {
+            code: self.a.code,
+            thunk_calls: self.thunk_calls,
+            exits,
+            map: self.map,
+            length: last.offset + u16::from(last.length),
+            peeked: self.peeked,
+        }
+    }
+}
+
+fn ends_block(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::CallDirect
+            | Kind::CallIndirect
+            | Kind::Return
+            | Kind::JumpDirect
+            | Kind::JumpIndirect
+            | Kind::Interpret
+    )
+}
+
+/// Whether an access reads, and whether it writes (conditional ones count as both).
+fn reads_writes(access: OpAccess) -> (bool, bool) {
+    match access {
+        OpAccess::None | OpAccess::NoMemAccess => (false, false),
+        OpAccess::Read | OpAccess::CondRead => (true, false),
+        OpAccess::Write => (false, true),
+        OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite => (true, true),
+    }
+}
+
+/// Whether a register that lives in the vCPU block can be a memory operand right there: when it is only
+/// read, or when writing it in memory does the same as writing the register (64 bits: no zero extension).
+fn in_place(instruction: &Instruction, register: Register, writes: bool) -> bool {
+    use iced_x86::Mnemonic as M;
+    let mnemonic = instruction.mnemonic();
+    if matches!(mnemonic, M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc) {
+        return false;
+    }
+    let plain = matches!(
+        mnemonic,
+        M::Mov | M::Add | M::Or | M::Adc | M::Sbb | M::And | M::Sub | M::Xor | M::Cmp | M::Test | M::Inc | M::Dec
+            | M::Neg | M::Not | M::Shl | M::Sal | M::Shr | M::Sar | M::Imul | M::Movsxd | M::Movzx | M::Movsx
+    );
+    plain && (!writes || register.size() == 8)
+}
+
+/// How an instruction's registers are renamed.
+struct Plan {
+    layout: Layout,
+    fields: Fields,
+    rm: Rm,
+    spills: Spills,
+    force_rex: bool,
+    /// The result of a MOVZX or MOVSX from AH–BH goes through RSI to this register.
+    widen: Option<u8>,
+}
+
+/// Scratch registers that stand for guest registers which live in the vCPU block.
+struct Spills {
+    entries: [Option<Spill>; 3],
+    /// RSI holds the memory operand's address.
+    rsi_taken: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Spill {
+    index: usize,
+    host: u8,
+    reads: bool,
+    writes: bool,
+}
+
+impl Spills {
+    fn new(rsi_taken: bool) -> Spills {
+        Spills { entries: [None; 3], rsi_taken }
+    }
+
+    fn used(&self) -> impl Iterator<Item = Spill> + '_ {
+        self.entries.iter().flatten().copied()
+    }
+
+    /// A scratch for guest register `index`; `None` when there are not enough. Operands that are read come
+    /// first, so that one only written can take the place of one only read.
+    fn assign(&mut self, index: usize, reads: bool, writes: bool) -> Option<u8> {
+        if let Some(entry) = self.entries.iter_mut().flatten().find(|e| e.index == index) {
+            entry.reads |= reads;
+            entry.writes |= writes;
+            return Some(entry.host);
+        }
+        let taken = |host: u8| {
+            self.used().any(|e| e.host == host && (e.writes || reads)) || (host == RSI && self.rsi_taken && reads)
+        };
+        let host = [RDI, RSI].into_iter().find(|&h| !taken(h))?;
+        let free = self.entries.iter_mut().find(|e| e.is_none())?;
+        *free = Some(Spill { index, host, reads, writes });
+        Some(host)
+    }
+}

@@ -1,0 +1,202 @@
+//! Control transfers out of a block: linked jumps on the same page, jump-cache probes for everything else,
+//! and the poll for pending work at every edge that can close a loop.
+
+use super::assembler::*;
+use super::block::*;
+use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JumpEntry};
+use iced_x86::Mnemonic;
+use std::mem::offset_of;
+
+/// A direct jump off the page, out of line.
+pub struct FarJump {
+    hole: Hole,
+    target: u64,
+    flags: bool,
+    poll: bool,
+}
+
+impl Builder<'_> {
+    fn jump_table(&self) -> i32 {
+        let context = self.source.context.jumps as usize;
+        (offset_of!(Cpu, jump_cache) + context * size_of::<[JumpEntry; JUMP_CACHE_ENTRIES]>()) as i32
+    }
+
+    /// Jumps to `target`. `flags`: the status flags are alive there. `poll`: the jump may close a loop.
+    pub(super) fn direct(&mut self, target: u64, flags: bool, poll: bool) {
+        if self.same_page(target) {
+            if poll {
+                self.poll(target, flags);
+            }
+            let hole = self.a.jmp();
+            self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
+        } else {
+            self.far(target, flags, poll);
+        }
+    }
+
+    /// Leaves for `rip` if something is pending.
+    fn poll(&mut self, rip: u64, flags: bool) {
+        let hole = if flags {
+            self.a.mov(RSI, RCX);
+            self.a.load32(RCX, pending());
+            let idle = self.a.short(0xe3); // jrcxz
+            self.a.mov(RCX, RSI);
+            let hole = self.a.jmp();
+            self.a.bind_short(idle);
+            self.a.mov(RCX, RSI);
+            hole
+        } else {
+            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
+            self.a.jcc(cc::NE)
+        };
+        self.exits.push(PendingExit { hole, kind: ExitKind::Poll { rip } });
+    }
+
+    /// A jump to another page: its mapping can change, so it goes through the jump cache's one entry.
+    fn far(&mut self, target: u64, flags: bool, poll: bool) {
+        if poll {
+            self.poll(target, flags);
+        }
+        let entry = self.jump_table() + ((target as usize & (JUMP_CACHE_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
+        let (key, host) = (Rm::Gs(entry), Rm::Gs(entry + 8));
+        let hole = if flags {
+            self.a.mov(RSI, RCX);
+            self.a.load(RCX, key);
+            if target as i64 == i64::from(target as i32) {
+                self.a.lea(RCX, Rm::Base(RCX, target as i32));
+            } else {
+                self.a.mov_imm(RDI, target);
+                self.a.lea(RCX, Rm::Indexed { base: RCX, index: RDI, scale: 0, displacement: 0 });
+            }
+            let hit = self.a.short(0xe3);
+            self.a.mov(RCX, RSI);
+            let hole = self.a.jmp();
+            self.a.bind_short(hit);
+            self.a.mov(RCX, RSI);
+            hole
+        } else {
+            self.a.mov_imm(RSI, 0u64.wrapping_sub(target));
+            self.a.alu(Alu::Cmp, RSI, key);
+            self.a.jcc(cc::NE)
+        };
+        self.a.jmp_rm(host);
+        self.exits.push(PendingExit { hole, kind: ExitKind::Far { target } });
+    }
+
+    /// Jumps to the guest address in RSI through the jump cache.
+    pub(super) fn indirect(&mut self, flags: bool) {
+        let table = self.jump_table();
+        self.a.movzx16(RDI, RSI);
+        self.a.lea32(RDI, Rm::Indexed { base: RDI, index: RDI, scale: 0, displacement: 0 });
+        let key = Rm::GsScaled { index: RDI, scale: 3, displacement: table };
+        let host = Rm::GsScaled { index: RDI, scale: 3, displacement: table + 8 };
+        if flags {
+            self.a.store(scratch(SAVED_RCX), RCX);
+            self.a.load32(RCX, pending());
+            let idle = self.a.short(0xe3);
+            let poll = self.a.jmp();
+            self.a.bind_short(idle);
+            self.a.load(RCX, key);
+            self.a.lea(RCX, Rm::Indexed { base: RCX, index: RSI, scale: 0, displacement: 0 });
+            let hit = self.a.short(0xe3);
+            self.a.bind(poll);
+            self.a.load(RCX, scratch(SAVED_RCX));
+            self.indirect_miss();
+            self.a.bind_short(hit);
+            self.a.load(RCX, scratch(SAVED_RCX));
+            self.a.jmp_rm(host);
+        } else {
+            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
+            let poll = self.a.jcc(cc::NE);
+            self.a.alu(Alu::Add, RSI, key);
+            let miss = self.a.jcc(cc::NE);
+            self.a.jmp_rm(host);
+            self.a.bind(miss);
+            self.a.alu(Alu::Sub, RSI, key);
+            self.a.bind(poll);
+            self.indirect_miss();
+        }
+    }
+
+    fn indirect_miss(&mut self) {
+        self.a.store(Rm::Gs(word_offset(word::TARGET)), RSI);
+        let hole = self.a.jmp();
+        self.exits.push(PendingExit { hole, kind: ExitKind::Indirect });
+    }
+
+    pub(super) fn jump_if(&mut self, insn: &Insn) {
+        let instruction = &insn.instruction;
+        let target = instruction.near_branch_target();
+        let condition = instruction.condition_code() as u8 - iced_x86::ConditionCode::o as u8;
+        let backward = target <= instruction.ip();
+        let flags = insn.live_out != 0;
+        if !self.same_page(target) {
+            let hole = self.a.jcc(condition);
+            self.far_jumps.push(FarJump { hole, target, flags, poll: backward });
+        } else if backward && !flags {
+            // The usual loop: one fused compare-and-branch more than the guest's own.
+            let over = self.a.short(0x70 | (condition ^ 1));
+            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
+            let hole = self.a.jcc(cc::E);
+            self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
+            let hole = self.a.jmp();
+            self.exits.push(PendingExit { hole, kind: ExitKind::Poll { rip: target } });
+            self.a.bind_short(over);
+        } else if backward {
+            let over = self.a.short(0x70 | (condition ^ 1));
+            self.direct(target, flags, true);
+            self.a.bind_short(over);
+        } else {
+            let hole = self.a.jcc(condition);
+            self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
+        }
+    }
+
+    /// LOOPcc and JRCXZ, whose own displacement reaches only a stub.
+    pub(super) fn loop_jump(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        let target = instruction.near_branch_target();
+        let opcode = match instruction.mnemonic() {
+            Mnemonic::Loopne => 0xe0,
+            Mnemonic::Loope => 0xe1,
+            Mnemonic::Loop => 0xe2,
+            _ => 0xe3,
+        };
+        use iced_x86::Code;
+        let narrow = matches!(
+            instruction.code(),
+            Code::Loop_rel8_64_ECX | Code::Loope_rel8_64_ECX | Code::Loopne_rel8_64_ECX | Code::Jecxz_rel8_64
+        ) || self.bits() == 32;
+        if narrow {
+            self.a.byte(0x67);
+        }
+        let taken = self.a.short(opcode);
+        let over = self.a.short(0xeb);
+        self.a.bind_short(taken);
+        self.direct(target, insn.live_out != 0, true);
+        self.a.bind_short(over);
+        true
+    }
+
+    /// The out-of-line parts of conditional jumps to other pages.
+    pub(super) fn far_jumps(&mut self) {
+        for jump in std::mem::take(&mut self.far_jumps) {
+            self.a.bind(jump.hole);
+            self.far(jump.target, jump.flags, jump.poll);
+        }
+    }
+
+    /// The stubs that unlinked exits jump to: each tells its number and leaves.
+    pub(super) fn exit_stubs(&mut self) -> Vec<BlockExit> {
+        let mut exits = Vec::new();
+        for (i, exit) in std::mem::take(&mut self.exits).into_iter().enumerate() {
+            let stub = self.a.position();
+            self.a.bind(exit.hole);
+            self.a.store32_imm(Rm::Gs(word_offset(word::EXIT)), self.source.first_exit + i as u32);
+            let jump = self.a.jmp();
+            self.thunk_calls.push((jump.at as u32, Thunk::Exit));
+            exits.push(BlockExit { kind: exit.kind, site: exit.hole.at as u32, stub: stub as u32 });
+        }
+        exits
+    }
+}

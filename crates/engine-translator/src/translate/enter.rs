@@ -1,0 +1,187 @@
+//! Crossing between Rust and translated code.
+//!
+//! Generated once per vCPU at the start of its code memory:
+//! - `enter(cpu)`, a sysv64 function: guest registers into the CPU, jump to [`word::ENTER`]. It returns
+//!   when translated code jumps to `exit`, with the number of the exit taken.
+//! - `fill`, one for each kind of access: a TLB miss calls it, it calls [`tlb_miss`] and returns to the
+//!   probe, or leaves through `exit` when the instruction has to be interpreted.
+//! - `fault`: where the signal handler sends a host fault in translated code.
+
+use super::assembler::*;
+use super::block::{host_register, slot, word, word_offset};
+use crate::core::Core;
+use crate::cpu::{Cpu, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, TlbEntry, Ymm};
+use crate::mmu::Fill;
+use anyvisor_x86::bits::rflags;
+use std::mem::offset_of;
+
+/// The exit number that means: interpret the instruction that [`word::FAULT`] belongs to.
+pub const EXIT_FAULT: u32 = u32::MAX;
+
+const STATUS: i32 = rflags::STATUS as i32;
+
+/// Positions of the thunks in code memory.
+#[derive(Clone, Debug, Default)]
+pub struct Thunks {
+    pub enter: usize,
+    pub exit: usize,
+    pub fault: usize,
+    /// By context, write, flags.
+    pub fill: [[[usize; 2]; 2]; TLB_CONTEXTS],
+}
+
+/// Generates the thunks for code memory that starts at offset 0.
+pub fn generate() -> (Vec<u8>, Thunks) {
+    let avx = std::arch::is_x86_feature_detected!("avx");
+    let mut a = Assembler::default();
+    let mut thunks = Thunks { enter: a.position(), ..Thunks::default() };
+    enter(&mut a, avx);
+    thunks.exit = a.position();
+    exit(&mut a, avx);
+    thunks.fault = a.position();
+    a.store32_imm(Rm::Gs(word_offset(word::EXIT)), EXIT_FAULT);
+    let to_exit = a.jmp();
+    a.bind_to(to_exit, thunks.exit);
+    for context in 0..TLB_CONTEXTS {
+        for write in 0..2 {
+            for flags in 0..2 {
+                thunks.fill[context][write][flags] = a.position();
+                fill(&mut a, avx, context, write == 1, flags == 1, thunks.fault);
+            }
+        }
+    }
+    (a.code, thunks)
+}
+
+const CALLEE_SAVED: [u8; 6] = [RBX, RBP, 12, R13, R14, R15];
+
+fn enter(a: &mut Assembler, avx: bool) {
+    for r in CALLEE_SAVED {
+        a.push(r);
+    }
+    a.alu_imm(Alu::Sub, true, Rm::Reg(RSP), 8);
+    a.store(Rm::Gs(offset_of!(Cpu, host_rsp) as i32), RSP);
+    a.mxcsr(3, Rm::Gs(offset_of!(Cpu, host_mxcsr) as i32));
+    a.mxcsr(2, Rm::Gs(offset_of!(Cpu, mxcsr) as i32));
+    vectors(a, avx, false);
+    a.load(RAX, Rm::Gs(offset_of!(Cpu, rflags) as i32));
+    a.alu_imm(Alu::And, false, Rm::Reg(RAX), STATUS);
+    a.push(RAX);
+    a.popfq();
+    for (guest, host) in mapped() {
+        a.load(host, slot(guest));
+    }
+    a.jmp_rm(Rm::Gs(word_offset(word::ENTER)));
+}
+
+fn exit(a: &mut Assembler, avx: bool) {
+    for (guest, host) in mapped() {
+        a.store(slot(guest), host);
+    }
+    a.pushfq();
+    a.pop(RAX);
+    let rflags = Rm::Gs(offset_of!(Cpu, rflags) as i32);
+    a.load(RCX, rflags);
+    a.alu_imm(Alu::And, true, Rm::Reg(RAX), STATUS);
+    a.alu_imm(Alu::And, true, Rm::Reg(RCX), !STATUS);
+    a.alu(Alu::Or, RCX, Rm::Reg(RAX));
+    a.store(rflags, RCX);
+    vectors(a, avx, true);
+    if avx {
+        a.vzeroupper();
+    }
+    a.mxcsr(3, Rm::Gs(offset_of!(Cpu, mxcsr) as i32));
+    a.mxcsr(2, Rm::Gs(offset_of!(Cpu, host_mxcsr) as i32));
+    a.load(RSP, Rm::Gs(offset_of!(Cpu, host_rsp) as i32));
+    a.alu_imm(Alu::Add, true, Rm::Reg(RSP), 8);
+    for r in CALLEE_SAVED.into_iter().rev() {
+        a.pop(r);
+    }
+    a.load32(RAX, Rm::Gs(word_offset(word::EXIT)));
+    a.ret();
+}
+
+/// Entered by a call from a probe that missed: RSI is the address plus the tag, RDI the entry's offset.
+fn fill(a: &mut Assembler, avx: bool, context: usize, write: bool, flags: bool, fault: usize) {
+    let caller_saved: Vec<_> = mapped().filter(|(_, host)| !CALLEE_SAVED.contains(host)).collect();
+    for &(guest, host) in &caller_saved {
+        a.store(slot(guest), host);
+    }
+    // Both ways the stack is 16-byte aligned for the call.
+    if flags {
+        a.pushfq();
+    } else {
+        a.push(RAX);
+    }
+    let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
+    let table = offset_of!(Cpu, tlb) + context * size_of::<[TlbEntry; TLB_ENTRIES]>() + tag;
+    a.alu(Alu::Sub, RSI, Rm::GsBase(RDI, table as i32));
+    vectors(a, avx, true);
+    if avx {
+        a.vzeroupper();
+    }
+    a.mov_imm(RDX, (context * 2 + usize::from(write)) as u64);
+    a.load(RDI, Rm::Gs(word_offset(word::CORE)));
+    a.mov_imm(RAX, tlb_miss as *const () as u64);
+    a.call_rm(Rm::Reg(RAX));
+    a.mov(RSI, RAX);
+    vectors(a, avx, false);
+    for &(guest, host) in &caller_saved {
+        a.load(host, slot(guest));
+    }
+    // A flag-free test of the result, RSI: 0 is "ready".
+    a.mov(RDI, RCX);
+    a.mov(RCX, RSI);
+    let ready = a.short(0xe3);
+    a.mov(RCX, RDI);
+    if flags {
+        a.popfq();
+    } else {
+        a.pop(RSI);
+    }
+    a.pop_rm(Rm::Gs(word_offset(word::FAULT)));
+    let hole = a.jmp();
+    a.bind_to(hole, fault);
+    a.bind_short(ready);
+    a.mov(RCX, RDI);
+    if flags {
+        a.popfq();
+    } else {
+        a.pop(RSI);
+    }
+    a.ret();
+}
+
+/// Guest registers that have a host register, with it.
+fn mapped() -> impl Iterator<Item = (usize, u8)> {
+    (0..16).filter_map(|guest| host_register(guest).map(|host| (guest, host)))
+}
+
+fn vectors(a: &mut Assembler, avx: bool, store: bool) {
+    for i in 0..16u8 {
+        let rm = Rm::Gs((offset_of!(Cpu, ymm) + usize::from(i) * size_of::<Ymm>()) as i32);
+        if avx {
+            a.vmovdqu(store, i, rm);
+        } else {
+            a.movdqu(store, i, rm);
+        }
+    }
+}
+
+/// Handles a TLB miss of translated code: 0 to look again, 1 to interpret the instruction.
+///
+/// # Safety
+/// Called only by `fill`, with the `Core` whose translated code is running on this thread.
+unsafe extern "sysv64" fn tlb_miss(core: *mut Core, gva: u64, how: u64) -> u64 {
+    // SAFETY: `Translator::run` put its own exclusive `Core` there and is waiting for translated code.
+    let core = unsafe { &mut *core };
+    let context = match how >> 1 {
+        0 => TlbContext::Kernel,
+        1 => TlbContext::KernelAc,
+        _ => TlbContext::User,
+    };
+    match core.fill(context, gva, how & 1 != 0) {
+        Fill::Ready => 0,
+        Fill::Interpret => 1,
+    }
+}

@@ -1,0 +1,46 @@
+//! Host signals raised by translated code, turned into exits.
+//!
+//! Guest instructions run as they are, so the CPU itself raises their #DE, #MF, #XM and alignment #GP,
+//! which arrive as SIGFPE and SIGSEGV. The handler only redirects the thread to the `fault` thunk; the
+//! interpreter then executes the instruction again and raises the guest's exception exactly.
+
+use crate::cpu::Cpu;
+use super::block::word;
+use std::cell::Cell;
+
+/// What the handler needs of the vCPU that this thread runs.
+#[derive(Clone, Copy)]
+pub struct Running {
+    pub code_start: u64,
+    pub code_end: u64,
+    pub fault: u64,
+    pub cpu: *mut Cpu,
+}
+
+thread_local! {
+    static RUNNING: Cell<Option<Running>> = const { Cell::new(None) };
+}
+
+/// Tells the handler which code is translated code on this thread.
+pub fn set_running(running: Option<Running>) {
+    RUNNING.set(running);
+}
+
+/// Handles a signal if it came from translated code. Async-signal-safe.
+///
+/// # Safety
+/// `context` must be the `ucontext_t` of a signal delivered to this thread.
+pub unsafe fn on_signal(context: *mut libc::c_void) -> bool {
+    let Some(running) = RUNNING.get() else { return false };
+    // SAFETY: by the contract, a ucontext_t that only this handler uses now.
+    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    let rip = registers[libc::REG_RIP as usize] as u64;
+    if rip < running.code_start || rip >= running.code_end {
+        return false;
+    }
+    // SAFETY: the block of the vCPU that runs on this thread; it is in translated code, so no Rust code
+    // holds a reference that is in use.
+    unsafe { (*running.cpu).translated[word::FAULT] = rip };
+    registers[libc::REG_RIP as usize] = running.fault as i64;
+    true
+}

@@ -1,0 +1,509 @@
+//! The binary translator: guest code to host code, kept and linked.
+//!
+//! A [`Translator`] belongs to one vCPU thread. Its blocks are found by physical address, linear address
+//! and context, so they survive changes of address space; the jump caches in the vCPU block are indexed by
+//! linear address and are emptied when the meaning of linear addresses changes. A direct jump within a page
+//! is patched to go straight to its target; everything else probes the jump cache.
+//!
+//! Code memory is never reclaimed piecemeal: when it is full, everything goes.
+
+mod access;
+mod assembler;
+mod block;
+mod classify;
+mod control;
+mod encoding;
+mod enter;
+pub mod fault;
+
+use crate::code_memory::CodeMemory;
+use crate::core::Core;
+use crate::cpu::{Cpu, JumpContext, Mode, TlbContext};
+use crate::interpret::{self, Step};
+use crate::system;
+use anyvisor_engine::{GuestIo, Result};
+use anyvisor_x86::bits::{cr0, cr4, rflags, xcr0};
+use anyvisor_x86::segment::index;
+use anyvisor_x86::{Cpuid, Exception};
+use block::{Context, ExitKind, Source, Thunk, word};
+use classify::Features;
+use enter::{EXIT_FAULT, Thunks};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::Ordering;
+
+/// Bytes of code memory per vCPU.
+const CODE_SIZE: usize = 32 << 20;
+/// Left free so that the largest block fits.
+const CODE_RESERVE: usize = 64 << 10;
+/// Code is tracked for writes in granules of this many bytes, 64 to a page.
+const GRANULE: u64 = 64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    gpa: u64,
+    rip: u64,
+    context: Context,
+}
+
+struct Block {
+    key: Key,
+    /// Offset of the host code, and its length.
+    start: u32,
+    length: u32,
+    map: Box<[(u32, u16)]>,
+    exits: std::ops::Range<u32>,
+    /// Exits of blocks that are linked to this one.
+    incoming: Vec<u32>,
+    alive: bool,
+}
+
+struct Exit {
+    kind: ExitKind,
+    /// Offsets in code memory.
+    site: u32,
+    stub: u32,
+    block: u32,
+    linked: Option<u32>,
+}
+
+/// The translated code of one guest-physical page.
+#[derive(Default)]
+struct CodePage {
+    blocks: Vec<u32>,
+    /// Granules that blocks were made from.
+    granules: u64,
+}
+
+/// Multiplicative hashing: keys are addresses, and nobody attacks their own translation cache.
+#[derive(Default)]
+struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(u64::from(b));
+        }
+    }
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(u64::from(value));
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+    fn write_isize(&mut self, value: isize) {
+        self.write_u64(value as u64);
+    }
+}
+
+type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+
+/// Counts of what the translator did; see [`Translator::statistics`].
+#[derive(Default)]
+struct Statistics {
+    blocks: u64,
+    exits: u64,
+    links: u64,
+    interpreted: HashMap<iced_x86::Mnemonic, u64>,
+    faults: u64,
+    invalidated: u64,
+    flushes: u64,
+}
+
+pub struct Translator {
+    code: CodeMemory,
+    used: usize,
+    thunks: Thunks,
+    thunk_bytes: usize,
+    features: Features,
+    blocks: Vec<Block>,
+    exits: Vec<Exit>,
+    index: AddressMap<Key, u32>,
+    pages: AddressMap<u64, CodePage>,
+    /// Counts the times everything was dropped.
+    generation: u64,
+    statistics: Statistics,
+    /// Count interpreted instructions by mnemonic.
+    count: bool,
+}
+
+impl Translator {
+    /// A translator for a vCPU that shows `cpuid`.
+    ///
+    /// # Errors
+    /// When the host refuses memory for code.
+    pub fn new(cpuid: &Cpuid) -> Result<Translator> {
+        let mut code = CodeMemory::new(CODE_SIZE)?;
+        let (bytes, thunks) = enter::generate();
+        code.write(0, &bytes);
+        let thunk_bytes = bytes.len().next_multiple_of(64);
+        Ok(Translator {
+            code,
+            used: thunk_bytes,
+            thunks,
+            thunk_bytes,
+            features: Features::new(cpuid),
+            blocks: Vec::new(),
+            exits: Vec::new(),
+            index: AddressMap::default(),
+            pages: AddressMap::default(),
+            generation: 0,
+            statistics: Statistics::default(),
+            count: tracing::enabled!(tracing::Level::DEBUG),
+        })
+    }
+
+    /// Tells the signal handler about this translator for as long as this thread runs it. GS must already
+    /// point at the vCPU block.
+    pub fn attach(&self, core: &mut Core) {
+        let code_start = self.code.address(0);
+        fault::set_running(Some(fault::Running {
+            code_start,
+            code_end: code_start + self.code.length() as u64,
+            fault: self.code.address(self.thunks.fault),
+            cpu: std::ptr::from_mut::<Cpu>(&mut core.cpu),
+        }));
+    }
+
+    /// Undoes [`Self::attach`].
+    pub fn detach(&self) {
+        fault::set_running(None);
+    }
+
+    /// Executes guest code until something is pending, the vCPU halts, or it shuts down.
+    pub fn run(&mut self, core: &mut Core, io: &dyn GuestIo) -> Step {
+        while core.cpu.pending.load(Ordering::Relaxed) == 0 && !core.cpu.halted && !core.cpu.wait_for_sipi {
+            if let Step::Shutdown = self.advance(core, io) {
+                return Step::Shutdown;
+            }
+        }
+        Step::Done
+    }
+
+    /// Runs translated code once, or interprets one instruction.
+    fn advance(&mut self, core: &mut Core, io: &dyn GuestIo) -> Step {
+        let Some(context) = translatable(core) else {
+            return self.interpret(core, io);
+        };
+        let block = match self.find(core, context) {
+            Ok(Some(block)) => block,
+            Ok(None) => return self.interpret(core, io),
+            Err(exception) => return system::deliver_exception(core, io, exception),
+        };
+        let mut next = block;
+        loop {
+            let exit = self.enter(core, next);
+            self.statistics.exits += 1;
+            if exit == EXIT_FAULT {
+                core.cpu.rip = self.guest_position(core.cpu.translated[word::FAULT]);
+                self.statistics.faults += 1;
+                return self.interpret(core, io);
+            }
+            match self.exits[exit as usize].kind {
+                ExitKind::Interpret { rip } => {
+                    core.cpu.rip = rip;
+                    return self.interpret(core, io);
+                }
+                ExitKind::Poll { rip } => {
+                    core.cpu.rip = rip;
+                    return Step::Done;
+                }
+                ExitKind::Far { target } => core.cpu.rip = target,
+                ExitKind::Indirect => {
+                    core.cpu.rip = core.cpu.translated[word::TARGET];
+                    if context.bits() == 32 {
+                        core.cpu.rip &= 0xffff_ffff;
+                    }
+                }
+                ExitKind::Direct { target } => core.cpu.rip = target,
+            }
+            if core.cpu.pending.load(Ordering::Relaxed) != 0 {
+                return Step::Done;
+            }
+            let generation = self.generation;
+            match self.find(core, context) {
+                Ok(Some(found)) => {
+                    if self.generation == generation {
+                        self.link(exit, found);
+                    }
+                    next = found;
+                }
+                Ok(None) => return self.interpret(core, io),
+                Err(exception) => return system::deliver_exception(core, io, exception),
+            }
+        }
+    }
+
+    /// Interprets one instruction and acts on what it did to translated code.
+    pub fn interpret(&mut self, core: &mut Core, io: &dyn GuestIo) -> Step {
+        if self.count {
+            self.note_interpreted(core);
+        }
+        let step = interpret::step(core, io);
+        if !core.code_writes.is_empty() {
+            for (gpa, length) in std::mem::take(&mut core.code_writes) {
+                self.code_written(core, gpa, u64::from(length));
+            }
+        }
+        step
+    }
+
+    fn note_interpreted(&mut self, core: &mut Core) {
+        let mut bytes = [0; 15];
+        let rip = core.cpu.rip.wrapping_add(if core.cpu.is_long_mode() { 0 } else { core.cpu.seg[index::CS].base });
+        if let Ok(n) = core.fetch(rip, &mut bytes) {
+            let bits = core.cpu.mode().bits();
+            let mnemonic = iced_x86::Decoder::new(bits, &bytes[..n], 0).decode().mnemonic();
+            *self.statistics.interpreted.entry(mnemonic).or_default() += 1;
+        }
+    }
+
+    /// Runs from the start of `block`; returns the number of the exit taken.
+    fn enter(&mut self, core: &mut Core, block: u32) -> u32 {
+        core.cpu.translated[word::ENTER] = self.code.address(self.blocks[block as usize].start as usize);
+        core.cpu.rflags &= !rflags::RF;
+        core.cpu.translated[word::CORE] = std::ptr::from_mut(core) as u64;
+        // SAFETY: the thunk is a sysv64 function without arguments. GS points at this core's vCPU block
+        // (`attach`), whose words say where to go; translated code reaches only the block, guest RAM by
+        // checked addresses, and `tlb_miss`, which uses `core` while nothing else here does.
+        unsafe {
+            let enter: extern "sysv64" fn() -> u32 =
+                std::mem::transmute(self.code.address(self.thunks.enter) as *const ());
+            enter()
+        }
+    }
+
+    /// The block for the current RIP, made if need be. `None` if the code there is not in RAM.
+    fn find(&mut self, core: &mut Core, context: Context) -> std::result::Result<Option<u32>, Exception> {
+        let rip = core.cpu.rip;
+        let (gpa, host) = core.fetch_page(rip)?;
+        let Some(host) = host else { return Ok(None) };
+        let key = Key { gpa, rip, context };
+        let block = match self.index.get(&key) {
+            Some(&block) => block,
+            None => {
+                let mut page = [0; 4096];
+                let page_start = host.wrapping_sub((gpa & 0xfff) as usize);
+                core.protect_code_page(gpa);
+                // SAFETY: fetch_page returned the host address of a byte in a page of RAM.
+                unsafe { crate::ram::copy_from_guest(page_start, &mut page) };
+                self.translate(core, key, &page)
+            }
+        };
+        let address = self.code.address(self.blocks[block as usize].start as usize);
+        core.add_jump(context.jumps, rip, address);
+        Ok(Some(block))
+    }
+
+    fn translate(&mut self, core: &mut Core, key: Key, page: &[u8; 4096]) -> u32 {
+        if self.used + CODE_RESERVE > self.code.length() {
+            self.flush(core);
+            core.protect_code_page(key.gpa);
+        }
+        let first_exit = self.exits.len() as u32;
+        let mut translation = block::translate(&Source {
+            bytes: &page[(key.gpa & 0xfff) as usize..],
+            page,
+            rip: key.rip,
+            context: key.context,
+            features: &self.features,
+            first_exit,
+        });
+        let start = self.used;
+        let id = self.blocks.len() as u32;
+        for &(at, thunk) in &translation.thunk_calls {
+            let target = match thunk {
+                Thunk::Exit => self.thunks.exit,
+                Thunk::Fill { context, write, flags } => {
+                    self.thunks.fill[context as usize][usize::from(write)][usize::from(flags)]
+                }
+            };
+            let displacement = (target as i64 - (start as i64 + i64::from(at) + 4)) as i32;
+            translation.code[at as usize..at as usize + 4].copy_from_slice(&displacement.to_le_bytes());
+        }
+        self.code.write(start, &translation.code);
+        self.used = (start + translation.code.len()).next_multiple_of(16);
+        let base = start as u32;
+        for exit in &translation.exits {
+            self.exits.push(Exit {
+                kind: exit.kind,
+                site: base + exit.site,
+                stub: base + exit.stub,
+                block: id,
+                linked: None,
+            });
+        }
+        let code_page = self.pages.entry(key.gpa >> 12).or_default();
+        code_page.blocks.push(id);
+        code_page.granules |= granules(key.gpa & 0xfff, u64::from(translation.length));
+        for &(offset, length) in &translation.peeked {
+            code_page.granules |= granules(u64::from(offset), u64::from(length));
+        }
+        self.blocks.push(Block {
+            key,
+            start: base,
+            length: translation.code.len() as u32,
+            map: translation.map.into_boxed_slice(),
+            exits: first_exit..self.exits.len() as u32,
+            incoming: Vec::new(),
+            alive: true,
+        });
+        self.index.insert(key, id);
+        self.statistics.blocks += 1;
+        for exit in first_exit..self.exits.len() as u32 {
+            if let ExitKind::Direct { target } = self.exits[exit as usize].kind {
+                let target_key = Key { gpa: (key.gpa & !0xfff) | (target & 0xfff), rip: target, context: key.context };
+                if let Some(&found) = self.index.get(&target_key) {
+                    self.link(exit, found);
+                }
+            }
+        }
+        id
+    }
+
+    /// Makes the jump of `exit` go straight to `to`, if it is one that may.
+    fn link(&mut self, exit: u32, to: u32) {
+        let record = &self.exits[exit as usize];
+        let ExitKind::Direct { .. } = record.kind else { return };
+        let from = &self.blocks[record.block as usize];
+        let target = &self.blocks[to as usize];
+        if !from.alive || !target.alive || from.key.gpa >> 12 != target.key.gpa >> 12 || record.linked.is_some() {
+            return;
+        }
+        self.patch(record.site, target.start);
+        self.exits[exit as usize].linked = Some(to);
+        self.blocks[to as usize].incoming.push(exit);
+        self.statistics.links += 1;
+    }
+
+    fn patch(&mut self, site: u32, target: u32) {
+        let displacement = (i64::from(target) - (i64::from(site) + 4)) as i32;
+        self.code.write(site as usize, &displacement.to_le_bytes());
+    }
+
+    /// The guest address of the instruction that host address `at` belongs to.
+    fn guest_position(&self, at: u64) -> u64 {
+        let offset = self.code.offset_of(at).expect("a fault in translated code") as u32;
+        let i = self.blocks.partition_point(|b| b.start <= offset);
+        let block = &self.blocks[i.checked_sub(1).expect("a fault in a block, not in a thunk")];
+        assert!(offset <= block.start + block.length, "a fault between blocks");
+        let j = block.map.partition_point(|&(host, _)| host <= offset - block.start);
+        block.key.rip + u64::from(block.map[j - 1].1)
+    }
+
+    /// The guest (or a device) wrote to a page with translated code.
+    pub fn code_written(&mut self, core: &mut Core, gpa: u64, length: u64) {
+        let first = gpa >> 12;
+        let last = (gpa + length - 1) >> 12;
+        for page in first..=last {
+            let start = gpa.max(page << 12) & 0xfff;
+            let end = (gpa + length).min((page + 1) << 12) - (page << 12);
+            let Some(code_page) = self.pages.get(&page) else { continue };
+            if code_page.granules & granules(start, end - start) != 0 {
+                self.drop_page(core, page);
+            }
+        }
+    }
+
+    fn drop_page(&mut self, core: &mut Core, page: u64) {
+        let Some(code_page) = self.pages.remove(&page) else { return };
+        for id in code_page.blocks {
+            self.kill(core, id);
+        }
+        core.unprotect_code_page(page << 12);
+    }
+
+    fn kill(&mut self, core: &mut Core, id: u32) {
+        self.statistics.invalidated += 1;
+        let block = &mut self.blocks[id as usize];
+        block.alive = false;
+        let (key, start, exits) = (block.key, block.start, block.exits.clone());
+        let incoming = std::mem::take(&mut block.incoming);
+        for exit in incoming {
+            let record = &mut self.exits[exit as usize];
+            record.linked = None;
+            let (site, stub) = (record.site, record.stub);
+            self.patch(site, stub);
+        }
+        for exit in exits {
+            if let Some(target) = self.exits[exit as usize].linked.take() {
+                self.blocks[target as usize].incoming.retain(|&e| e != exit);
+            }
+        }
+        self.index.remove(&key);
+        core.remove_jump(key.context.jumps, key.rip, self.code.address(start as usize));
+    }
+
+    /// Drops every translation.
+    pub fn flush(&mut self, core: &mut Core) {
+        self.blocks.clear();
+        self.exits.clear();
+        self.index.clear();
+        for page in std::mem::take(&mut self.pages).into_keys() {
+            core.unprotect_code_page(page << 12);
+        }
+        core.flush_jumps();
+        self.used = self.thunk_bytes;
+        self.generation += 1;
+        self.statistics.flushes += 1;
+    }
+
+    /// One line for a developer.
+    pub fn statistics(&self) -> String {
+        let s = &self.statistics;
+        let mut interpreted: Vec<_> = s.interpreted.iter().collect();
+        interpreted.sort_by(|a, b| b.1.cmp(a.1));
+        let top: Vec<_> = interpreted.iter().take(40).map(|(m, n)| format!("{m:?} {n}")).collect();
+        format!(
+            "{} blocks ({} invalidated, {} flushes), {} KiB of code, {} exits, {} links, {} faults; interpreted: {}",
+            s.blocks,
+            s.invalidated,
+            s.flushes,
+            self.used >> 10,
+            s.exits,
+            s.links,
+            s.faults,
+            top.join(", ")
+        )
+    }
+}
+
+impl Drop for Translator {
+    fn drop(&mut self) {
+        tracing::debug!("translator: {}", self.statistics());
+    }
+}
+
+/// The granules that `length` bytes at `offset` in a page touch.
+fn granules(offset: u64, length: u64) -> u64 {
+    let first = offset / GRANULE;
+    let last = ((offset + length.max(1) - 1) / GRANULE).min(63);
+    (u64::MAX >> (63 - last)) & (u64::MAX << first)
+}
+
+/// The context to translate for, or `None` where only the interpreter will do.
+fn translatable(core: &Core) -> Option<Context> {
+    let cpu = &*core.cpu;
+    let blocked = rflags::TF | rflags::DF | rflags::VM;
+    if cpu.rflags & blocked != 0 || cpu.interrupt_shadow != 0 || cpu.dr[7] & 0xff != 0 {
+        return None;
+    }
+    if cpu.cpl == 3 && cpu.rflags & rflags::AC != 0 && cpu.cr0 & cr0::AM != 0 {
+        return None;
+    }
+    let tlb = cpu.data_context();
+    let jumps = match (cpu.mode(), cpu.cpl) {
+        (Mode::Long64, 3) => JumpContext::User,
+        (Mode::Long64, 0) if tlb == TlbContext::KernelAc => JumpContext::KernelAc,
+        (Mode::Long64, 0) => JumpContext::Kernel,
+        _ => return None,
+    };
+    let fpu = cpu.cr0 & (cr0::TS | cr0::EM) == 0 && cpu.cr4 & cr4::OSFXSR != 0;
+    let avx_states = xcr0::SSE | xcr0::AVX;
+    let avx = fpu && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & avx_states == avx_states;
+    let tsc = cpu.tsc_offset == 0 && (cpu.cpl == 0 || cpu.cr4 & cr4::TSD == 0);
+    Some(Context { jumps, tlb: tlb as u8, fpu, avx, tsc })
+}
