@@ -147,11 +147,13 @@ mod tests {
         Arc::new(Probe { tag, log: Mutex::default() })
     }
 
+    /// Device width, address (the range is 0x100..0x110), size, and the pieces the device sees.
+    type Case = (Width, u64, usize, &'static [(u64, usize)]);
+
     #[test]
     fn accesses_are_split_as_the_device_needs() {
         use Width::{Byte, Dword, Qword, Word};
-        // Device width, address (the range is 0x100..0x110), size, and the pieces it sees.
-        let cases: [(Width, u64, usize, &[(u64, usize)]); 11] = [
+        let cases: [Case; 11] = [
             (Byte, 0x100, 1, &[(0, 1)]),
             (Byte, 0x104, 4, &[(4, 1), (5, 1), (6, 1), (7, 1)]),
             (Word, 0x102, 4, &[(2, 2), (4, 2)]),

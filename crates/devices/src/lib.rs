@@ -14,6 +14,7 @@
 //! | [`pit::Pit`] | `read(port, now)`, `write(port, byte, now)` | `poll` -> IRQ 0 edge and level; `next_event` |
 //! | [`ioapic::IoApic`] | `read(offset)`, `write(offset, dword) -> Vec<Msi>`, `set_irq -> Option<Msi>`, `eoi -> Vec<Msi>` | the messages |
 //! | [`acpi_pm::AcpiPm`] | `read(offset, data, now)`, `write(offset, data, now) -> Option<PowerEvent>` | `sci()` level; `poll`, `next_event` |
+//! | [`pci::PciRoot`] | `port_read`/`port_write`, `ecam_*`, `window_*`; shared, locks itself | `PowerEvent` from port 0xcf9 |
 //! | [`power`] | the debug-exit port and the reset control register | `PowerEvent` |
 //!
 //! Interrupt levels (`interrupt()`, `interrupts()`, `sci()`) are looked at by the machine after each access
@@ -25,6 +26,7 @@ pub mod acpi_pm;
 pub mod bus;
 pub mod i8042;
 pub mod ioapic;
+pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod power;

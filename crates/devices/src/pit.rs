@@ -345,7 +345,7 @@ impl Pit {
             PORT_B => {
                 self.channels[2].advance(tick);
                 // Bit 4 toggles with every DRAM refresh request, every 15.085 µs.
-                let refresh = (now_ns / 15_085 & 1) as u8;
+                let refresh = (now_ns / 15_085) as u8 & 1;
                 self.port_b | refresh << 4 | u8::from(self.channels[2].out(tick)) << 5
             }
             _ => 0xff,

@@ -312,7 +312,7 @@ impl Rtc {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.cmos[REG_B] & b::DM != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.cmos[REG_B] & b::DM != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {

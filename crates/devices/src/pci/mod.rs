@@ -1,0 +1,428 @@
+//! PCI: configuration access, the root bus, and the windows behind base address registers.
+//!
+//! **Problem.** A guest finds and configures functions in two ways (configuration mechanism #1 at ports
+//! 0xcf8–0xcff, and the memory-mapped ECAM), and may move their windows at any time.
+//!
+//! **Idea.** [`PciRoot`] is bus 0 and nothing else. Functions implement [`PciFunction`], mostly by holding
+//! a [`config::ConfigSpace`]. The machine gives the root whole address ranges once (the ports, the ECAM, the
+//! PCI memory and I/O apertures); the root finds the function by what its BARs say at the moment.
+//!
+//! **Invariants.** `windows` always holds what the functions decode: configuration writes that may change
+//! it happen under its write lock. Lock order: `windows`, then a function's own; functions never call back.
+
+pub mod config;
+
+use crate::power::{PowerEvent, RESET_CONTROL_PORT, ResetControl};
+use config::{ConfigSpace, Identity};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// First of the eight ports of configuration mechanism #1 (address at +0, data at +4).
+pub const CONFIG_PORT: u16 = 0xcf8;
+/// Ports of configuration mechanism #1.
+pub const CONFIG_PORTS: u16 = 8;
+/// Bytes of ECAM for the one bus there is.
+pub const ECAM_LENGTH: u64 = 1 << 20;
+
+/// Where a function is on bus 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Slot {
+    /// 0–31.
+    pub device: u8,
+    /// 0–7.
+    pub function: u8,
+}
+
+/// Which address space a window is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Space {
+    Io,
+    Memory,
+}
+
+/// A range that a function answers, because a BAR says so and decoding is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    pub space: Space,
+    pub base: u64,
+    pub length: u64,
+    pub bar: u8,
+}
+
+/// One PCI function. Called on any vCPU's thread; it locks itself.
+pub trait PciFunction: Send + Sync {
+    /// Reads 1, 2 or 4 bytes of configuration space, within one dword.
+    fn config_read(&self, offset: u16, data: &mut [u8]);
+    /// Writes 1, 2 or 4 bytes of configuration space, within one dword.
+    fn config_write(&self, offset: u16, data: &[u8]);
+    /// What the function decodes now.
+    fn windows(&self) -> Vec<Window>;
+    /// Reads 1 to 8 bytes at `offset` into BAR `bar`.
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]);
+    /// Writes 1 to 8 bytes at `offset` into BAR `bar`.
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]);
+}
+
+/// A slot that was refused: out of range, or taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("PCI slot 00:{:02x}.{} does not exist or is taken", .0.device, .0.function)]
+pub struct BadSlot(pub Slot);
+
+#[derive(Default)]
+struct Ports {
+    address: u32,
+    reset: ResetControl,
+}
+
+/// The root bus.
+#[derive(Default)]
+pub struct PciRoot {
+    functions: BTreeMap<Slot, Arc<dyn PciFunction>>,
+    ports: Mutex<Ports>,
+    windows: RwLock<Vec<(Window, Slot)>>,
+}
+
+impl PciRoot {
+    /// A bus with the host bridge at 00:00.0.
+    pub fn new() -> PciRoot {
+        let mut root = PciRoot::default();
+        root.functions.insert(Slot { device: 0, function: 0 }, Arc::new(HostBridge::new()));
+        root
+    }
+
+    /// Plugs in a function, before the machine starts.
+    pub fn add(&mut self, slot: Slot, function: Arc<dyn PciFunction>) -> Result<(), BadSlot> {
+        if slot.device > 31 || slot.function > 7 || self.functions.contains_key(&slot) {
+            return Err(BadSlot(slot));
+        }
+        let windows = function.windows().into_iter().map(|window| (window, slot));
+        self.windows.get_mut().unwrap_or_else(PoisonError::into_inner).extend(windows);
+        self.functions.insert(slot, function);
+        Ok(())
+    }
+
+    /// Reads 1, 2 or 4 aligned bytes at `offset` (0–7) from [`CONFIG_PORT`].
+    pub fn port_read(&self, offset: u16, data: &mut [u8]) {
+        let ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        match (offset, data.len()) {
+            // The address register is one dword, and answers as nothing less (PCI 3.0, 3.2.2.3.2).
+            (0, 4) => data.copy_from_slice(&ports.address.to_le_bytes()),
+            (0..4, _) => {
+                data.fill(0xff);
+                if CONFIG_PORT + offset == RESET_CONTROL_PORT {
+                    data[0] = ports.reset.read();
+                }
+            }
+            _ => {
+                let address = ports.address;
+                drop(ports);
+                match mechanism1(address, offset) {
+                    Some((slot, register)) => self.config_read(slot, register, data),
+                    None => data.fill(0xff),
+                }
+            }
+        }
+    }
+
+    /// Writes 1, 2 or 4 aligned bytes at `offset` (0–7) from [`CONFIG_PORT`]. Among these ports is the reset
+    /// control register, whose request this returns.
+    pub fn port_write(&self, offset: u16, data: &[u8]) -> Option<PowerEvent> {
+        let mut ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        match (offset, data) {
+            (0, &[b0, b1, b2, b3]) => ports.address = u32::from_le_bytes([b0, b1, b2, b3]) & 0x80ff_fffc,
+            (0..4, &[value, ..]) if CONFIG_PORT + offset == RESET_CONTROL_PORT => return ports.reset.write(value),
+            (0..4, _) => {}
+            _ => {
+                let address = ports.address;
+                drop(ports);
+                if let Some((slot, register)) = mechanism1(address, offset) {
+                    self.config_write(slot, register, data);
+                }
+            }
+        }
+        None
+    }
+
+    /// Reads 1, 2 or 4 aligned bytes at `offset` into the ECAM (PCI Express 7.2.2).
+    pub fn ecam_read(&self, offset: u64, data: &mut [u8]) {
+        match ecam(offset) {
+            Some((slot, register)) => self.config_read(slot, register, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// Writes 1, 2 or 4 aligned bytes at `offset` into the ECAM.
+    pub fn ecam_write(&self, offset: u64, data: &[u8]) {
+        if let Some((slot, register)) = ecam(offset) {
+            self.config_write(slot, register, data);
+        }
+    }
+
+    /// Reads from the PCI memory or I/O aperture at the bus address `address`; all ones if nobody answers.
+    pub fn window_read(&self, space: Space, address: u64, data: &mut [u8]) {
+        match self.find(space, address, data.len()) {
+            Some((function, bar, offset)) => function.bar_read(bar, offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// Writes to the PCI memory or I/O aperture.
+    pub fn window_write(&self, space: Space, address: u64, data: &[u8]) {
+        if let Some((function, bar, offset)) = self.find(space, address, data.len()) {
+            function.bar_write(bar, offset, data);
+        }
+    }
+
+    fn config_read(&self, slot: Slot, register: u16, data: &mut [u8]) {
+        match self.functions.get(&slot) {
+            Some(function) => function.config_read(register, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn config_write(&self, slot: Slot, register: u16, data: &[u8]) {
+        let Some(function) = self.functions.get(&slot) else { return };
+        if !config::may_move_windows(register) {
+            return function.config_write(register, data);
+        }
+        let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
+        function.config_write(register, data);
+        windows.retain(|(_, owner)| *owner != slot);
+        windows.extend(function.windows().into_iter().map(|window| (window, slot)));
+    }
+
+    /// The function, BAR and offset of an access that lies whole in a window.
+    fn find(&self, space: Space, address: u64, length: usize) -> Option<(&dyn PciFunction, u8, u64)> {
+        let windows = self.windows.read().unwrap_or_else(PoisonError::into_inner);
+        let (window, slot) = windows.iter().find(|(window, _)| {
+            let offset = address.wrapping_sub(window.base);
+            window.space == space && offset < window.length && window.length - offset >= length as u64
+        })?;
+        Some((self.functions[slot].as_ref(), window.bar, address - window.base))
+    }
+}
+
+/// Slot and register of an access to the data port; `None` if the address register is off or names
+/// another bus.
+fn mechanism1(address: u32, offset: u16) -> Option<(Slot, u16)> {
+    let slot = Slot { device: (address >> 11 & 31) as u8, function: (address >> 8 & 7) as u8 };
+    let register = (address & 0xfc) as u16 | offset & 3;
+    (address >> 16 == 0x8000).then_some((slot, register))
+}
+
+fn ecam(offset: u64) -> Option<(Slot, u16)> {
+    let slot = Slot { device: (offset >> 15 & 31) as u8, function: (offset >> 12 & 7) as u8 };
+    (offset < ECAM_LENGTH).then_some((slot, (offset & 0xfff) as u16))
+}
+
+/// The host bridge: a function that exists, so that guests believe in the bus, and does nothing.
+struct HostBridge {
+    config: Mutex<ConfigSpace>,
+}
+
+impl HostBridge {
+    fn new() -> HostBridge {
+        // The generic PCI Express host bridge, for which no guest has quirks.
+        let identity = Identity {
+            vendor: 0x1b36,
+            device: 0x0008,
+            class: 0x06_0000,
+            revision: 0,
+            subsystem_vendor: 0x1af4,
+            subsystem: 0x1100,
+        };
+        HostBridge { config: Mutex::new(ConfigSpace::new(identity)) }
+    }
+}
+
+impl PciFunction for HostBridge {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+    }
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+    }
+    fn windows(&self) -> Vec<Window> {
+        Vec::new()
+    }
+    fn bar_read(&self, _bar: u8, _offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn bar_write(&self, _bar: u8, _offset: u64, _data: &[u8]) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::config::BarKind;
+    use super::*;
+
+    /// A function with one 4 KiB memory BAR over RAM of its own.
+    struct Card {
+        config: Mutex<ConfigSpace>,
+        memory: Mutex<Vec<u8>>,
+    }
+
+    impl Card {
+        fn new() -> Arc<Card> {
+            let mut config = ConfigSpace::new(Identity {
+                vendor: 0x1234,
+                device: 0x5678,
+                class: 0x01_0802,
+                revision: 1,
+                subsystem_vendor: 0,
+                subsystem: 0,
+            });
+            config.add_bar(0, BarKind::Memory32, 0x1000);
+            config.add_bar(1, BarKind::Io, 0x20);
+            Arc::new(Card { config: Mutex::new(config), memory: Mutex::new(vec![0; 0x1000]) })
+        }
+    }
+
+    impl PciFunction for Card {
+        fn config_read(&self, offset: u16, data: &mut [u8]) {
+            self.config.lock().unwrap().read(offset, data);
+        }
+        fn config_write(&self, offset: u16, data: &[u8]) {
+            self.config.lock().unwrap().write(offset, data);
+        }
+        fn windows(&self) -> Vec<Window> {
+            self.config.lock().unwrap().windows()
+        }
+        fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+            if bar == 1 {
+                return data.fill(offset as u8);
+            }
+            data.copy_from_slice(&self.memory.lock().unwrap()[offset as usize..][..data.len()]);
+        }
+        fn bar_write(&self, _bar: u8, offset: u64, data: &[u8]) {
+            self.memory.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
+        }
+    }
+
+    const CARD: Slot = Slot { device: 3, function: 0 };
+
+    fn root() -> PciRoot {
+        let mut root = PciRoot::new();
+        root.add(CARD, Card::new()).unwrap();
+        root
+    }
+
+    fn address(slot: Slot, register: u32) -> u32 {
+        0x8000_0000 | u32::from(slot.device) << 11 | u32::from(slot.function) << 8 | register
+    }
+
+    fn get(root: &PciRoot, slot: Slot, register: u32) -> u32 {
+        assert_eq!(root.port_write(0, &address(slot, register).to_le_bytes()), None);
+        let mut data = [0; 4];
+        root.port_read(4, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn put(root: &PciRoot, slot: Slot, register: u32, value: u32) {
+        assert_eq!(root.port_write(0, &address(slot, register).to_le_bytes()), None);
+        assert_eq!(root.port_write(4, &value.to_le_bytes()), None);
+    }
+
+    #[test]
+    fn linux_finds_mechanism_1() {
+        // arch/x86/pci/direct.c pci_check_type1 and pci_sanity_check.
+        let root = PciRoot::new();
+        assert_eq!(root.port_write(3, &[1]), None);
+        assert_eq!(root.port_write(0, &0x8000_0000u32.to_le_bytes()), None);
+        let mut data = [0; 4];
+        root.port_read(0, &mut data);
+        assert_eq!(u32::from_le_bytes(data), 0x8000_0000);
+        let bridge = Slot { device: 0, function: 0 };
+        assert_eq!(get(&root, bridge, 0), 0x0008_1b36);
+        assert_eq!(get(&root, bridge, 8) >> 16, 0x0600);
+        assert_eq!(get(&root, bridge, 0x0c), 0, "a type 0 header");
+    }
+
+    #[test]
+    fn an_empty_bus_reads_all_ones() {
+        let root = PciRoot::new();
+        for device in 1..32 {
+            assert_eq!(get(&root, Slot { device, function: 0 }, 0), !0);
+        }
+        // Another bus, and the enable bit off.
+        for address in [0x8001_0000u32, 0x0000_0000] {
+            assert_eq!(root.port_write(0, &address.to_le_bytes()), None);
+            let mut data = [0; 4];
+            root.port_read(4, &mut data);
+            assert_eq!(data, [0xff; 4]);
+        }
+    }
+
+    #[test]
+    fn ecam_and_ports_see_the_same() {
+        let root = root();
+        let base = u64::from(CARD.device) << 15;
+        for register in (0..0x40).step_by(4) {
+            let mut data = [0; 4];
+            root.ecam_read(base + register, &mut data);
+            assert_eq!(u32::from_le_bytes(data), get(&root, CARD, register as u32));
+        }
+        let mut data = [0; 2];
+        root.ecam_read(base + 2, &mut data);
+        assert_eq!(u16::from_le_bytes(data), 0x5678);
+        assert_eq!(root.port_write(0, &address(CARD, 0).to_le_bytes()), None);
+        root.port_read(6, &mut data);
+        assert_eq!(u16::from_le_bytes(data), 0x5678);
+        root.ecam_write(base + 0x3c, &[11]);
+        assert_eq!(get(&root, CARD, 0x3c) & 0xff, 11);
+        for offset in [base + 0x100, 1 << 15, ECAM_LENGTH] {
+            root.ecam_read(offset, &mut data);
+            assert_eq!(data, [0xff; 2], "at {offset:#x}");
+        }
+    }
+
+    #[test]
+    fn windows_follow_bars_and_the_command_register() {
+        let root = root();
+        put(&root, CARD, 0x10, 0xe000_0000);
+        put(&root, CARD, 0x14, 0xc000);
+        let probe = |space, address| {
+            let mut data = [0; 1];
+            root.window_read(space, address, &mut data);
+            data[0]
+        };
+        assert_eq!(probe(Space::Memory, 0xe000_0010), 0xff, "decoding is off");
+        put(&root, CARD, 0x04, 0x2);
+        root.window_write(Space::Memory, 0xe000_0010, &[0x42]);
+        assert_eq!(probe(Space::Memory, 0xe000_0010), 0x42);
+        assert_eq!(probe(Space::Io, 0xc005), 0xff);
+        put(&root, CARD, 0x04, 0x3);
+        assert_eq!(probe(Space::Io, 0xc005), 0x05);
+        assert_eq!(probe(Space::Io, 0xc020), 0xff);
+        put(&root, CARD, 0x10, 0xe123_4000);
+        assert_eq!(probe(Space::Memory, 0xe000_0010), 0xff);
+        assert_eq!(probe(Space::Memory, 0xe123_4010), 0x42);
+        let mut data = [0; 4];
+        root.window_read(Space::Memory, 0xe123_4ffe, &mut data);
+        assert_eq!(data, [0xff; 4], "across the end");
+    }
+
+    #[test]
+    fn the_reset_control_register_is_among_the_ports() {
+        let root = PciRoot::new();
+        assert_eq!(root.port_write(0, &address(CARD, 0x40).to_le_bytes()), None);
+        assert_eq!(root.port_write(1, &[0x02]), None);
+        let mut data = [0];
+        root.port_read(1, &mut data);
+        assert_eq!(data, [2]);
+        assert_eq!(root.port_write(1, &[0x06]), Some(PowerEvent::Reset));
+        let mut data = [0; 4];
+        root.port_read(0, &mut data);
+        assert_eq!(u32::from_le_bytes(data), address(CARD, 0x40), "not part of the address");
+    }
+
+    #[test]
+    fn slots_are_checked() {
+        let mut root = root();
+        for slot in
+            [CARD, Slot { device: 0, function: 0 }, Slot { device: 32, function: 0 }, Slot { device: 1, function: 8 }]
+        {
+            assert_eq!(root.add(slot, Card::new()), Err(BadSlot(slot)));
+        }
+    }
+}
