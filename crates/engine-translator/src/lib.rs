@@ -4,6 +4,7 @@ pub mod core;
 pub mod cpu;
 pub mod interpret;
 pub mod mmu;
+pub mod native;
 pub mod ram;
 pub mod system;
 pub mod translate;

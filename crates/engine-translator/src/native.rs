@@ -1,0 +1,315 @@
+//! x87, MMX, SSE and AVX instructions, executed by the host CPU.
+//!
+//! The guest's instruction set is the host's, so these need no semantics of ours: [`execute`] runs *the
+//! same instruction* in a small stub of generated code, with its registers loaded from the vCPU block and
+//! its memory operand redirected to the bounce buffer, which is filled before and written back after. The
+//! x87 and MMX state is the guest's already while a vCPU runs (see [`cpu`](crate::cpu)).
+//!
+//! Invariants:
+//! - What can fault happens before what commits: writability of a memory destination is checked before the
+//!   instruction runs, and an instruction that faults on the host leaves through its stub's exit with the
+//!   registers unchanged ([`signal`]).
+//! - The bounce buffer has the guest address's offset in its 64-byte line, so that alignment faults are
+//!   the guest's.
+//! - An instruction runs only if the CPU model has it ([`is_supported`]) and the guest's control registers
+//!   enable it.
+//! - The host's addresses do not reach the guest: x87 instruction and data pointers are stored as zero.
+
+mod features;
+mod masked;
+mod signal;
+mod stub;
+
+pub use features::{has_feature, is_supported};
+pub use signal::{install_signal_handlers, on_signal};
+
+use crate::core::{BOUNCE_SIZE, Core};
+use crate::cpu::Mode;
+use crate::interpret::Fetched;
+use crate::interpret::debug::note_access;
+use crate::interpret::memory::{check_alignment, effective_address, is_64bit, linear, operand_segment};
+use crate::mmu::Rights;
+use anyvisor_engine::GuestIo;
+use anyvisor_x86::Exception;
+use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
+use anyvisor_x86::exception::vector;
+use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
+use stub::{MemoryOperand, Stub};
+
+/// Which enabling bits an instruction depends on (SDM vol. 3A 2.5, vol. 1 13.5, vol. 2A 2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unit {
+    X87,
+    Wait,
+    Mmx,
+    Sse,
+    Avx,
+    Fxsave,
+    Xsave,
+}
+
+/// Bytes of the XSAVE area without and with the AVX component, standard format.
+const XSAVE_LEGACY: usize = 576;
+const XSAVE_AVX: usize = 832;
+
+/// Maps the memory that stubs of this thread are generated into. Optional: the first use does it too, but
+/// cannot report that the host refused.
+///
+/// # Errors
+/// When the host refuses executable memory.
+pub fn prepare_thread() -> anyvisor_engine::Result<()> {
+    stub::prepare()
+}
+
+/// Executes a vector or floating-point instruction. RIP is already behind it.
+///
+/// # Errors
+/// The exception that it raises.
+pub fn execute(core: &mut Core, io: &dyn GuestIo, fetched: &Fetched) -> Result<(), Exception> {
+    let insn = &fetched.instruction;
+    if !is_supported(&core.cpuid, insn) {
+        return Err(Exception::ud());
+    }
+    check_enabled(core, unit_of(insn))?;
+    if masked::execute(core, io, insn)? {
+        return Ok(());
+    }
+    let Some(stub) = stub::find(&fetched.bytes, fetched.bitness, insn) else {
+        tracing::error!(instruction = %insn, bytes = ?fetched.bytes, "cannot be re-encoded for the host; raising #UD");
+        return Err(Exception::ud());
+    };
+    // Outside 64-bit mode the upper eight registers do not exist and no instruction touches them.
+    let hidden: Option<[_; 8]> = (!is_64bit(&core.cpu)).then(|| core.cpu.ymm[8..].try_into().unwrap());
+    let result = match insn.mnemonic() {
+        Mnemonic::Xsave | Mnemonic::Xsave64 | Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64 => xsave(core, io, insn, &stub),
+        Mnemonic::Xrstor | Mnemonic::Xrstor64 => xrstor(core, io, insn, &stub),
+        Mnemonic::Fxsave | Mnemonic::Fxsave64 => fxsave(core, io, insn, &stub),
+        _ => match stub.memory {
+            Some(memory) => run_on_memory(core, io, insn, &stub, memory),
+            None => stub.run(core, 0),
+        },
+    };
+    if let Some(hidden) = hidden {
+        core.cpu.ymm[8..].copy_from_slice(&hidden);
+    }
+    result
+}
+
+fn unit_of(insn: &Instruction) -> Unit {
+    match insn.mnemonic() {
+        Mnemonic::Wait => return Unit::Wait,
+        Mnemonic::Fxsave | Mnemonic::Fxsave64 | Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => return Unit::Fxsave,
+        Mnemonic::Emms => return Unit::Mmx,
+        _ => {}
+    }
+    let features = insn.cpuid_features();
+    if features.contains(&CpuidFeature::XSAVE) || features.contains(&CpuidFeature::XSAVEOPT) {
+        return Unit::Xsave;
+    }
+    if insn.encoding() == EncodingKind::VEX {
+        return Unit::Avx;
+    }
+    if features.iter().any(|f| features::is_x87(*f)) {
+        return Unit::X87;
+    }
+    let has = |test: fn(iced_x86::Register) -> bool| {
+        (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && test(insn.op_register(n)))
+    };
+    if has(|r| r.is_mm()) && !has(|r| r.is_xmm()) { Unit::Mmx } else { Unit::Sse }
+}
+
+fn check_enabled(core: &Core, unit: Unit) -> Result<(), Exception> {
+    let cpu = &core.cpu;
+    let (em, ts) = (cpu.cr0 & cr0::EM != 0, cpu.cr0 & cr0::TS != 0);
+    let needs = |good: bool| if good { Ok(()) } else { Err(Exception::ud()) };
+    let not_available = match unit {
+        Unit::X87 | Unit::Fxsave => em || ts,
+        Unit::Wait => cpu.cr0 & cr0::MP != 0 && ts,
+        Unit::Mmx => {
+            needs(!em)?;
+            ts
+        }
+        Unit::Sse => {
+            needs(!em && cpu.cr4 & cr4::OSFXSR != 0)?;
+            ts
+        }
+        Unit::Avx => {
+            let avx = xcr0::SSE | xcr0::AVX;
+            needs(cpu.mode() != Mode::Real && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & avx == avx)?;
+            ts
+        }
+        Unit::Xsave => {
+            needs(cpu.cr4 & cr4::OSXSAVE != 0)?;
+            ts
+        }
+    };
+    if not_available { Err(Exception::nm()) } else { Ok(()) }
+}
+
+/// Linear address of the memory operand, with the instruction's own alignment rule.
+fn address_of(core: &Core, insn: &Instruction, memory: MemoryOperand, write: bool) -> Result<u64, Exception> {
+    let size = memory.size as u64;
+    let offset = effective_address(&core.cpu, insn);
+    let address = linear(core, operand_segment(&core.cpu, insn), offset, size, write)?;
+    if address & (u64::from(memory.alignment) - 1) != 0 {
+        return Err(Exception::gp(0));
+    }
+    check_alignment(core, address, size)?;
+    note_access(core, address, size, write);
+    Ok(address)
+}
+
+/// Runs `stub` with its memory operand in the bounce buffer.
+fn run_on_memory(
+    core: &mut Core,
+    io: &dyn GuestIo,
+    insn: &Instruction,
+    stub: &Stub,
+    memory: MemoryOperand,
+) -> Result<(), Exception> {
+    let address = address_of(core, insn, memory, memory.write)?;
+    if memory.write {
+        core.probe_write(address, memory.size, Rights::Current)?;
+    }
+    let mut copy = [0; BOUNCE_SIZE];
+    let copy = &mut copy[..memory.size];
+    if memory.read {
+        core.read(io, address, copy, Rights::Current)?;
+    }
+    let at = (address & 63) as usize;
+    core.bounce.0[at..at + memory.size].copy_from_slice(copy);
+    stub.run(core, at)?;
+    if memory.write {
+        copy.copy_from_slice(&core.bounce.0[at..at + memory.size]);
+        hide_pointers(insn, copy);
+        core.write(io, address, copy, Rights::Current)?;
+    }
+    Ok(())
+}
+
+/// Clears the x87 instruction and data pointers, which are the host's, in a stored environment (SDM vol. 1
+/// figures 8-9 to 8-12).
+fn hide_pointers(insn: &Instruction, image: &mut [u8]) {
+    match insn.mnemonic() {
+        Mnemonic::Fnstenv | Mnemonic::Fnsave => {
+            if matches!(image.len(), 14 | 94) {
+                image[6..14].fill(0);
+            } else {
+                image[12..18].fill(0);
+                image[20..28].fill(0);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Reads the whole area that a save instruction writes parts of, after checking that it is writable.
+fn open_area(
+    core: &mut Core,
+    io: &dyn GuestIo,
+    insn: &Instruction,
+    memory: MemoryOperand,
+    copy: &mut [u8],
+) -> Result<u64, Exception> {
+    let address = address_of(core, insn, memory, true)?;
+    core.probe_write(address, memory.size, Rights::Current)?;
+    core.read(io, address, copy, Rights::Current)?;
+    Ok(address)
+}
+
+/// Runs a save instruction over `copy`; outside 64-bit mode XMM8–15 have no place in the image.
+fn save_into(core: &mut Core, stub: &Stub, copy: &mut [u8]) -> Result<(), Exception> {
+    const UPPER_XMM: std::ops::Range<usize> = 288..416;
+    let upper: [u8; 128] = copy[UPPER_XMM].try_into().expect("128 bytes");
+    core.bounce.0[..copy.len()].copy_from_slice(copy);
+    stub.run(core, 0)?;
+    copy.copy_from_slice(&core.bounce.0[..copy.len()]);
+    if !is_64bit(&core.cpu) {
+        copy[UPPER_XMM].copy_from_slice(&upper);
+    }
+    Ok(())
+}
+
+/// The place of FIP and FDP in an FXSAVE image (SDM vol. 1 table 10-2).
+const FXSAVE_POINTERS: std::ops::Range<usize> = 8..24;
+
+fn fxsave(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, stub: &Stub) -> Result<(), Exception> {
+    let memory = MemoryOperand { size: 512, alignment: 16, read: true, write: true };
+    let mut copy = [0; 512];
+    let address = open_area(core, io, insn, memory, &mut copy)?;
+    save_into(core, stub, &mut copy)?;
+    copy[FXSAVE_POINTERS].fill(0);
+    core.write(io, address, &copy, Rights::Current)
+}
+
+/// EDX:EAX as the requested-feature bitmap, and what of it the guest has enabled.
+fn requested_components(core: &Core) -> u64 {
+    let requested = core.cpu.gpr[gpr::RDX] << 32 | core.cpu.gpr[gpr::RAX] & 0xffff_ffff;
+    requested & core.cpu.xcr0
+}
+
+/// Runs with EDX:EAX narrowed to `components`: the host has enabled more than the guest.
+fn with_components<R>(core: &mut Core, components: u64, f: impl FnOnce(&mut Core) -> R) -> R {
+    let (rax, rdx) = (core.cpu.gpr[gpr::RAX], core.cpu.gpr[gpr::RDX]);
+    core.cpu.gpr[gpr::RAX] = components & 0xffff_ffff;
+    core.cpu.gpr[gpr::RDX] = components >> 32;
+    let result = f(core);
+    core.cpu.gpr[gpr::RAX] = rax;
+    core.cpu.gpr[gpr::RDX] = rdx;
+    result
+}
+
+fn area_size(components: u64) -> usize {
+    if components & xcr0::AVX != 0 { XSAVE_AVX } else { XSAVE_LEGACY }
+}
+
+/// XSAVE, and XSAVEOPT without its optimization: the host would track the bounce buffer.
+fn xsave(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, stub: &Stub) -> Result<(), Exception> {
+    let components = requested_components(core);
+    let size = area_size(components);
+    let memory = MemoryOperand { size, alignment: 64, read: true, write: true };
+    let mut copy = [0; XSAVE_AVX];
+    let copy = &mut copy[..size];
+    let address = open_area(core, io, insn, memory, copy)?;
+    with_components(core, components, |core| save_into(core, stub, copy))?;
+    if components & xcr0::X87 != 0 {
+        copy[FXSAVE_POINTERS].fill(0);
+    }
+    core.write(io, address, copy, Rights::Current)
+}
+
+/// XRSTOR of a standard-format area (SDM vol. 1 13.8.1).
+fn xrstor(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, stub: &Stub) -> Result<(), Exception> {
+    let components = requested_components(core);
+    let size = area_size(components);
+    let memory = MemoryOperand { size, alignment: 64, read: true, write: false };
+    let address = address_of(core, insn, memory, false)?;
+    let mut copy = [0; XSAVE_AVX];
+    let copy = &mut copy[..size];
+    core.read(io, address, copy, Rights::Current)?;
+    let word = |at: usize| u64::from_le_bytes(copy[at..at + 8].try_into().expect("8 bytes"));
+    // XSTATE_BV within XCR0; XCOMP_BV and the next 8 bytes zero.
+    if word(512) & !core.cpu.xcr0 != 0 || word(520) != 0 || word(528) != 0 {
+        return Err(Exception::gp(0));
+    }
+    core.bounce.0[..size].copy_from_slice(copy);
+    with_components(core, components, |core| stub.run(core, 0))
+}
+
+/// The exception behind a host trap number that a stub left with.
+fn exception_of_trap(core: &Core, trap: u8) -> Exception {
+    match trap {
+        vector::UD => Exception::ud(),
+        vector::MF => Exception::new(vector::MF),
+        vector::XM if core.cpu.cr4 & cr4::OSXMMEXCPT != 0 => Exception::new(vector::XM),
+        vector::XM => Exception::ud(),
+        vector::DE => Exception::de(),
+        vector::NM => Exception::nm(),
+        _ => Exception::gp(0),
+    }
+}
+
+/// The status flags that a stub loads: nothing else of RFLAGS may reach the host.
+fn host_flags(rflags: u64) -> u64 {
+    rflags & rflags::STATUS | rflags::FIXED
+}
