@@ -8,6 +8,11 @@
 //! what fits into the 16-byte FIFO, and [`Serial::wants_input`] says once when a sender that did not get
 //! everything in should come back. The interrupt is a level, [`Serial::interrupt`].
 //!
+//! The sender comes back only after the guest has seen the receiver empty and nothing to do in IIR, that is,
+//! when its handler is about to return. Were the FIFO refilled under the handler's eyes, Linux would stay
+//! in its loop until it gives up ("too much work for irq4") with the line still high, and never see another
+//! edge. A guest that has raised RTS once and drops it gets no input meanwhile (hardware flow control).
+//!
 //! Unlike a slow line, a FIFO below its trigger level reports the character time-out at once.
 
 use std::collections::VecDeque;
@@ -50,6 +55,7 @@ mod iir {
 }
 
 mod mcr {
+    pub const RTS: u8 = 1 << 1;
     pub const OUT2: u8 = 1 << 3;
     pub const LOOP: u8 = 1 << 4;
 }
@@ -65,6 +71,9 @@ mod lsr {
 const DLAB: u8 = 0x80;
 const FCR_ENABLE: u8 = 0x01;
 const FCR_CLEAR_RECEIVER: u8 = 0x02;
+
+/// A guest that finds LSR empty this often is not in an interrupt handler's loop: it polls.
+const POLLS: u8 = 2;
 
 /// DCD, DSR and CTS: a terminal is there and ready.
 const MODEM_READY: u8 = 0xb0;
@@ -88,6 +97,10 @@ pub struct Serial {
     transmit_pending: bool,
     /// A sender had more than fitted.
     sender_waits: bool,
+    /// How often the guest has seen the receiver empty since the last input; IIR counts for [`POLLS`].
+    seen_empty: u8,
+    /// The guest has raised RTS, so it uses it.
+    rts_used: bool,
 }
 
 impl Default for Serial {
@@ -112,6 +125,8 @@ impl Serial {
             divisor: 12,
             transmit_pending: false,
             sender_waits: false,
+            seen_empty: POLLS,
+            rts_used: false,
         }
     }
 
@@ -122,18 +137,23 @@ impl Serial {
         let taken = self.room().min(bytes.len());
         self.received.extend(&bytes[..taken]);
         self.sender_waits = taken < bytes.len();
+        if taken > 0 {
+            self.seen_empty = 0;
+        }
         taken
     }
 
     /// How many bytes [`Serial::enqueue`] would take now.
     pub fn room(&self) -> usize {
         // In loopback the receiver is disconnected from the line.
-        if self.mcr & mcr::LOOP != 0 { 0 } else { self.capacity() - self.received.len() }
+        let stopped = self.mcr & mcr::LOOP != 0 || self.rts_used && self.mcr & mcr::RTS == 0;
+        if stopped { 0 } else { self.capacity() - self.received.len() }
     }
 
-    /// True once after a sender was cut short and the receiver has been emptied since. Ask after accesses.
+    /// True once after a sender was cut short and the guest is ready for more. Ask after accesses.
     pub fn wants_input(&mut self) -> bool {
-        let wants = self.sender_waits && self.received.is_empty() && self.room() > 0;
+        let idle = self.seen_empty >= POLLS || self.ier & ier::RECEIVE == 0;
+        let wants = self.sender_waits && idle && self.received.is_empty() && self.room() > 0;
         if wants {
             self.sender_waits = false;
         }
@@ -160,8 +180,10 @@ impl Serial {
             reg::IER => self.ier,
             reg::IIR => {
                 let cause = self.cause();
-                if cause == iir::TRANSMIT {
-                    self.transmit_pending = false;
+                match cause {
+                    iir::TRANSMIT => self.transmit_pending = false,
+                    iir::NONE => self.seen_empty = POLLS,
+                    _ => {}
                 }
                 cause | if self.fifo_on() { iir::FIFO_ON } else { 0 }
             }
@@ -169,6 +191,9 @@ impl Serial {
             reg::MCR => self.mcr,
             reg::LSR => {
                 let ready = if self.received.is_empty() { 0 } else { lsr::READY };
+                if ready == 0 {
+                    self.seen_empty = self.seen_empty.saturating_add(1);
+                }
                 lsr::TRANSMITTER_EMPTY | ready | std::mem::take(&mut self.line_errors)
             }
             reg::MSR => self.modem | std::mem::take(&mut self.modem_changes),
@@ -226,12 +251,14 @@ impl Serial {
         // A change of the enable bit clears the FIFOs, and without it the other bits are not programmed.
         if (value ^ self.fcr) & FCR_ENABLE != 0 || value & FCR_CLEAR_RECEIVER != 0 {
             self.received.clear();
+            self.seen_empty = POLLS;
         }
         self.fcr = if value & FCR_ENABLE != 0 { value & 0xc9 } else { 0 };
     }
 
     fn write_mcr(&mut self, value: u8) {
         self.mcr = value;
+        self.rts_used |= value & (mcr::RTS | mcr::LOOP) == mcr::RTS;
         let modem = if value & mcr::LOOP != 0 {
             // RTS, DTR, OUT1 and OUT2 come back as CTS, DSR, RI and DCD.
             (value & 2) << 3 | (value & 1) << 5 | (value & 4) << 4 | (value & 8) << 4
@@ -398,28 +425,81 @@ mod tests {
         assert_eq!(port.read(0), 1);
     }
 
+    /// Linux' serial8250_interrupt: passes until IIR shows nothing, each reading while LSR says ready.
+    fn linux_handler(port: &mut Serial, got: &mut Vec<u8>, mut after_access: impl FnMut(&mut Serial)) {
+        for pass in 0.. {
+            assert!(pass < 4, "too much work");
+            let cause = port.read(2);
+            after_access(port);
+            if cause & 1 != 0 {
+                return;
+            }
+            while port.read(5) & 1 != 0 {
+                after_access(port);
+                got.push(port.read(0));
+                after_access(port);
+            }
+            after_access(port);
+        }
+    }
+
     #[test]
-    fn a_long_paste_arrives_whole() {
+    fn a_long_paste_arrives_whole_by_edges() {
         let mut port = opened();
         let paste: Vec<u8> = (0..65_536u32).map(|i| (i * 7 % 251) as u8).collect();
         let mut sent = port.enqueue(&paste);
         assert_eq!((sent, port.room()), (FIFO_SIZE, 0));
         let mut got = Vec::new();
-        let mut calls = 0;
-        while port.interrupt() {
-            // Linux' interrupt handler: read while LSR says ready.
-            while port.read(5) & 1 != 0 {
-                got.push(port.read(0));
+        let mut interrupts = 0;
+        // An edge-triggered input remembers a rise of the line during the handler.
+        let (mut line, mut edge) = (true, true);
+        while std::mem::take(&mut edge) {
+            interrupts += 1;
+            linux_handler(&mut port, &mut got, |port| {
                 if port.wants_input() {
                     assert!(!port.wants_input(), "said once");
-                    calls += 1;
                     sent += port.enqueue(&paste[sent..]);
                 }
-            }
+                edge |= port.interrupt() && !line;
+                line = port.interrupt();
+            });
         }
-        assert_eq!(calls, paste.len() / FIFO_SIZE - 1);
         assert_eq!(got, paste);
+        assert_eq!(interrupts, paste.len() / FIFO_SIZE);
+    }
+
+    #[test]
+    fn a_polling_guest_gets_its_input_too() {
+        for ier in [0, 1] {
+            let mut port = opened();
+            assert_eq!(port.write(1, ier), None);
+            let mut sent = port.enqueue(&[9; 100]);
+            let mut got = 0;
+            for _ in 0..1000 {
+                if port.read(5) & 1 != 0 {
+                    port.read(0);
+                    got += 1;
+                }
+                if port.wants_input() {
+                    sent += port.enqueue(&[9; 100][sent..]);
+                }
+            }
+            assert_eq!(got, 100, "IER {ier}");
+        }
+    }
+
+    #[test]
+    fn rts_holds_the_sender() {
+        let mut port = Serial::new();
+        assert_eq!(port.room(), 1, "a guest that never raises it gets input");
+        assert_eq!(port.write(4, 0x02), None);
+        assert_eq!(port.room(), 1);
+        assert_eq!(port.write(4, 0x01), None);
+        assert_eq!(port.enqueue(b"x"), 0);
         assert!(!port.wants_input());
+        assert_eq!(port.write(4, 0x0b), None);
+        assert!(port.wants_input());
+        assert_eq!(port.enqueue(b"x"), 1);
     }
 
     #[test]
@@ -431,6 +511,8 @@ mod tests {
         assert_eq!(port.read(2), 0x04);
         assert!(!port.wants_input());
         assert_eq!(port.read(0), b'a');
+        assert!(!port.wants_input(), "not before the handler has seen that nothing is left");
+        assert_eq!(port.read(2), 0x01);
         assert!(port.wants_input());
         assert_eq!(port.enqueue(b"b"), 1);
         assert_eq!(port.write(2, 1), None);
