@@ -8,21 +8,23 @@
 //!
 //! All tables are made as bytes first ([`tables`]) and then written below 1 MiB, where the RSDP must be.
 
-use crate::layout::{self, irq, port};
+use crate::layout;
 use acpi_tables::aml::{self, AddressSpace, AddressSpaceCacheable, EISAName, IO, Name, ResourceTemplate};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::{GenericAddress, Sdt};
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, facs::FACS, mcfg::MCFG};
+use anyvisor_devices::{acpi_pm, pci, pic, power, rtc, serial};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const OEM_ID: [u8; 6] = *b"ANYVSR";
 const OEM_TABLE: [u8; 8] = *b"ANYVISOR";
 const OEM_REVISION: u32 = 1;
-/// SLP_TYP of S5 in the PM1 control register.
-pub const S5_SLEEP_TYPE: u8 = 5;
-/// What resets the machine when written to [`port::RESET`]: hard reset, now.
-const RESET_VALUE: u8 = 0x6;
+/// ACPI's system control interrupt, level-triggered.
+pub const SCI: u8 = 9;
+const PM1_EVENT: u16 = acpi_pm::PORT + acpi_pm::PM1_EVENT;
+const PM1_CONTROL: u16 = acpi_pm::PORT + acpi_pm::PM1_CONTROL;
+const PM_TIMER: u16 = acpi_pm::PORT + acpi_pm::TIMER;
 /// IO-APIC pins that PCI's INTA# to INTD# are wired to, with the device number added as usual.
 const PCI_PINS: [u32; 4] = [16, 17, 18, 19];
 const PCI_BUSES: u16 = (layout::ECAM_SIZE >> 20) as u16;
@@ -78,27 +80,27 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     let mut table = Sdt::new(*b"FACP", 276, 6, OEM_ID, OEM_TABLE, OEM_REVISION);
     table.write_u32(36, facs as u32);
     table.write_u32(40, dsdt as u32);
-    table.write_u16(46, u16::from(irq::SCI));
+    table.write_u16(46, u16::from(SCI));
     // 48: no SMI command port, so ACPI mode is on from the start.
-    table.write_u32(56, u32::from(port::PM1_EVENT));
-    table.write_u32(64, u32::from(port::PM1_CONTROL));
-    table.write_u32(76, u32::from(port::PM_TIMER));
+    table.write_u32(56, u32::from(PM1_EVENT));
+    table.write_u32(64, u32::from(PM1_CONTROL));
+    table.write_u32(76, u32::from(PM_TIMER));
     table.write_u8(88, 4);
     table.write_u8(89, 2);
     table.write_u8(91, 4);
     table.write_u16(96, 0xffff); // no C2
     table.write_u16(98, 0xffff); // no C3
-    table.write_u8(108, 0x32); // the century's byte in CMOS
+    table.write_u8(108, rtc::CENTURY); // the century's byte in CMOS
     table.write_u16(109, LEGACY_DEVICES | NO_VGA);
     let flags = WBINVD | PROC_C1 | SLEEP_BUTTON_ABSENT | FIXED_RTC_ABSENT | TIMER_32_BIT | RESET_REGISTER;
     table.write_u32(112, flags);
-    table.write_bytes(116, &generic(GenericAddress::io_port_address::<u8>(port::RESET)));
-    table.write_u8(128, RESET_VALUE);
+    table.write_bytes(116, &generic(GenericAddress::io_port_address::<u8>(power::RESET_CONTROL_PORT)));
+    table.write_u8(128, power::RESET_CONTROL_VALUE);
     table.write_u8(131, 5); // minor version
     table.write_u64(140, dsdt);
-    table.write_bytes(148, &generic(GenericAddress::io_port_address::<u32>(port::PM1_EVENT)));
-    table.write_bytes(172, &generic(GenericAddress::io_port_address::<u16>(port::PM1_CONTROL)));
-    table.write_bytes(208, &generic(GenericAddress::io_port_address::<u32>(port::PM_TIMER)));
+    table.write_bytes(148, &generic(GenericAddress::io_port_address::<u32>(PM1_EVENT)));
+    table.write_bytes(172, &generic(GenericAddress::io_port_address::<u16>(PM1_CONTROL)));
+    table.write_bytes(208, &generic(GenericAddress::io_port_address::<u32>(PM_TIMER)));
     table.write_bytes(268, b"anyvisor");
     table.as_slice().to_vec()
 }
@@ -131,8 +133,8 @@ fn madt(cpus: u32) -> Vec<u8> {
         let flags = flags.to_le_bytes();
         [2, 10, 0, irq, gsi, 0, 0, 0, flags[0], flags[1]]
     };
-    table.append_slice(&source_override(irq::PIT, 2, 0));
-    table.append_slice(&source_override(irq::SCI, irq::SCI, ACTIVE_HIGH_LEVEL));
+    table.append_slice(&source_override(0, 2, 0));
+    table.append_slice(&source_override(SCI, SCI, ACTIVE_HIGH_LEVEL));
     // NMI on LINT1 of every processor.
     table.append_slice(&[4, 6, 0xff, 0, 0, 1]);
     table.as_slice().to_vec()
@@ -151,7 +153,7 @@ fn dsdt(cpus: u32) -> Vec<u8> {
     let mut code = processors(cpus);
     code.extend(pci_root());
     code.extend(isa_devices());
-    let s5: [&dyn Aml; 4] = [&S5_SLEEP_TYPE, &S5_SLEEP_TYPE, &aml::ZERO, &aml::ZERO];
+    let s5: [&dyn Aml; 4] = [&acpi_pm::SLEEP_TYPE_S5, &acpi_pm::SLEEP_TYPE_S5, &aml::ZERO, &aml::ZERO];
     Name::new("_S5_".into(), &aml::Package::new(s5.to_vec())).to_aml_bytes(&mut code);
     table.append_slice(&code);
     table.as_slice().to_vec()
@@ -175,9 +177,9 @@ fn processors(cpus: u32) -> Vec<u8> {
 /// PCI host bridge with its windows and interrupt routing.
 fn pci_root() -> Vec<u8> {
     let buses = AddressSpace::new_bus_number(0u16, PCI_BUSES - 1);
-    let config_ports = IO::new(port::PCI_CONFIG, port::PCI_CONFIG, 1, 8);
-    let low_ports = AddressSpace::new_io(0u16, port::PCI_CONFIG - 1, None);
-    let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
+    let config_ports = IO::new(pci::CONFIG_PORT, pci::CONFIG_PORT, 1, pci::CONFIG_PORTS as u8);
+    let low_ports = AddressSpace::new_io(0u16, pci::CONFIG_PORT - 1, None);
+    let high_ports = AddressSpace::new_io(layout::PCI_PORTS, 0xffff, None);
     let (first, last) = (layout::PCI_WINDOW as u32, (layout::PCI_WINDOW_END - 1) as u32);
     let window = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None);
     let windows = ResourceTemplate::new(vec![&buses, &config_ports, &low_ports, &high_ports, &window]);
@@ -208,13 +210,13 @@ fn isa_devices() -> Vec<u8> {
     let edge = |irq: u8| aml::Interrupt::new(true, true, false, false, u32::from(irq));
     let hid = |id: &str| Name::new("_HID".into(), &EISAName::new(id));
     let crs = |resources: Vec<&dyn Aml>| Name::new("_CRS".into(), &ResourceTemplate::new(resources));
-    let com1 = crs(vec![&IO::new(port::COM1, port::COM1, 1, 8), &edge(irq::COM1)]);
-    let clock = crs(vec![&IO::new(port::CMOS, port::CMOS, 1, 2), &edge(irq::RTC)]);
+    let com1 = crs(vec![&IO::new(serial::COM1_PORT, serial::COM1_PORT, 1, 8), &edge(serial::COM1_IRQ)]);
+    let clock = crs(vec![&IO::new(rtc::PORT, rtc::PORT, 1, 2), &edge(rtc::IRQ)]);
     // What nobody else claims. Linux uses the configuration space only if it is listed here.
     let board = crs(vec![
         &aml::Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_SIZE as u32),
-        &IO::new(port::PM1_EVENT, port::PM1_EVENT, 1, (port::PM_END - port::PM1_EVENT) as u8),
-        &IO::new(port::ELCR, port::ELCR, 1, 2),
+        &IO::new(acpi_pm::PORT, acpi_pm::PORT, 1, acpi_pm::LENGTH as u8),
+        &IO::new(pic::ELCR_PORT, pic::ELCR_PORT, 1, 2),
     ]);
     scope(&[
         &aml::Device::new("COM1".into(), vec![&hid("PNP0501"), &Name::new("_UID".into(), &aml::ONE), &com1]),
@@ -265,7 +267,7 @@ mod tests {
         assert_eq!((fadt[116], u32_at(&fadt, 120), fadt[128]), (1, 0xcf9, 6));
         assert_eq!(madt[44..].chunks(8).take_while(|c| c[..2] == [0, 8]).count(), 3);
         assert_eq!(u32_at(&mcfg, 44), layout::ECAM);
-        assert_eq!(mcfg[55], 255);
+        assert_eq!(mcfg[54..56], [0, 0], "buses");
         assert!(dsdt.windows(4).any(|w| w == b"_S5_") && dsdt.windows(4).any(|w| w == b"C002"));
     }
 

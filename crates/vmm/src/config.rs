@@ -120,7 +120,7 @@ pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
     };
     let number: u64 = digits.parse().map_err(|_| format!("bad size '{text}'; write for example 512M or 2G"))?;
     let bytes = number.checked_mul(1 << shift).ok_or_else(|| format!("size '{text}' is too large"))?;
-    if bytes % 4096 != 0 {
+    if !bytes.is_multiple_of(4096) {
         return Err(format!("size '{text}' is not a multiple of 4K"));
     }
     Ok(bytes)
@@ -129,7 +129,7 @@ pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
 /// A size for messages, in the largest unit that divides it.
 pub fn show_size(bytes: u64) -> String {
     for (shift, unit) in [(30, "G"), (20, "M"), (10, "K")] {
-        if bytes >= 1 << shift && bytes % (1 << shift) == 0 {
+        if bytes >= 1 << shift && bytes.is_multiple_of(1 << shift) {
             return format!("{}{unit}", bytes >> shift);
         }
     }

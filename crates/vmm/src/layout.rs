@@ -33,45 +33,15 @@ pub const LOW_RAM_LIMIT: u64 = 0xc000_0000;
 /// PCI's window for 32-bit BARs.
 pub const PCI_WINDOW: u64 = LOW_RAM_LIMIT;
 pub const PCI_WINDOW_END: u64 = ECAM;
-/// PCI configuration space by memory access: 256 buses of 1 MiB.
+/// PCI configuration space by memory access: of bus 0, the only one.
 pub const ECAM: u64 = 0xe000_0000;
-pub const ECAM_SIZE: u64 = 0x1000_0000;
-pub const IO_APIC: u64 = 0xfec0_0000;
+pub const ECAM_SIZE: u64 = anyvisor_devices::pci::ECAM_LENGTH;
+/// I/O ports for PCI BARs, behind all that is anywhere fixed.
+pub const PCI_PORTS: u16 = 0x1000;
+pub const IO_APIC: u64 = anyvisor_devices::ioapic::DEFAULT_BASE;
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// RAM beyond [`LOW_RAM_LIMIT`] continues here.
 pub const HIGH_RAM: u64 = 1 << 32;
-
-/// I/O ports, where every PC has them.
-pub mod port {
-    pub const PIC_MASTER: u16 = 0x20;
-    pub const PIT: u16 = 0x40;
-    pub const KEYBOARD: u16 = 0x60;
-    pub const CMOS: u16 = 0x70;
-    pub const PIC_SLAVE: u16 = 0xa0;
-    /// With `--debug-exit`: a write of v ends the VM.
-    pub const DEBUG_EXIT: u16 = 0xf4;
-    pub const COM1: u16 = 0x3f8;
-    /// Edge or level triggering of ISA interrupts.
-    pub const ELCR: u16 = 0x4d0;
-    /// ACPI power management: event block, control, timer (from a base of the machine's choice).
-    pub const PM1_EVENT: u16 = 0x600;
-    pub const PM1_CONTROL: u16 = 0x604;
-    pub const PM_TIMER: u16 = 0x608;
-    pub const PM_END: u16 = 0x60c;
-    pub const PCI_CONFIG: u16 = 0xcf8;
-    /// The reset control register, amid PCI's configuration ports.
-    pub const RESET: u16 = 0xcf9;
-}
-
-/// ISA interrupt lines.
-pub mod irq {
-    pub const PIT: u8 = 0;
-    pub const KEYBOARD: u8 = 1;
-    pub const COM1: u8 = 4;
-    pub const RTC: u8 = 8;
-    /// ACPI's system control interrupt.
-    pub const SCI: u8 = 9;
-}
 
 /// What a piece of guest-physical memory is for; the numbers are e820's types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,13 +8,13 @@
 pub mod acpi;
 pub mod boot;
 pub mod config;
-// pub mod console;
+pub mod console;
+pub mod dump;
 pub mod layout;
-// pub mod machine;
-// pub mod timer;
+pub mod machine;
 
 pub use config::Config;
-// pub use machine::{End, Machine, Remote};
+pub use machine::{End, Remote};
 
 pub type Result<T> = std::result::Result<T, Error>;
 

@@ -272,3 +272,5 @@ fn too_little_memory(boot: &Boot, needed: u64) -> Error {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) use tests::bzimage as test_image;

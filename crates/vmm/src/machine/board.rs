@@ -1,0 +1,397 @@
+//! The chips on their buses, and the wires between them: what a vCPU meets outside its engine.
+//!
+//! Every chip is a pure model behind its own lock. After each access its interrupt level goes to the 8259
+//! pair and the I/O APIC while the chip's lock is still held, so that levels arrive in the order in which
+//! they were computed, and its next event goes to the [`Alarm`].
+//!
+//! Lock order: a chip, then `interrupts` or the alarm or the console, then the engine's own.
+
+use super::timer::Alarm;
+use super::{End, Notify, lock};
+use crate::acpi::SCI;
+use crate::console::{Input, Output};
+use crate::{Config, layout};
+use anyvisor_devices::acpi_pm::{self, AcpiPm};
+use anyvisor_devices::i8042::{self, I8042};
+use anyvisor_devices::ioapic::{self, IoApic};
+use anyvisor_devices::pci::{self, PciRoot, Space};
+use anyvisor_devices::pic::{self, Pic};
+use anyvisor_devices::pit::{self, Pit};
+use anyvisor_devices::power;
+use anyvisor_devices::rtc::{self, Rtc};
+use anyvisor_devices::serial::{self, Serial};
+use anyvisor_devices::{Bus, BusDevice, Width};
+use anyvisor_engine::{GuestIo, Vm};
+use anyvisor_x86::Msi;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// ISA interrupt of the PIT, which is on I/O APIC pin 2.
+const PIT_IRQ: u8 = 0;
+
+/// The buses with everything on them.
+pub(super) struct Board {
+    ports: Bus,
+    memory: Bus,
+    chips: Arc<Chips>,
+}
+
+/// The chips and what they are wired to.
+struct Chips {
+    /// Guest time zero.
+    epoch: Instant,
+    vm: Arc<dyn Vm>,
+    notify: Arc<Notify>,
+    output: Arc<Output>,
+    input: Arc<Input>,
+    alarm: Alarm,
+    serial: Mutex<Serial>,
+    pit: Mutex<Pit>,
+    rtc: Mutex<Rtc>,
+    i8042: Mutex<I8042>,
+    acpi_pm: Mutex<AcpiPm>,
+    pci: PciRoot,
+    interrupts: Mutex<Interrupts>,
+}
+
+/// Both interrupt controllers: a line goes to both.
+struct Interrupts {
+    pic: Pic,
+    io_apic: IoApic,
+    /// Levels of the 16 ISA lines, by bit.
+    lines: u16,
+}
+
+impl Board {
+    pub fn new(
+        config: &Config,
+        vm: Arc<dyn Vm>,
+        output: &Arc<Output>,
+        input: &Arc<Input>,
+        notify: &Arc<Notify>,
+    ) -> Board {
+        let utc = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        let low = config.memory.min(layout::LOW_RAM_LIMIT);
+        let chips = Arc::new(Chips {
+            epoch: Instant::now(),
+            vm,
+            notify: notify.clone(),
+            output: output.clone(),
+            input: input.clone(),
+            alarm: Alarm::default(),
+            serial: Mutex::new(Serial::new()),
+            pit: Mutex::new(Pit::new()),
+            rtc: Mutex::new(Rtc::new(utc, 0, low, config.memory - low)),
+            i8042: Mutex::new(I8042::new()),
+            acpi_pm: Mutex::new(AcpiPm::new()),
+            pci: PciRoot::new(),
+            interrupts: Mutex::new(Interrupts { pic: Pic::new(), io_apic: IoApic::new(), lines: 0 }),
+        });
+        let (ports, memory) = buses(&chips, config.debug_exit);
+        Board { ports, memory, chips }
+    }
+
+    /// Lets the console's input reach the serial port, now and whenever more comes.
+    pub fn connect_input(&self) {
+        let chips = self.chips.clone();
+        self.chips.input.set_ready(Some(Arc::new(move || {
+            let mut serial = lock(&chips.serial);
+            chips.feed_serial(&mut serial);
+        })));
+        self.chips.feed_serial(&mut lock(&self.chips.serial));
+    }
+
+    /// Runs the chips' timers until [`Board::stop_timers`].
+    pub fn run_timers(&self) {
+        let chips = &self.chips;
+        chips.alarm.run(chips.epoch, |now| {
+            let pit = chips.settle_pit(&mut lock(&chips.pit), now);
+            let mut rtc = lock(&chips.rtc);
+            rtc.poll(now);
+            let rtc = chips.settle_rtc(&mut rtc);
+            let mut pm = lock(&chips.acpi_pm);
+            pm.poll(now);
+            let pm = chips.settle_acpi_pm(&mut pm);
+            [pit, rtc, pm].into_iter().flatten().min()
+        });
+    }
+
+    pub fn stop_timers(&self) {
+        self.chips.alarm.stop();
+    }
+}
+
+/// Who answers which address.
+fn buses(chips: &Arc<Chips>, debug_exit: bool) -> (Bus, Bus) {
+    let device = |chip: Chip, base: u16| Arc::new(OnBus { chips: chips.clone(), chip, base });
+    let mut ports = Bus::new();
+    let mut add = |base: u16, length: u64, width: Width, chip: Chip| {
+        ports.add(base.into(), length, width, device(chip, base)).expect("port ranges are disjoint");
+    };
+    for base in [pic::MASTER_PORT, pic::SLAVE_PORT, pic::ELCR_PORT] {
+        add(base, 2, Width::Byte, Chip::Pic);
+    }
+    add(pit::PORT, 4, Width::Byte, Chip::Pit);
+    add(pit::PORT_B, 1, Width::Byte, Chip::Pit);
+    for base in [i8042::DATA, i8042::COMMAND, i8042::PORT_A] {
+        add(base, 1, Width::Byte, Chip::I8042);
+    }
+    add(rtc::PORT, 2, Width::Byte, Chip::Rtc);
+    add(serial::COM1_PORT, 8, Width::Byte, Chip::Serial);
+    add(acpi_pm::PORT, acpi_pm::LENGTH.into(), Width::Dword, Chip::AcpiPm);
+    add(pci::CONFIG_PORT, pci::CONFIG_PORTS.into(), Width::Dword, Chip::PciConfig);
+    add(layout::PCI_PORTS, 0x1_0000 - u64::from(layout::PCI_PORTS), Width::Dword, Chip::PciPorts);
+    if debug_exit {
+        add(power::DEBUG_EXIT_PORT, 4, Width::Dword, Chip::DebugExit);
+    }
+    let mut memory = Bus::new();
+    let mut add = |base: u64, length: u64, width: Width, chip: Chip| {
+        memory.add(base, length, width, device(chip, 0)).expect("memory ranges are disjoint");
+    };
+    add(layout::IO_APIC, ioapic::LENGTH, Width::Dword, Chip::IoApic);
+    add(layout::ECAM, layout::ECAM_SIZE, Width::Dword, Chip::Ecam);
+    add(layout::PCI_WINDOW, layout::PCI_WINDOW_END - layout::PCI_WINDOW, Width::Qword, Chip::PciMemory);
+    (ports, memory)
+}
+
+#[derive(Clone, Copy)]
+enum Chip {
+    Serial,
+    Pic,
+    Pit,
+    Rtc,
+    I8042,
+    AcpiPm,
+    DebugExit,
+    IoApic,
+    PciConfig,
+    PciPorts,
+    Ecam,
+    PciMemory,
+}
+
+/// A chip at a place on a bus. Byte-wide chips see single bytes, because the bus splits accesses for them.
+struct OnBus {
+    chips: Arc<Chips>,
+    chip: Chip,
+    /// First port.
+    base: u16,
+}
+
+impl BusDevice for OnBus {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let chips = &*self.chips;
+        let now = chips.now();
+        let port = self.base + offset as u16;
+        match self.chip {
+            Chip::AcpiPm => lock(&chips.acpi_pm).read(offset as u16, data, now),
+            Chip::IoApic => {
+                let value = lock(&chips.interrupts).io_apic.read(offset & !3);
+                copy_lanes(offset, value, data);
+            }
+            Chip::DebugExit => data.fill(0xff),
+            Chip::Serial => data[0] = chips.read_serial(offset as u16),
+            Chip::Pic => {
+                let mut interrupts = lock(&chips.interrupts);
+                data[0] = interrupts.pic.read(port);
+                chips.tell_intr(&mut interrupts);
+            }
+            Chip::Pit => data[0] = lock(&chips.pit).read(port, now),
+            Chip::Rtc => {
+                let mut rtc = lock(&chips.rtc);
+                data[0] = rtc.read(port, now);
+                chips.alarm.set(chips.settle_rtc(&mut rtc));
+            }
+            Chip::I8042 => {
+                let mut i8042 = lock(&chips.i8042);
+                data[0] = i8042.read(port);
+                chips.settle_i8042(&i8042);
+            }
+            Chip::PciConfig => chips.pci.port_read(offset as u16, data),
+            Chip::PciPorts => chips.pci.window_read(Space::Io, port.into(), data),
+            Chip::Ecam => chips.pci.ecam_read(offset, data),
+            Chip::PciMemory => chips.pci.window_read(Space::Memory, layout::PCI_WINDOW + offset, data),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let chips = &*self.chips;
+        let now = chips.now();
+        let port = self.base + offset as u16;
+        match self.chip {
+            Chip::AcpiPm => {
+                let mut pm = lock(&chips.acpi_pm);
+                let event = pm.write(offset as u16, data, now);
+                chips.alarm.set(chips.settle_acpi_pm(&mut pm));
+                chips.power(event);
+            }
+            Chip::IoApic => {
+                // The registers are 32 bits wide; narrower writes are undefined and ignored.
+                let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return };
+                let messages = lock(&chips.interrupts).io_apic.write(offset, value);
+                messages.into_iter().for_each(|msi| chips.send(msi));
+            }
+            Chip::DebugExit => chips.power((offset == 0).then(|| power::debug_exit(data))),
+            Chip::Serial => chips.write_serial(offset as u16, data[0]),
+            Chip::Pic => {
+                let mut interrupts = lock(&chips.interrupts);
+                interrupts.pic.write(port, data[0]);
+                chips.tell_intr(&mut interrupts);
+            }
+            Chip::Pit => {
+                let mut pit = lock(&chips.pit);
+                pit.write(port, data[0], now);
+                chips.alarm.set(chips.settle_pit(&mut pit, now));
+            }
+            Chip::Rtc => {
+                let mut rtc = lock(&chips.rtc);
+                rtc.write(port, data[0], now);
+                chips.alarm.set(chips.settle_rtc(&mut rtc));
+            }
+            Chip::I8042 => {
+                let mut i8042 = lock(&chips.i8042);
+                let event = i8042.write(port, data[0]);
+                chips.settle_i8042(&i8042);
+                chips.power(event);
+            }
+            Chip::PciConfig => chips.power(chips.pci.port_write(offset as u16, data)),
+            Chip::PciPorts => chips.pci.window_write(Space::Io, port.into(), data),
+            Chip::Ecam => chips.pci.ecam_write(offset, data),
+            Chip::PciMemory => chips.pci.window_write(Space::Memory, layout::PCI_WINDOW + offset, data),
+        }
+    }
+}
+
+/// The bytes of a 32-bit register that a narrower access at `offset` sees.
+fn copy_lanes(offset: u64, value: u32, data: &mut [u8]) {
+    let bytes = value.to_le_bytes();
+    let first = (offset & 3) as usize;
+    data.copy_from_slice(&bytes[first..first + data.len()]);
+}
+
+impl Chips {
+    fn now(&self) -> u64 {
+        self.epoch.elapsed().as_nanos() as u64
+    }
+
+    fn power(&self, event: Option<anyvisor_devices::PowerEvent>) {
+        if let Some(event) = event {
+            self.notify.power(event);
+        }
+    }
+
+    fn send(&self, msi: Msi) {
+        if let Err(error) = self.vm.signal_msi(msi) {
+            self.notify.end(End::Failed(format!("cannot deliver an interrupt: {error}")));
+        }
+    }
+
+    /// Sets ISA line `irq`; the caller holds the lock of the chip that drives it.
+    fn set_line(&self, irq: u8, level: bool) {
+        let mut interrupts = lock(&self.interrupts);
+        let bit = 1 << irq;
+        let lines = if level { interrupts.lines | bit } else { interrupts.lines & !bit };
+        if lines == interrupts.lines {
+            return;
+        }
+        interrupts.lines = lines;
+        interrupts.pic.set_irq(irq, level);
+        self.tell_intr(&mut interrupts);
+        let pin = if irq == PIT_IRQ { 2 } else { irq };
+        let message = interrupts.io_apic.set_irq(pin, level);
+        drop(interrupts);
+        if let Some(msi) = message {
+            self.send(msi);
+        }
+    }
+
+    /// Passes INTR on if it has changed, in order, because the lock is held.
+    fn tell_intr(&self, interrupts: &mut MutexGuard<Interrupts>) {
+        if let Some(level) = interrupts.pic.intr_change() {
+            if let Err(error) = self.vm.set_pic_intr(level) {
+                self.notify.end(End::Failed(format!("cannot deliver an interrupt: {error}")));
+            }
+        }
+    }
+
+    fn settle_pit(&self, pit: &mut Pit, now: u64) -> Option<u64> {
+        let out = pit.poll(now);
+        if out.edge {
+            self.set_line(PIT_IRQ, false);
+            self.set_line(PIT_IRQ, true);
+        }
+        self.set_line(PIT_IRQ, out.level);
+        pit.next_event(now)
+    }
+
+    fn settle_rtc(&self, rtc: &mut Rtc) -> Option<u64> {
+        self.set_line(rtc::IRQ, rtc.interrupt());
+        rtc.next_event()
+    }
+
+    fn settle_acpi_pm(&self, pm: &mut AcpiPm) -> Option<u64> {
+        self.set_line(SCI, pm.sci());
+        pm.next_event()
+    }
+
+    fn settle_i8042(&self, i8042: &I8042) {
+        let (keyboard, aux) = i8042.interrupts();
+        self.set_line(i8042::KEYBOARD_IRQ, keyboard);
+        self.set_line(i8042::AUX_IRQ, aux);
+    }
+
+    fn read_serial(&self, offset: u16) -> u8 {
+        let mut serial = lock(&self.serial);
+        let value = serial.read(offset);
+        self.settle_serial(&mut serial);
+        value
+    }
+
+    fn write_serial(&self, offset: u16, value: u8) {
+        let mut serial = lock(&self.serial);
+        let sent = serial.write(offset, value);
+        self.settle_serial(&mut serial);
+        // Under the lock, so that bytes of several vCPUs keep their order.
+        if let Some(byte) = sent {
+            self.output.put(byte);
+        }
+    }
+
+    fn settle_serial(&self, serial: &mut Serial) {
+        if serial.wants_input() {
+            self.feed_serial(serial);
+        } else {
+            self.set_line(serial::COM1_IRQ, serial.interrupt());
+        }
+    }
+
+    fn feed_serial(&self, serial: &mut Serial) {
+        self.input.pull(|bytes| if bytes.is_empty() { 0 } else { serial.enqueue(bytes) });
+        self.set_line(serial::COM1_IRQ, serial.interrupt());
+    }
+}
+
+impl GuestIo for Board {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        self.ports.read(port.into(), data);
+    }
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.ports.write(port.into(), data);
+    }
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        self.memory.read(gpa, data);
+    }
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        self.memory.write(gpa, data);
+    }
+    fn eoi(&self, vector: u8) {
+        let messages = lock(&self.chips.interrupts).io_apic.eoi(vector);
+        messages.into_iter().for_each(|msi| self.chips.send(msi));
+    }
+    fn acknowledge_pic(&self) -> Option<u8> {
+        let mut interrupts = lock(&self.chips.interrupts);
+        let vector = interrupts.pic.acknowledge();
+        self.chips.tell_intr(&mut interrupts);
+        vector
+    }
+}

@@ -1,0 +1,400 @@
+//! Machines on an engine whose "guest code" is a closure: what it sees, and how each VM ends.
+
+use super::*;
+use anyvisor_engine::{Exit, GuestIo, Kick, Vm};
+use anyvisor_x86::cpuid::{CpuModel, Cpuid, CpuidResult};
+use anyvisor_x86::{Msi, VcpuState};
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Condvar;
+use vm_memory::Bytes;
+
+type Guest = Arc<dyn Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync>;
+
+/// Runs `guest(vm, cpu, io)` as each vCPU's code; a guest that returns `Kicked` waits for a kick.
+struct FakeEngine {
+    guest: Guest,
+    states: Arc<Mutex<Vec<VcpuState>>>,
+}
+
+struct FakeVm {
+    guest: Guest,
+    memory: GuestMemoryMmap,
+    messages: Mutex<Vec<Msi>>,
+    intr: Mutex<bool>,
+    states: Arc<Mutex<Vec<VcpuState>>>,
+    this: std::sync::Weak<FakeVm>,
+}
+
+struct FakeVcpu {
+    id: u32,
+    vm: Arc<FakeVm>,
+    kicked: Arc<Kicked>,
+}
+
+#[derive(Default)]
+struct Kicked(Mutex<bool>, Condvar);
+
+impl Kick for Kicked {
+    fn kick(&self) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+}
+
+impl Engine for FakeEngine {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+    fn supported_cpuid(&self) -> Cpuid {
+        let mut cpuid = Cpuid::default();
+        let all = CpuidResult { eax: !0, ebx: !0, ecx: !0, edx: !0 };
+        for (leaf, subleaf) in [(1, None), (7, Some(0)), (0x8000_0001, None)] {
+            cpuid.set(leaf, subleaf, all);
+        }
+        cpuid
+    }
+    fn create_vm(&self, memory: GuestMemoryMmap) -> anyvisor_engine::Result<Arc<dyn Vm>> {
+        Ok(Arc::new_cyclic(|this| FakeVm {
+            guest: self.guest.clone(),
+            memory,
+            messages: Mutex::default(),
+            intr: Mutex::default(),
+            states: self.states.clone(),
+            this: this.clone(),
+        }))
+    }
+}
+
+impl Vm for FakeVm {
+    fn create_vcpu(&self, id: VcpuId, _cpuid: &Cpuid) -> anyvisor_engine::Result<Box<dyn Vcpu>> {
+        let vm = self.this.upgrade().unwrap();
+        Ok(Box::new(FakeVcpu { id: id.0, vm, kicked: Arc::default() }))
+    }
+    fn signal_msi(&self, msi: Msi) -> anyvisor_engine::Result<()> {
+        self.messages.lock().unwrap().push(msi);
+        Ok(())
+    }
+    fn set_pic_intr(&self, level: bool) -> anyvisor_engine::Result<()> {
+        *self.intr.lock().unwrap() = level;
+        Ok(())
+    }
+    fn doorbells(&self) -> Option<&dyn anyvisor_engine::Doorbells> {
+        None
+    }
+}
+
+impl Vcpu for FakeVcpu {
+    fn run(&mut self, io: &dyn GuestIo) -> anyvisor_engine::Result<Exit> {
+        let exit = (self.vm.guest)(&self.vm, self.id, io);
+        if exit == Exit::Kicked {
+            let mut kicked = self.kicked.0.lock().unwrap();
+            while !std::mem::take(&mut *kicked) {
+                kicked = self.kicked.1.wait(kicked).unwrap();
+            }
+        }
+        Ok(exit)
+    }
+    fn kicker(&self) -> Kicker {
+        Kicker::new(self.kicked.clone())
+    }
+    fn state(&mut self) -> anyvisor_engine::Result<VcpuState> {
+        Ok(VcpuState::reset(self.id, 0))
+    }
+    fn set_state(&mut self, state: &VcpuState) -> anyvisor_engine::Result<()> {
+        self.vm.states.lock().unwrap().push(state.clone());
+        Ok(())
+    }
+}
+
+/// A kernel file that loads, deleted with the value.
+struct KernelFile(PathBuf);
+
+impl KernelFile {
+    fn new() -> KernelFile {
+        static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("anyvisor-vmm-test-{}-{number}", std::process::id()));
+        std::fs::write(&path, crate::boot::test_image()).unwrap();
+        KernelFile(path)
+    }
+}
+
+impl Drop for KernelFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn config(kernel: &KernelFile) -> Config {
+    Config {
+        id: "test".into(),
+        kernel: kernel.0.clone(),
+        initrd: None,
+        command_line: "console=ttyS0".into(),
+        memory: 32 << 20,
+        cpus: 1,
+        cpu_model: CpuModel::V3,
+        serial: crate::config::Serial::Null,
+        debug_exit: true,
+        on_reboot: OnReboot::Exit,
+    }
+}
+
+#[derive(Clone, Default)]
+struct Screen(Arc<Mutex<Vec<u8>>>);
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Outcome {
+    end: Result<End>,
+    screen: Vec<u8>,
+    states: Vec<VcpuState>,
+}
+
+fn play(
+    change: impl FnOnce(&mut Config),
+    typed: &[u8],
+    guest: impl Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync + 'static,
+) -> Outcome {
+    let kernel = KernelFile::new();
+    let mut config = config(&kernel);
+    change(&mut config);
+    let screen = Screen::default();
+    let output = Arc::new(Output::new(Box::new(screen.clone())).unwrap());
+    let input = Input::new();
+    input.push(typed);
+    let states = Arc::default();
+    let engine = FakeEngine { guest: Arc::new(guest), states: Arc::clone(&states) };
+    let (control, _remote) = control();
+    let end = run(&config, &engine, &output, &input, &control);
+    Outcome { end, screen: screen.0.lock().unwrap().clone(), states: states.lock().unwrap().clone() }
+}
+
+fn end_of(guest: impl Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync + 'static) -> End {
+    play(|_| {}, b"", guest).end.unwrap()
+}
+
+fn outb(io: &dyn GuestIo, port: u16, value: u8) {
+    io.pio_write(port, &[value]);
+}
+
+fn inb(io: &dyn GuestIo, port: u16) -> u8 {
+    let mut data = [0];
+    io.pio_read(port, &mut data);
+    data[0]
+}
+
+#[test]
+fn ways_to_end() {
+    let power_off = |_: &FakeVm, _, io: &dyn GuestIo| {
+        io.pio_write(0x604, &(5u16 << 10 | 1 << 13).to_le_bytes());
+        Exit::Kicked
+    };
+    assert_eq!(end_of(power_off), End::PowerOff);
+    for (port, value) in [(0xcf9, 6), (0x64, 0xfe), (0x92, 1)] {
+        let reset = move |_: &FakeVm, _, io: &dyn GuestIo| {
+            outb(io, port, value);
+            Exit::Kicked
+        };
+        assert_eq!(end_of(reset), End::Reboot, "port {port:#x}");
+    }
+    let debug_exit = |_: &FakeVm, _, io: &dyn GuestIo| {
+        io.pio_write(0xf4, &[21, 0, 0, 0]);
+        Exit::Kicked
+    };
+    assert_eq!(end_of(debug_exit), End::DebugExit(21));
+    assert!(matches!(end_of(|_, _, _| Exit::Shutdown), End::TripleFault(text) if text.contains("rip")));
+    assert!(matches!(end_of(|_, _, _| Exit::Failed("no such thing".into())), End::Failed(t) if t.contains("no such")));
+    assert!(matches!(end_of(|_, _, _| panic!("a bug in the engine")), End::Failed(t) if t.contains("internal error")));
+}
+
+#[test]
+fn the_debug_exit_port_is_an_option() {
+    let outcome = play(
+        |config| config.debug_exit = false,
+        b"",
+        |_, _, io| {
+            outb(io, 0xf4, 1);
+            assert_eq!(inb(io, 0xf4), 0xff);
+            outb(io, 0xcf9, 6);
+            Exit::Kicked
+        },
+    );
+    assert_eq!(outcome.end.unwrap(), End::Reboot);
+}
+
+#[test]
+fn all_vcpus_stop_and_only_the_first_starts_in_the_kernel() {
+    let outcome = play(
+        |config| config.cpus = 3,
+        b"",
+        |_, cpu, io| {
+            if cpu == 2 {
+                outb(io, 0xf4, 7);
+            }
+            Exit::Kicked
+        },
+    );
+    assert_eq!(outcome.end.unwrap(), End::DebugExit(7));
+    assert_eq!(outcome.states.len(), 1);
+    assert_eq!(outcome.states[0].rip & 0xfff, 0x200);
+}
+
+#[test]
+fn a_restart_builds_a_fresh_machine() {
+    let boots = Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let count = boots.clone();
+    let outcome = play(
+        |config| config.on_reboot = OnReboot::Restart,
+        b"",
+        move |vm, _, io| {
+            let byte: u8 = vm.memory.read_obj(GuestAddress(0x50_0000)).unwrap();
+            assert_eq!((byte, inb(io, 0x3ff)), (0, 0), "memory and chips are fresh");
+            vm.memory.write_obj(1u8, GuestAddress(0x50_0000)).unwrap();
+            outb(io, 0x3ff, 1);
+            if count.fetch_add(1, Ordering::SeqCst) == 2 {
+                outb(io, 0xf4, 0);
+            } else {
+                // Twice: the second must not restart the next machine.
+                outb(io, 0xcf9, 6);
+                outb(io, 0x64, 0xfe);
+            }
+            Exit::Kicked
+        },
+    );
+    assert_eq!(outcome.end.unwrap(), End::DebugExit(0));
+    assert_eq!(boots.load(Ordering::SeqCst), 3);
+}
+
+#[test]
+fn the_console_carries_both_directions() {
+    let typed: Vec<u8> = (0..1000u32).map(|i| (i % 253) as u8).collect();
+    let outcome = play(
+        |_| {},
+        &typed,
+        |vm, _, io| {
+            // FIFO on, receive interrupts, OUT2; IRQ 4 as vector 0x34 at the PIC.
+            for (port, value) in
+                [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1), (0x21, 0xef), (0x3fa, 1), (0x3fc, 8), (0x3f9, 1)]
+            {
+                outb(io, port, value);
+            }
+            let mut echoed = 1;
+            while echoed < 1000 {
+                while !*vm.intr.lock().unwrap() {
+                    std::thread::yield_now();
+                }
+                assert_eq!(io.acknowledge_pic(), Some(0x34));
+                while inb(io, 0x3fd) & 1 != 0 {
+                    let byte = inb(io, 0x3f8);
+                    outb(io, 0x3f8, byte);
+                    echoed += 1;
+                }
+                outb(io, 0x20, 0x20);
+            }
+            outb(io, 0xf4, 0);
+            Exit::Kicked
+        },
+    );
+    assert_eq!(outcome.end.unwrap(), End::DebugExit(0));
+    // The first byte was there before the FIFO was switched on, which clears the receiver.
+    assert_eq!(outcome.screen, typed[1..]);
+}
+
+#[test]
+fn the_pit_ticks_through_the_io_apic() {
+    let end = end_of(|vm, _, io| {
+        // Pin 2, edge, vector 0x30, unmasked; channel 0 in mode 2 at 1 kHz.
+        for (select, value) in [(0x15u32, 0u32), (0x14, 0x30)] {
+            io.mmio_write(0xfec0_0000, &select.to_le_bytes());
+            io.mmio_write(0xfec0_0010, &value.to_le_bytes());
+        }
+        let mut version = [0; 4];
+        io.mmio_write(0xfec0_0000, &1u32.to_le_bytes());
+        io.mmio_read(0xfec0_0010, &mut version);
+        assert_eq!(version, [0x20, 0, 0x17, 0]);
+        for (port, value) in [(0x43, 0x34), (0x40, 0xa9), (0x40, 4)] {
+            outb(io, port, value);
+        }
+        let start = std::time::Instant::now();
+        while vm.messages.lock().unwrap().len() < 20 {
+            assert!(start.elapsed() < Duration::from_secs(20), "no ticks");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(start.elapsed() > Duration::from_millis(18), "too fast");
+        assert!(vm.messages.lock().unwrap().iter().all(|msi| msi.vector() == 0x30));
+        outb(io, 0xf4, 0);
+        Exit::Kicked
+    });
+    assert_eq!(end, End::DebugExit(0));
+}
+
+#[test]
+fn a_stop_from_outside_ends_a_busy_vm() {
+    let kernel = KernelFile::new();
+    let output = Arc::new(Output::new(Box::new(std::io::sink())).unwrap());
+    let engine = FakeEngine { guest: Arc::new(|_, _, _| Exit::Kicked), states: Arc::default() };
+    let (control, remote) = control();
+    let stopper = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(20));
+        remote.stop();
+    });
+    assert_eq!(run(&config(&kernel), &engine, &output, &Input::new(), &control).unwrap(), End::Stopped);
+    stopper.join().unwrap();
+}
+
+#[test]
+fn what_cannot_be_built_is_a_users_mistake() {
+    for change in [
+        |config: &mut Config| config.memory = 1 << 20,
+        |config: &mut Config| config.cpus = 1000,
+        |config: &mut Config| config.kernel = "/nonexistent/vmlinuz".into(),
+        |config: &mut Config| config.kernel = "/".into(),
+        |config: &mut Config| config.initrd = Some("/nonexistent/initrd".into()),
+    ] {
+        let error = play(change, b"", |_, _, _| Exit::Kicked).end.unwrap_err();
+        assert!(matches!(error, Error::User(_)) && !error.to_string().contains('\n'), "{error}");
+    }
+}
+
+/// Any access to any address leaves the machine standing.
+#[test]
+fn random_accesses_harm_nobody() {
+    let end = end_of(|_, _, io| {
+        let mut random = 0x2545_f491_4f6c_dd1du64;
+        let mut next = || {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random
+        };
+        for _ in 0..200_000 {
+            let size = 1 << (next() % 4);
+            let mut data = next().to_le_bytes();
+            let port = next() as u16 & if next() % 2 == 0 { 0xfff } else { 0x7f };
+            // Not the ports that end the VM.
+            let ends = [0xf4..0xf8, 0x600..0x610, 0xcf9..0xcfa, 0x64..0x65, 0x92..0x93];
+            if !ends.iter().any(|range| port + 4 > range.start && port < range.end) {
+                io.pio_write(port, &data[..size.min(4)]);
+            }
+            io.pio_read(port, &mut data[..size.min(4)]);
+            let bases = [0xfec0_0000u64, layout::ECAM, layout::PCI_WINDOW, u64::MAX - 4];
+            let gpa = bases[(next() % 4) as usize].wrapping_add(next() % 0x60);
+            io.mmio_write(gpa, &data[..size]);
+            io.mmio_read(gpa, &mut data[..size]);
+            io.eoi(next() as u8);
+            io.acknowledge_pic();
+        }
+        outb(io, 0xf4, 3);
+        Exit::Kicked
+    });
+    assert_eq!(end, End::DebugExit(3));
+}

@@ -1,0 +1,51 @@
+//! The thread that drives one vCPU.
+
+use super::{Board, End, Notify};
+use crate::dump;
+use anyvisor_engine::{Exit, Vcpu};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use vm_memory::GuestMemoryMmap;
+
+/// Starts the thread of vCPU `cpu`. It ends with the VM, or ends the VM.
+pub(super) fn spawn(
+    cpu: usize,
+    mut vcpu: Box<dyn Vcpu>,
+    board: Arc<Board>,
+    memory: GuestMemoryMmap,
+    notify: Arc<Notify>,
+) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(format!("vcpu{cpu}")).spawn(move || {
+        let guard = PanicGuard { cpu, notify: &notify };
+        while !notify.is_ending() {
+            let end = match vcpu.run(&*board) {
+                Ok(Exit::Kicked) => continue,
+                Ok(Exit::Shutdown) => End::TripleFault(match vcpu.state() {
+                    Ok(state) => dump::vcpu(cpu, &state, &memory),
+                    Err(error) => format!("vCPU {cpu}: {error}"),
+                }),
+                Ok(Exit::Failed(why)) => End::Failed(match vcpu.state() {
+                    Ok(state) => format!("vCPU {cpu}: {why}\n{}", dump::vcpu(cpu, &state, &memory)),
+                    Err(error) => format!("vCPU {cpu}: {why}; {error}"),
+                }),
+                Err(error) => End::Failed(format!("vCPU {cpu}: {error}")),
+            };
+            notify.end(end);
+        }
+        drop(guard);
+    })
+}
+
+/// Ends the VM if the thread panics.
+struct PanicGuard<'a> {
+    cpu: usize,
+    notify: &'a Notify,
+}
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.notify.end(End::Failed(format!("vCPU {}: internal error, see above; please report it", self.cpu)));
+        }
+    }
+}
