@@ -114,6 +114,8 @@ pub struct Cpu {
     pub halted: bool,
     /// An AP between INIT and its start-up IPI.
     pub wait_for_sipi: bool,
+    /// Changes whenever the meaning of linear code addresses may have.
+    pub code_generation: u32,
     /// Scratch of generated code.
     pub scratch: [u64; 8],
     /// The host's stack pointer while translated code runs.

@@ -54,8 +54,6 @@ pub struct Mmu {
     jump_journal: [Vec<u16>; JUMP_CONTEXTS],
     /// Kernel code has been fetched from a page that is not global.
     kernel_code_local: bool,
-    /// Counts flushes of any kind that can change what a linear code address means.
-    pub code_generation: u64,
 }
 
 // SAFETY: `code_page`'s pointer is into the VM's RAM, which any thread may address by raw copies.
@@ -72,7 +70,6 @@ impl Mmu {
             jump_filter: Box::new([0; 64]),
             jump_journal: Default::default(),
             kernel_code_local: false,
-            code_generation: 0,
         }
     }
 }
@@ -293,14 +290,19 @@ impl Core {
     pub fn add_jump(&mut self, context: JumpContext, gva: u64, host: u64) {
         let index = gva as usize & (JUMP_CACHE_ENTRIES - 1);
         self.cpu.jump_cache[context as usize][index] = JumpEntry { key: 0u64.wrapping_sub(gva), host };
-        let hash = ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff;
-        self.mmu.jump_filter[hash / 64] |= 1 << (hash % 64);
+        self.note_code(gva);
         let journal = &mut self.mmu.jump_journal[context as usize];
         journal.push(index as u16);
         if journal.len() >= 2 * JUMP_CACHE_ENTRIES {
             journal.sort_unstable();
             journal.dedup();
         }
+    }
+
+    /// Notes that translated code relies on the mapping of `gva`.
+    pub fn note_code(&mut self, gva: u64) {
+        let hash = ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff;
+        self.mmu.jump_filter[hash / 64] |= 1 << (hash % 64);
     }
 
     /// Removes `host` from the jump caches, if it is there as the code for `gva`.
@@ -338,7 +340,7 @@ impl Core {
 
     fn forget_code_pages(&mut self) {
         self.mmu.code_page = None;
-        self.mmu.code_generation += 1;
+        self.cpu.code_generation = self.cpu.code_generation.wrapping_add(1);
     }
 
     /// What a CR3 load leaves of the jump caches: kernel code, if all of it is in global pages.

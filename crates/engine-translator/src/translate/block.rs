@@ -59,6 +59,9 @@ pub enum ExitKind {
     Interpret { rip: u64 },
     /// Something is pending; go on at this address.
     Poll { rip: u64 },
+    /// The meaning of linear addresses may have changed since this instruction, which runs over the end of
+    /// the page, was last checked. The generation it was checked at is the 32-bit immediate at `patch`.
+    Recheck { patch: u32 },
     /// Go on at the address in [`word::TARGET`].
     Indirect,
 }
@@ -84,6 +87,8 @@ pub struct Translation {
     pub length: u16,
     /// Further bytes on the page, `(offset in page, length)`, that the translation depends on.
     pub peeked: Vec<(u16, u16)>,
+    /// The only instruction runs over the page's end, and its other bytes were not given.
+    pub incomplete: bool,
 }
 
 /// Shared code that blocks jump to or call.
@@ -158,8 +163,11 @@ pub(super) struct PendingExit {
 
 /// Inputs of a translation.
 pub struct Source<'a> {
-    /// Bytes of the page from the block's start to the page's end.
+    /// Bytes of the page from the block's start to the page's end, and for an instruction that runs over it
+    /// some of the next page.
     pub bytes: &'a [u8],
+    /// For an instruction over the page's end: the [`Cpu::code_generation`] at which the next page was found.
+    pub crossing: Option<u32>,
     /// The whole page, for peeking.
     pub page: &'a [u8],
     pub rip: u64,
@@ -181,6 +189,7 @@ pub struct Builder<'a> {
     peeked: Vec<(u16, u16)>,
     /// Offset of the instruction being emitted.
     pub(super) at: u16,
+    incomplete: bool,
 }
 
 /// Translates the code at `source`. At least one instruction is covered, if only by interpretation.
@@ -196,6 +205,7 @@ pub fn translate(source: &Source) -> Translation {
         thunk_calls: Vec::new(),
         peeked: Vec::new(),
         at: 0,
+        incomplete: false,
     };
     let insns = builder.decode();
     builder.body(&insns);
@@ -224,6 +234,7 @@ impl<'a> Builder<'a> {
             if instruction.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
                 // Runs over the page's end.
                 if insns.is_empty() {
+                    self.incomplete = true;
                     insns.push(self.insn(instruction, offset, Kind::Interpret));
                 }
                 break;
@@ -238,6 +249,9 @@ impl<'a> Builder<'a> {
                 kind = Kind::Interpret;
             }
             insns.push(self.insn(instruction, offset, kind));
+            if source.crossing.is_some() {
+                break;
+            }
             match kind {
                 Kind::JumpIf | Kind::LoopJump => {
                     branches += 1;
@@ -316,6 +330,10 @@ impl<'a> Builder<'a> {
     // Pass 2: emission.
 
     fn body(&mut self, insns: &[Insn]) {
+        if let Some(generation) = self.source.crossing {
+            self.map.push((0, 0));
+            self.check_generation(generation);
+        }
         for insn in insns {
             self.map.push((self.a.position() as u32, insn.offset));
             self.at = insn.offset;
@@ -654,6 +672,7 @@ impl<'a> Builder<'a> {
             map: self.map,
             length: last.offset + u16::from(last.length),
             peeked: self.peeked,
+            incomplete: self.incomplete,
         }
     }
 }

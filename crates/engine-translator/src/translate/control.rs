@@ -52,6 +52,22 @@ impl Builder<'_> {
         self.exits.push(PendingExit { hole, kind: ExitKind::Poll { rip } });
     }
 
+    /// Leaves unless linear addresses still mean what they meant at `generation`.
+    pub(super) fn check_generation(&mut self, generation: u32) {
+        self.a.mov(RSI, RCX);
+        self.a.mov_imm(RCX, 0); // mov ecx, imm32: minus the generation, patched
+        let patch = self.a.position() - 4;
+        self.a.code[patch..].copy_from_slice(&generation.wrapping_neg().to_le_bytes());
+        self.a.load32(RDI, Rm::Gs(offset_of!(Cpu, code_generation) as i32));
+        self.a.lea32(RCX, Rm::Indexed { base: RCX, index: RDI, scale: 0, displacement: 0 });
+        let same = self.a.short(0xe3);
+        self.a.mov(RCX, RSI);
+        let hole = self.a.jmp();
+        self.exits.push(PendingExit { hole, kind: ExitKind::Recheck { patch: patch as u32 } });
+        self.a.bind_short(same);
+        self.a.mov(RCX, RSI);
+    }
+
     /// A jump to another page: its mapping can change, so it goes through the jump cache's one entry.
     fn far(&mut self, target: u64, flags: bool, poll: bool) {
         if poll {

@@ -15,6 +15,8 @@ mod control;
 mod encoding;
 mod enter;
 pub mod fault;
+#[cfg(test)]
+mod tests;
 
 use crate::code_memory::CodeMemory;
 use crate::core::Core;
@@ -53,6 +55,8 @@ struct Block {
     length: u32,
     map: Box<[(u32, u16)]>,
     exits: std::ops::Range<u32>,
+    /// Where the rest of an instruction that runs over the page's end was: guest-physical page.
+    next_page: Option<u64>,
     /// Exits of blocks that are linked to this one.
     incoming: Vec<u32>,
     alive: bool,
@@ -211,6 +215,10 @@ impl Translator {
                     core.cpu.rip = rip;
                     return Step::Done;
                 }
+                ExitKind::Recheck { patch } => {
+                    self.recheck(core, exit, patch);
+                    return Step::Done;
+                }
                 ExitKind::Far { target } => core.cpu.rip = target,
                 ExitKind::Indirect => {
                     core.cpu.rip = core.cpu.translated[word::TARGET];
@@ -304,14 +312,58 @@ impl Translator {
             core.protect_code_page(key.gpa);
         }
         let first_exit = self.exits.len() as u32;
-        let mut translation = block::translate(&Source {
+        let mut source = Source {
             bytes: &page[(key.gpa & 0xfff) as usize..],
+            crossing: None,
             page,
             rip: key.rip,
             context: key.context,
             features: &self.features,
             first_exit,
-        });
+        };
+        let mut translation = block::translate(&source);
+        let mut next_page = None;
+        if translation.incomplete
+            && let Some((gpa, rest)) = self.next_page(core, key.rip)
+        {
+            let mut bytes = source.bytes.to_vec();
+            bytes.extend_from_slice(&rest);
+            source.bytes = &bytes;
+            source.crossing = Some(core.cpu.code_generation);
+            translation = block::translate(&source);
+            next_page = Some(gpa >> 12);
+        }
+        self.install(key, translation, next_page)
+    }
+
+    /// The first bytes of the page after the one that `rip` is on, if they can be executed: their
+    /// guest-physical address, and the bytes, which are now watched for writes.
+    fn next_page(&self, core: &mut Core, rip: u64) -> Option<(u64, [u8; 15])> {
+        let next = (rip & !0xfff).wrapping_add(0x1000);
+        let (gpa, _) = core.fetch_page(next).ok()?;
+        core.protect_code_page(gpa);
+        core.note_code(next);
+        let mut bytes = [0; 15];
+        core.ram.read(gpa, &mut bytes).then_some((gpa, bytes))
+    }
+
+    /// Looks again where the second page of a crossing instruction is.
+    fn recheck(&mut self, core: &mut Core, exit: u32, patch: u32) {
+        let id = self.exits[exit as usize].block;
+        let block = &self.blocks[id as usize];
+        let (rip, start, next_page) = (block.key.rip, block.start, block.next_page);
+        core.cpu.rip = rip;
+        if self.next_page(core, rip).map(|(gpa, _)| gpa >> 12) == next_page {
+            let value = core.cpu.code_generation.wrapping_neg();
+            self.code.write((start + patch) as usize, &value.to_le_bytes());
+        } else {
+            self.kill(core, id);
+        }
+    }
+
+    /// Places a translation and links it with the blocks it jumps to.
+    fn install(&mut self, key: Key, mut translation: block::Translation, next_page: Option<u64>) -> u32 {
+        let first_exit = self.exits.len() as u32;
         let start = self.used;
         let id = self.blocks.len() as u32;
         for &(at, thunk) in &translation.thunk_calls {
@@ -342,8 +394,14 @@ impl Translator {
         for &(offset, length) in &translation.peeked {
             code_page.granules |= granules(u64::from(offset), u64::from(length));
         }
+        if let Some(page) = next_page {
+            let code_page = self.pages.entry(page).or_default();
+            code_page.blocks.push(id);
+            code_page.granules |= 1;
+        }
         self.blocks.push(Block {
             key,
+            next_page,
             start: base,
             length: translation.code.len() as u32,
             map: translation.map.into_boxed_slice(),
@@ -417,8 +475,11 @@ impl Translator {
     }
 
     fn kill(&mut self, core: &mut Core, id: u32) {
-        self.statistics.invalidated += 1;
         let block = &mut self.blocks[id as usize];
+        if !block.alive {
+            return; // on two pages, and the other one went first
+        }
+        self.statistics.invalidated += 1;
         block.alive = false;
         let (key, start, exits) = (block.key, block.start, block.exits.clone());
         let incoming = std::mem::take(&mut block.incoming);
