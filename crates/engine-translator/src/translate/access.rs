@@ -73,13 +73,13 @@ impl Ea {
     }
 
     /// `[rsp + displacement]`
-    pub fn stack(displacement: i64) -> Ea {
-        Ea { base: Some(4), index: None, scale: 0, displacement, segment: None, narrow: false }
+    pub fn stack(displacement: i64, bits: u32) -> Ea {
+        Ea { displacement, ..Ea::register(4, bits) }
     }
 
     /// `[register]`
-    pub fn register(number: u8) -> Ea {
-        Ea { base: Some(number), index: None, scale: 0, displacement: 0, segment: None, narrow: false }
+    pub fn register(number: u8, bits: u32) -> Ea {
+        Ea { base: Some(number), index: None, scale: 0, displacement: 0, segment: None, narrow: bits == 32 }
     }
 
     fn constant(&self) -> Option<u64> {

@@ -20,15 +20,28 @@ pub enum Rm {
     /// `[base + displacement]`
     Base(u8, i32),
     /// `[base + index × 2^scale + displacement]`
-    Indexed { base: u8, index: u8, scale: u8, displacement: i32 },
+    Indexed {
+        base: u8,
+        index: u8,
+        scale: u8,
+        displacement: i32,
+    },
     /// `[index × 2^scale + displacement]`
-    Scaled { index: u8, scale: u8, displacement: i32 },
+    Scaled {
+        index: u8,
+        scale: u8,
+        displacement: i32,
+    },
     /// `gs:[displacement]`
     Gs(i32),
     /// `gs:[base + displacement]`
     GsBase(u8, i32),
     /// `gs:[index × 2^scale + displacement]`
-    GsScaled { index: u8, scale: u8, displacement: i32 },
+    GsScaled {
+        index: u8,
+        scale: u8,
+        displacement: i32,
+    },
 }
 
 impl Rm {

@@ -19,7 +19,9 @@ use super::control::FarJump;
 use super::encoding::{Fields, Layout, Place, gpr_operands};
 use crate::cpu::{Cpu, JumpContext};
 use anyvisor_x86::bits::gpr;
-use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register};
+use iced_x86::{
+    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
+};
 use std::mem::offset_of;
 
 /// Guest instructions in a block at most.
@@ -96,7 +98,11 @@ pub struct Translation {
 pub enum Thunk {
     Exit,
     /// TLB miss for a context, for a write, with live flags.
-    Fill { context: u8, write: bool, flags: bool },
+    Fill {
+        context: u8,
+        write: bool,
+        flags: bool,
+    },
 }
 
 /// Indices into [`Cpu::translated`].
@@ -221,6 +227,48 @@ impl<'a> Builder<'a> {
         target >> 12 == self.source.rip >> 12
     }
 
+    /// Bytes of a stack slot, and of a near code pointer.
+    fn word(&self) -> i64 {
+        i64::from(self.bits() / 8)
+    }
+
+    fn stack(&self, displacement: i64) -> Ea {
+        Ea::stack(displacement, self.bits())
+    }
+
+    /// Moves the stack pointer.
+    fn adjust_stack(&mut self, by: i32) {
+        if self.bits() == 64 {
+            self.a.lea(R13, Rm::Base(R13, by));
+        } else {
+            self.a.lea32(R13, Rm::Base(R13, by));
+        }
+    }
+
+    fn load_word(&mut self, reg: u8, rm: Rm) {
+        if self.bits() == 64 {
+            self.a.load(reg, rm);
+        } else {
+            self.a.load32(reg, rm);
+        }
+    }
+
+    fn store_word(&mut self, rm: Rm, reg: u8) {
+        if self.bits() == 64 {
+            self.a.store(rm, reg);
+        } else {
+            self.a.store32(rm, reg);
+        }
+    }
+
+    fn store_word_imm(&mut self, rm: Rm, value: i32) {
+        if self.bits() == 64 {
+            self.a.store_imm32(rm, value);
+        } else {
+            self.a.store32_imm(rm, value as u32);
+        }
+    }
+
     // Pass 1: decoding and flag liveness.
 
     fn decode(&mut self) -> Vec<Insn> {
@@ -303,8 +351,7 @@ impl<'a> Builder<'a> {
             return ALL_FLAGS;
         }
         let start = (target & 0xfff) as usize;
-        let mut decoder =
-            Decoder::with_ip(self.bits(), &self.source.page[start..], target, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(self.bits(), &self.source.page[start..], target, DecoderOptions::NONE);
         let (mut live, mut undecided) = (0, ALL_FLAGS);
         for _ in 0..PEEK_INSTRUCTIONS {
             if !decoder.can_decode() {
@@ -318,7 +365,9 @@ impl<'a> Builder<'a> {
             let (read, written) = classify::flags(&instruction);
             live |= read & undecided;
             undecided &= !(written | read);
-            if undecided == 0 || !matches!(kind, Kind::Nop | Kind::Copy | Kind::Lea | Kind::Memory | Kind::Push | Kind::Pop) {
+            if undecided == 0
+                || !matches!(kind, Kind::Nop | Kind::Copy | Kind::Lea | Kind::Memory | Kind::Push | Kind::Pop)
+            {
                 break;
             }
         }
@@ -437,7 +486,10 @@ impl<'a> Builder<'a> {
                             low_byte |= operand.register.size() == 1 && (4..8).contains(&host);
                             host
                         }
-                        None if operand.or_memory && memory.is_none() && in_place(instruction, operand.register, writes) => {
+                        None if operand.or_memory
+                            && memory.is_none()
+                            && in_place(instruction, operand.register, writes) =>
+                        {
                             rm = slot(index);
                             continue;
                         }
@@ -545,28 +597,28 @@ impl<'a> Builder<'a> {
             OpKind::Register => {
                 let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
                 let host = host_register(index);
-                let rm = self.access(&Ea::stack(-8), 8, true, flags, host.is_none());
+                let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, host.is_none());
                 if host.is_none() {
                     self.a.load(RDI, slot(index));
                 }
-                self.a.store(rm, host.unwrap_or(RDI));
+                self.store_word(rm, host.unwrap_or(RDI));
             }
             OpKind::Memory => {
                 let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
-                let rm = self.access(&ea, 8, false, flags, false);
-                self.a.load(RDI, rm);
+                let rm = self.access(&ea, self.word() as usize, false, flags, false);
+                self.load_word(RDI, rm);
                 self.a.store(scratch(VALUE), RDI);
-                let rm = self.access(&Ea::stack(-8), 8, true, flags, true);
+                let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, true);
                 self.a.load(RDI, scratch(VALUE));
-                self.a.store(rm, RDI);
+                self.store_word(rm, RDI);
             }
             _ => {
                 let value = instruction.immediate(0) as i64 as i32;
-                let rm = self.access(&Ea::stack(-8), 8, true, flags, false);
-                self.a.store_imm32(rm, value);
+                let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, false);
+                self.store_word_imm(rm, value);
             }
         }
-        self.a.lea(R13, Rm::Base(R13, -8));
+        self.adjust_stack(-(self.word() as i32));
         true
     }
 
@@ -576,56 +628,62 @@ impl<'a> Builder<'a> {
             return false;
         }
         let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
-        let rm = self.access(&Ea::stack(0), 8, false, insn.live_in != 0, false);
+        let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
         match host_register(index) {
-            Some(host) => self.a.load(host, rm),
+            Some(host) => self.load_word(host, rm),
             None => {
                 self.a.load(RSI, rm);
                 self.a.store(slot(index), RSI);
             }
         }
         if index != gpr::RSP {
-            self.a.lea(R13, Rm::Base(R13, 8));
+            self.adjust_stack(self.word() as i32);
         }
         true
     }
 
     fn leave(&mut self, insn: &Insn) -> bool {
-        let rm = self.access(&Ea::register(RBP), 8, false, insn.live_in != 0, false);
-        self.a.lea(R13, Rm::Base(RBP, 8));
-        self.a.load(RBP, rm);
+        let word = self.word() as i32;
+        let rm = self.access(&Ea::register(RBP, self.bits()), word as usize, false, insn.live_in != 0, false);
+        if word == 8 {
+            self.a.lea(R13, Rm::Base(RBP, word));
+        } else {
+            self.a.lea32(R13, Rm::Base(RBP, word));
+        }
+        self.load_word(RBP, rm);
         true
     }
 
     fn push_return_address(&mut self, insn: &Insn) {
         let address = insn.instruction.next_ip();
-        let short = address as i64 == i64::from(address as i32);
-        let rm = self.access(&Ea::stack(-8), 8, true, insn.live_in != 0, !short);
+        let short = self.bits() == 32 || address as i64 == i64::from(address as i32);
+        let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, insn.live_in != 0, !short);
         if short {
-            self.a.store_imm32(rm, address as i32);
+            self.store_word_imm(rm, address as i32);
         } else {
             self.a.mov_imm(RDI, address);
             self.a.store(rm, RDI);
         }
-        self.a.lea(R13, Rm::Base(R13, -8));
+        self.adjust_stack(-(self.word() as i32));
     }
 
     /// Puts the target of an indirect jump or call into RSI; `false` if it is to be interpreted.
     fn indirect_target(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
         match instruction.op0_kind() {
-            OpKind::Register if instruction.op0_register().size() == 8 => {
-                let index = instruction.op0_register() as usize - Register::RAX as usize;
+            OpKind::Register if instruction.op0_register().size() as i64 == self.word() => {
+                let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
                 match host_register(index) {
+                    Some(host) if self.bits() == 32 => self.a.mov32(RSI, host),
                     Some(host) => self.a.mov(RSI, host),
                     None => self.a.load(RSI, slot(index)),
                 }
                 true
             }
-            OpKind::Memory if instruction.memory_size().size() == 8 => {
+            OpKind::Memory if instruction.memory_size().size() as i64 == self.word() => {
                 let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
-                let rm = self.access(&ea, 8, false, insn.live_in != 0, false);
-                self.a.load(RSI, rm);
+                let rm = self.access(&ea, self.word() as usize, false, insn.live_in != 0, false);
+                self.load_word(RSI, rm);
                 true
             }
             _ => false,
@@ -653,9 +711,9 @@ impl<'a> Builder<'a> {
 
     fn ret(&mut self, insn: &Insn) -> bool {
         let extra = if insn.instruction.op_count() == 1 { i32::from(insn.instruction.immediate16()) } else { 0 };
-        let rm = self.access(&Ea::stack(0), 8, false, insn.live_in != 0, false);
-        self.a.load(RSI, rm);
-        self.a.lea(R13, Rm::Base(R13, 8 + extra));
+        let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
+        self.load_word(RSI, rm);
+        self.adjust_stack(self.word() as i32 + extra);
         self.indirect(insn.live_out != 0);
         true
     }
@@ -680,12 +738,7 @@ impl<'a> Builder<'a> {
 fn ends_block(kind: Kind) -> bool {
     matches!(
         kind,
-        Kind::CallDirect
-            | Kind::CallIndirect
-            | Kind::Return
-            | Kind::JumpDirect
-            | Kind::JumpIndirect
-            | Kind::Interpret
+        Kind::CallDirect | Kind::CallIndirect | Kind::Return | Kind::JumpDirect | Kind::JumpIndirect | Kind::Interpret
     )
 }
 
@@ -709,8 +762,28 @@ fn in_place(instruction: &Instruction, register: Register, writes: bool) -> bool
     }
     let plain = matches!(
         mnemonic,
-        M::Mov | M::Add | M::Or | M::Adc | M::Sbb | M::And | M::Sub | M::Xor | M::Cmp | M::Test | M::Inc | M::Dec
-            | M::Neg | M::Not | M::Shl | M::Sal | M::Shr | M::Sar | M::Imul | M::Movsxd | M::Movzx | M::Movsx
+        M::Mov
+            | M::Add
+            | M::Or
+            | M::Adc
+            | M::Sbb
+            | M::And
+            | M::Sub
+            | M::Xor
+            | M::Cmp
+            | M::Test
+            | M::Inc
+            | M::Dec
+            | M::Neg
+            | M::Not
+            | M::Shl
+            | M::Sal
+            | M::Shr
+            | M::Sar
+            | M::Imul
+            | M::Movsxd
+            | M::Movzx
+            | M::Movsx
     );
     plain && (!writes || register.size() == 8)
 }

@@ -4,7 +4,7 @@
 //! forgotten instruction is slow, never wrong.
 
 use anyvisor_x86::Cpuid;
-use iced_x86::{CpuidFeature as F, EncodingKind, FlowControl, Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{Code, CpuidFeature as F, EncodingKind, FlowControl, Instruction, Mnemonic as M, OpKind, Register};
 
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,20 +57,55 @@ impl Features {
         let mut allowed = vec![false; F::values().len()];
         let mut set = |feature: F, on: bool| allowed[feature as usize] = on;
         for f in [
-            F::INTEL8086, F::INTEL8086_ONLY, F::INTEL186, F::INTEL286, F::INTEL386, F::INTEL486, F::X64, F::FPU,
-            F::FPU287, F::FPU387, F::MULTIBYTENOP, F::PAUSE, F::CET_IBT,
+            F::INTEL8086,
+            F::INTEL186,
+            F::INTEL286,
+            F::INTEL386,
+            F::INTEL486,
+            F::X64,
+            F::FPU,
+            F::FPU287,
+            F::FPU387,
+            F::MULTIBYTENOP,
+            F::PAUSE,
+            F::CET_IBT,
         ] {
             set(f, true);
         }
         let (c, d, b) = (2, 3, 1);
         for (feature, leaf, register, number) in [
-            (F::CX8, 1, d, 8), (F::CMOV, 1, d, 15), (F::MMX, 1, d, 23), (F::FXSR, 1, d, 24), (F::SSE, 1, d, 25),
-            (F::SSE2, 1, d, 26), (F::SSE3, 1, c, 0), (F::PCLMULQDQ, 1, c, 1), (F::SSSE3, 1, c, 9), (F::FMA, 1, c, 12),
-            (F::CMPXCHG16B, 1, c, 13), (F::SSE4_1, 1, c, 19), (F::SSE4_2, 1, c, 20), (F::MOVBE, 1, c, 22),
-            (F::POPCNT, 1, c, 23), (F::AES, 1, c, 25), (F::AVX, 1, c, 28), (F::F16C, 1, c, 29), (F::RDRAND, 1, c, 30),
-            (F::TSC, 1, d, 4), (F::BMI1, 7, b, 3), (F::AVX2, 7, b, 5), (F::BMI2, 7, b, 8), (F::RDSEED, 7, b, 18),
-            (F::ADX, 7, b, 19), (F::SHA, 7, b, 29), (F::GFNI, 7, c, 8), (F::VAES, 7, c, 9), (F::VPCLMULQDQ, 7, c, 10),
-            (F::LZCNT, 0x8000_0001, c, 5), (F::PREFETCHW, 0x8000_0001, c, 8), (F::RDTSCP, 0x8000_0001, d, 27),
+            (F::CX8, 1, d, 8),
+            (F::CMOV, 1, d, 15),
+            (F::MMX, 1, d, 23),
+            (F::FXSR, 1, d, 24),
+            (F::SSE, 1, d, 25),
+            (F::SSE2, 1, d, 26),
+            (F::SSE3, 1, c, 0),
+            (F::PCLMULQDQ, 1, c, 1),
+            (F::SSSE3, 1, c, 9),
+            (F::FMA, 1, c, 12),
+            (F::CMPXCHG16B, 1, c, 13),
+            (F::SSE4_1, 1, c, 19),
+            (F::SSE4_2, 1, c, 20),
+            (F::MOVBE, 1, c, 22),
+            (F::POPCNT, 1, c, 23),
+            (F::AES, 1, c, 25),
+            (F::AVX, 1, c, 28),
+            (F::F16C, 1, c, 29),
+            (F::RDRAND, 1, c, 30),
+            (F::TSC, 1, d, 4),
+            (F::BMI1, 7, b, 3),
+            (F::AVX2, 7, b, 5),
+            (F::BMI2, 7, b, 8),
+            (F::RDSEED, 7, b, 18),
+            (F::ADX, 7, b, 19),
+            (F::SHA, 7, b, 29),
+            (F::GFNI, 7, c, 8),
+            (F::VAES, 7, c, 9),
+            (F::VPCLMULQDQ, 7, c, 10),
+            (F::LZCNT, 0x8000_0001, c, 5),
+            (F::PREFETCHW, 0x8000_0001, c, 8),
+            (F::RDTSCP, 0x8000_0001, d, 27),
         ] {
             set(feature, bit(leaf, 0, register, number));
         }
@@ -89,7 +124,9 @@ pub fn classify(instruction: &Instruction, features: &Features) -> (Kind, Unit) 
     if instruction.is_invalid() || !features.allow(instruction) {
         return integer(Interpret);
     }
-    let wide_stack = instruction.stack_pointer_increment().unsigned_abs() == 8;
+    // Stack accesses of the mode's own width; others have an operand-size prefix and are rare.
+    let stack_bytes = if instruction.code_size() == iced_x86::CodeSize::Code64 { 8 } else { 4 };
+    let wide_stack = instruction.stack_pointer_increment().unsigned_abs() == stack_bytes;
     match instruction.flow_control() {
         FlowControl::Next => {}
         FlowControl::UnconditionalBranch if instruction.is_jmp_short_or_near() => return integer(JumpDirect),
@@ -109,7 +146,7 @@ pub fn classify(instruction: &Instruction, features: &Features) -> (Kind, Unit) 
             return integer(CallIndirect);
         }
         FlowControl::Return
-            if matches!(instruction.code(), iced_x86::Code::Retnq | iced_x86::Code::Retnq_imm16) =>
+            if matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16 | Code::Retnd | Code::Retnd_imm16) =>
         {
             return integer(Return);
         }
@@ -129,12 +166,18 @@ pub fn classify(instruction: &Instruction, features: &Features) -> (Kind, Unit) 
         }
     }
     match instruction.mnemonic() {
-        M::Nop | M::Endbr32 | M::Endbr64 | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2
+        M::Nop
+        | M::Endbr32
+        | M::Endbr64
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
         | M::Prefetchw => integer(Nop),
         M::Lea => integer(Lea),
         M::Push if wide_stack => integer(Push),
         M::Pop if wide_stack => integer(Pop),
-        M::Leave if wide_stack => integer(Leave),
+        M::Leave if matches!(instruction.code(), Code::Leaveq | Code::Leaved) => integer(Leave),
         M::Rdtsc | M::Rdtscp => integer(ReadTsc),
         mnemonic if is_plain_integer(mnemonic) => integer(with_operand(instruction)),
         mnemonic if is_unusual_vector(mnemonic) || instruction.is_vsib() => integer(Interpret),
@@ -164,8 +207,20 @@ fn classify_vector(instruction: &Instruction) -> (Kind, Unit) {
     let fpu = features.iter().any(|f| {
         matches!(
             f,
-            F::FPU | F::FPU287 | F::FPU387 | F::MMX | F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2
-                | F::AES | F::PCLMULQDQ | F::SHA | F::GFNI
+            F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::MMX
+                | F::SSE
+                | F::SSE2
+                | F::SSE3
+                | F::SSSE3
+                | F::SSE4_1
+                | F::SSE4_2
+                | F::AES
+                | F::PCLMULQDQ
+                | F::SHA
+                | F::GFNI
         )
     });
     let avx = instruction.encoding() == EncodingKind::VEX
@@ -185,9 +240,25 @@ fn classify_vector(instruction: &Instruction) -> (Kind, Unit) {
 fn is_unusual_vector(mnemonic: M) -> bool {
     matches!(
         mnemonic,
-        M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu | M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
-            | M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Fnsave | M::Fsave | M::Frstor | M::Fnstenv
-            | M::Fstenv | M::Fldenv | M::Clflush | M::Clflushopt
+        M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Fnsave
+            | M::Fsave
+            | M::Frstor
+            | M::Fnstenv
+            | M::Fstenv
+            | M::Fldenv
+            | M::Clflush
+            | M::Clflushopt
     )
 }
 
@@ -197,15 +268,118 @@ fn is_plain_integer(mnemonic: M) -> bool {
     use M::*;
     matches!(
         mnemonic,
-        Mov | Movzx | Movsx | Movsxd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Inc | Dec | Neg | Not | Mul
-            | Imul | Div | Idiv | Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd | Bt | Bts | Btr | Btc
-            | Bsf | Bsr | Bswap | Xchg | Xadd | Cmpxchg | Cmpxchg8b | Cmpxchg16b | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo
-            | Lahf | Sahf | Clc | Stc | Cmc | Pause | Lfence | Mfence | Sfence | Crc32 | Popcnt | Lzcnt | Tzcnt | Movbe
-            | Movnti | Adcx | Adox | Rdrand | Rdseed | Andn | Bextr | Blsi | Blsmsk | Blsr | Bzhi | Mulx | Pdep | Pext
-            | Rorx | Sarx | Shlx | Shrx
-            | Seto | Setno | Setb | Setae | Sete | Setne | Setbe | Seta | Sets | Setns | Setp | Setnp | Setl | Setge
-            | Setle | Setg | Cmovo | Cmovno | Cmovb | Cmovae | Cmove | Cmovne | Cmovbe | Cmova | Cmovs | Cmovns
-            | Cmovp | Cmovnp | Cmovl | Cmovge | Cmovle | Cmovg
+        Mov | Movzx
+            | Movsx
+            | Movsxd
+            | Add
+            | Or
+            | Adc
+            | Sbb
+            | And
+            | Sub
+            | Xor
+            | Cmp
+            | Test
+            | Inc
+            | Dec
+            | Neg
+            | Not
+            | Mul
+            | Imul
+            | Div
+            | Idiv
+            | Shl
+            | Sal
+            | Shr
+            | Sar
+            | Rol
+            | Ror
+            | Rcl
+            | Rcr
+            | Shld
+            | Shrd
+            | Bt
+            | Bts
+            | Btr
+            | Btc
+            | Bsf
+            | Bsr
+            | Bswap
+            | Xchg
+            | Xadd
+            | Cmpxchg
+            | Cmpxchg8b
+            | Cmpxchg16b
+            | Cbw
+            | Cwde
+            | Cdqe
+            | Cwd
+            | Cdq
+            | Cqo
+            | Lahf
+            | Sahf
+            | Clc
+            | Stc
+            | Cmc
+            | Pause
+            | Lfence
+            | Mfence
+            | Sfence
+            | Crc32
+            | Popcnt
+            | Lzcnt
+            | Tzcnt
+            | Movbe
+            | Movnti
+            | Adcx
+            | Adox
+            | Rdrand
+            | Rdseed
+            | Andn
+            | Bextr
+            | Blsi
+            | Blsmsk
+            | Blsr
+            | Bzhi
+            | Mulx
+            | Pdep
+            | Pext
+            | Rorx
+            | Sarx
+            | Shlx
+            | Shrx
+            | Seto
+            | Setno
+            | Setb
+            | Setae
+            | Sete
+            | Setne
+            | Setbe
+            | Seta
+            | Sets
+            | Setns
+            | Setp
+            | Setnp
+            | Setl
+            | Setge
+            | Setle
+            | Setg
+            | Cmovo
+            | Cmovno
+            | Cmovb
+            | Cmovae
+            | Cmove
+            | Cmovne
+            | Cmovbe
+            | Cmova
+            | Cmovs
+            | Cmovns
+            | Cmovp
+            | Cmovnp
+            | Cmovl
+            | Cmovge
+            | Cmovle
+            | Cmovg
     )
 }
 
@@ -223,10 +397,11 @@ pub fn flags(instruction: &Instruction) -> (u32, u32) {
     if is_shift(instruction.mnemonic()) {
         // A count of zero leaves all flags as they were (SDM vol. 2B, SAL/SAR/SHL/SHR).
         let last = instruction.op_count() - 1;
-        let certain = !matches!(instruction.mnemonic(), M::Rcl | M::Rcr) && match instruction.op_kind(last) {
-            OpKind::Immediate8 => instruction.immediate8() & 0x1f != 0,
-            _ => false,
-        };
+        let certain = !matches!(instruction.mnemonic(), M::Rcl | M::Rcr)
+            && match instruction.op_kind(last) {
+                OpKind::Immediate8 => instruction.immediate8() & 0x1f != 0,
+                _ => false,
+            };
         if !certain {
             return (read, 0);
         }
@@ -235,10 +410,7 @@ pub fn flags(instruction: &Instruction) -> (u32, u32) {
 }
 
 fn is_shift(mnemonic: M) -> bool {
-    matches!(
-        mnemonic,
-        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
-    )
+    matches!(mnemonic, M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd)
 }
 
 /// All six status flags.

@@ -5,7 +5,7 @@
 //! immediate, and replaces the ModRM fields. So semantics are never restated here, only moved.
 
 use super::assembler::{Assembler, Rm};
-use iced_x86::{Instruction, OpCodeOperandKind as K, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic as M, OpCodeOperandKind as K, OpKind, Register};
 
 /// Opcode map selected by the escape bytes or by VEX.mmmmm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,8 +42,6 @@ pub struct Layout {
     pub rm: u8,
     pub has_modrm: bool,
     pub is_memory: bool,
-    /// Low three opcode bits extended by REX.B, for the forms that name a register there.
-    pub opcode_reg: u8,
     immediate: [u8; 8],
     immediate_length: u8,
 }
@@ -54,7 +52,7 @@ impl Layout {
     }
 
     /// Takes `bytes`, one whole valid instruction for `bits`-bit code, apart. `None` for encodings that
-    /// are never copied: EVEX, XOP, moffs and far immediates, 16-bit addressing.
+    /// are never copied: EVEX, XOP, far immediates, 16-bit addressing.
     pub fn parse(bytes: &[u8], bits: u32) -> Option<Layout> {
         let mut layout = Layout {
             operand_size: false,
@@ -69,7 +67,6 @@ impl Layout {
             rm: 0,
             has_modrm: false,
             is_memory: false,
-            opcode_reg: 0,
             immediate: [0; 8],
             immediate_length: 0,
         };
@@ -132,10 +129,27 @@ impl Layout {
         if layout.has_modrm {
             at = layout.parse_modrm(bytes, at, r, b)?;
         } else {
-            if layout.map == Map::Primary && matches!(layout.opcode, 0xa0..=0xa3 | 0x9a | 0xea) {
-                return None;
+            if layout.map == Map::Primary {
+                match layout.opcode {
+                    // MOV with an absolute offset: the same as the ModRM forms with the accumulator.
+                    0xa0..=0xa3 => {
+                        layout.opcode = [0x8a, 0x8b, 0x88, 0x89][(layout.opcode & 3) as usize];
+                        layout.has_modrm = true;
+                        layout.is_memory = true;
+                        return Some(layout);
+                    }
+                    // INC and DEC by opcode; in 64-bit code these bytes are REX prefixes.
+                    0x40..=0x4f => {
+                        layout.rm = layout.opcode & 7;
+                        layout.reg = (layout.opcode >> 3) & 1;
+                        layout.opcode = 0xff;
+                        layout.has_modrm = true;
+                        return Some(layout);
+                    }
+                    0x9a | 0xea => return None,
+                    _ => {}
+                }
             }
-            layout.opcode_reg = (layout.opcode & 7) | b;
         }
         let immediate = bytes.get(at..)?;
         if immediate.len() > 8 {
@@ -303,6 +317,8 @@ pub fn gpr_operands(instruction: &Instruction) -> impl Iterator<Item = GprOperan
             K::r16_rm | K::r32_rm | K::r64_rm => Place::Rm,
             K::r8_reg | K::r16_reg | K::r32_reg | K::r64_reg => Place::Reg,
             K::r16_reg_mem | K::r32_reg_mem | K::r64_reg_mem => Place::Reg,
+            // INC and DEC by opcode come out with a ModRM byte.
+            K::r16_opcode | K::r32_opcode if matches!(instruction.mnemonic(), M::Inc | M::Dec) => Place::Rm,
             K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode => Place::Opcode,
             K::r32_vvvv | K::r64_vvvv => Place::Vvvv,
             _ => return None,

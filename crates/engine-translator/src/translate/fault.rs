@@ -4,8 +4,8 @@
 //! which arrive as SIGFPE and SIGSEGV. The handler only redirects the thread to the `fault` thunk; the
 //! interpreter then executes the instruction again and raises the guest's exception exactly.
 
-use crate::cpu::Cpu;
 use super::block::word;
+use crate::cpu::Cpu;
 use std::cell::Cell;
 
 /// What the handler needs of the vCPU that this thread runs.

@@ -545,6 +545,17 @@ fn granules(offset: u64, length: u64) -> u64 {
     (u64::MAX >> (63 - last)) & (u64::MAX << first)
 }
 
+/// Whether compatibility-mode code sees one flat 4 GiB segment everywhere but through FS and GS.
+fn flat(cpu: &Cpu) -> bool {
+    use anyvisor_x86::segment::attr;
+    [index::ES, index::CS, index::SS, index::DS].iter().all(|&i| {
+        let s = &cpu.seg[i];
+        let kind = attr::S | attr::P | attr::WRITABLE | if i == index::CS { attr::CODE } else { 0 };
+        let mask = kind | attr::UNUSABLE | if i == index::CS { 0 } else { attr::EXPAND_DOWN | attr::CODE };
+        s.base == 0 && s.limit == u32::MAX && s.attributes & mask == kind
+    }) && cpu.seg[index::SS].is_default_32()
+}
+
 /// The context to translate for, or `None` where only the interpreter will do.
 fn translatable(core: &Core) -> Option<Context> {
     let cpu = &*core.cpu;
@@ -560,6 +571,7 @@ fn translatable(core: &Core) -> Option<Context> {
         (Mode::Long64, 3) => JumpContext::User,
         (Mode::Long64, 0) if tlb == TlbContext::KernelAc => JumpContext::KernelAc,
         (Mode::Long64, 0) => JumpContext::Kernel,
+        (Mode::Compat32, 3) if flat(cpu) => JumpContext::User32,
         _ => return None,
     };
     let fpu = cpu.cr0 & (cr0::TS | cr0::EM) == 0 && cpu.cr4 & cr4::OSFXSR != 0;

@@ -76,7 +76,12 @@ fn core(code: &[u8]) -> Core {
     cpu.cpl = 3;
     let flat = |code| {
         let kind = if code { attr::CODE | attr::L } else { attr::DB };
-        Segment { base: 0, limit: !0, attributes: kind | 3 | attr::S | attr::P | 3 << attr::DPL_SHIFT | attr::G, selector: 0x33 }
+        Segment {
+            base: 0,
+            limit: !0,
+            attributes: kind | 3 | attr::S | attr::P | 3 << attr::DPL_SHIFT | attr::G,
+            selector: 0x33,
+        }
     };
     cpu.seg = [flat(false), flat(true), flat(false), flat(false), flat(false), flat(false)];
     cpu.rip = CODE;
@@ -114,8 +119,7 @@ fn run_interpreted(core: &mut Core, end: u64) {
 
 /// Translates and interprets `code`, whose last two bytes are a jump to itself; compares all of it.
 fn check(code: &str) -> Core {
-    let code: Vec<u8> =
-        (0..code.len()).step_by(2).map(|i| u8::from_str_radix(&code[i..i + 2], 16).unwrap()).collect();
+    let code: Vec<u8> = (0..code.len()).step_by(2).map(|i| u8::from_str_radix(&code[i..i + 2], 16).unwrap()).collect();
     let end = CODE + code.len() as u64 - 2;
     let mut translated = core(&code);
     run_translated(&mut translated, end);
