@@ -88,10 +88,10 @@ impl Output {
         let writer = lock(&self.writer).take();
         let abandoned = lock(&self.shared.state).abandoned;
         // An abandoned writer may be stuck in its write; it holds nothing that anyone needs.
-        if let Some(writer) = writer.filter(|_| !abandoned) {
-            if writer.join().is_err() {
-                tracing::error!("the serial output thread panicked");
-            }
+        if let Some(writer) = writer.filter(|_| !abandoned)
+            && writer.join().is_err()
+        {
+            tracing::error!("the serial output thread panicked");
         }
     }
 }

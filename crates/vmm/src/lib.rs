@@ -13,6 +13,7 @@ pub mod dump;
 pub mod layout;
 pub mod machine;
 
+pub use anyvisor_devices::power::debug_exit_code;
 pub use config::Config;
 pub use machine::{End, Remote};
 

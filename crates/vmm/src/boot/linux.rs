@@ -23,6 +23,12 @@ const ENTRY_64: u64 = 0x200;
 /// `setup_data` type of a random seed (arch/x86/include/uapi/asm/bootparam.h, SETUP_RNG_SEED).
 const SETUP_RNG_SEED: u32 = 9;
 
+/// Whether [`load`] would take the image.
+pub(super) fn check<F: Image>(boot: &Boot, kernel: &mut F) -> Result<()> {
+    let header = read_header(boot, kernel)?;
+    choose_address(boot, &header).map(drop)
+}
+
 pub(super) fn load<F: Image>(
     memory: &GuestMemoryMmap,
     boot: &Boot,

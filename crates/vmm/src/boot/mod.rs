@@ -74,6 +74,15 @@ fn load_images<F: Image>(
     Ok(entry)
 }
 
+/// Whether the file at `path` is a bzImage that [`load`] can boot, given memory.
+///
+/// # Errors
+/// [`Error::User`] says why not.
+pub fn check_kernel(path: &Path) -> Result<()> {
+    let boot = Boot { kernel: path, initrd: None, command_line: "", ram: layout::LOW_RAM_LIMIT, rsdp: 0 };
+    linux::check(&boot, &mut open(path, "kernel")?)
+}
+
 /// A seekable image.
 trait Image: Read + ReadVolatile + Seek {}
 impl<T: Read + ReadVolatile + Seek> Image for T {}

@@ -307,10 +307,10 @@ impl Chips {
 
     /// Passes INTR on if it has changed, in order, because the lock is held.
     fn tell_intr(&self, interrupts: &mut MutexGuard<Interrupts>) {
-        if let Some(level) = interrupts.pic.intr_change() {
-            if let Err(error) = self.vm.set_pic_intr(level) {
-                self.notify.end(End::Failed(format!("cannot deliver an interrupt: {error}")));
-            }
+        if let Some(level) = interrupts.pic.intr_change()
+            && let Err(error) = self.vm.set_pic_intr(level)
+        {
+            self.notify.end(End::Failed(format!("cannot deliver an interrupt: {error}")));
         }
     }
 

@@ -1,0 +1,181 @@
+//! The command line, parsed into types. Every mistake is one line on stderr and exit code 2.
+
+use crate::engines::EngineChoice;
+use anyvisor_vmm::config::{Config, OnReboot, Serial, parse_size};
+use anyvisor_x86::cpuid::CpuModel;
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Runs unmodified x86-64 operating systems, with or without hardware virtualization.
+#[derive(Debug, Parser)]
+#[command(name = "anyvisor", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boots a kernel; its serial console is on stdin and stdout (Ctrl-A X ends the VM)
+    Run(RunOptions),
+    /// Shows what this host offers each engine, and what `--engine auto` takes and why
+    Doctor,
+    /// Fetches a Linux kernel and a shell, and boots them
+    Quickstart(QuickstartOptions),
+}
+
+impl Command {
+    pub fn verbosity(&self) -> u8 {
+        match self {
+            Command::Run(options) => options.verbose,
+            Command::Doctor => 0,
+            Command::Quickstart(options) => options.verbose,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct RunOptions {
+    /// Linux bzImage (vmlinuz), or ELF vmlinux with a PVH note
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    pub cmdline: String,
+    /// RAM
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub memory: u64,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// What executes guest code: auto, translator or kvm
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    pub engine: EngineChoice,
+    /// x86-64-v3, x86-64-v2 or host
+    #[arg(long, value_name = "MODEL", default_value = "x86-64-v3")]
+    pub cpu_model: CpuModel,
+    /// Serial console: stdio, file:PATH or null
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub serial: Serial,
+    /// Let a guest's write of v to port 0xf4 end the VM with exit code (v<<1)|1
+    #[arg(long)]
+    pub debug_exit: bool,
+    /// What a guest's reboot does: exit or restart
+    #[arg(long, value_name = "ACTION", default_value = "exit")]
+    pub on_reboot: OnReboot,
+    /// Name of the VM in messages
+    #[arg(long, value_name = "NAME", default_value = "vm")]
+    pub id: String,
+    /// More messages on stderr; repeat for more
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+impl RunOptions {
+    /// The VM that the options describe.
+    pub fn config(&self) -> Config {
+        Config {
+            id: self.id.clone(),
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            command_line: self.cmdline.clone(),
+            memory: self.memory,
+            cpus: self.cpus,
+            cpu_model: self.cpu_model,
+            serial: self.serial.clone(),
+            debug_exit: self.debug_exit,
+            on_reboot: self.on_reboot,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct QuickstartOptions {
+    /// What executes guest code: auto, translator or kvm
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    pub engine: EngineChoice,
+    /// RAM
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub memory: u64,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// x86-64-v3, x86-64-v2 or host
+    #[arg(long, value_name = "MODEL", default_value = "x86-64-v3")]
+    pub cpu_model: CpuModel,
+    /// Check the guest and power off, even on a terminal
+    #[arg(long)]
+    pub check: bool,
+    /// More messages on stderr; repeat for more
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// Prints what clap has to say: help in full, a mistake in one line.
+pub fn report(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // Help or version. A closed stdout is nobody's mistake.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("anyvisor: {}", one_line(error));
+    ExitCode::from(crate::MISTAKE)
+}
+
+/// A mistake in one line: clap's message without its layout, and where to look.
+fn one_line(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "give a command: run, doctor or quickstart; see anyvisor --help".into();
+    }
+    let text = error.to_string();
+    let mut parts: Vec<&str> = vec![];
+    for line in text.lines().map(str::trim) {
+        if line.starts_with("Usage:") || line.starts_with("For more information") {
+            break;
+        }
+        if !line.is_empty() {
+            parts.push(line);
+        }
+    }
+    let text = parts.join(" ");
+    format!("{}; see anyvisor --help", text.strip_prefix("error: ").unwrap_or(&text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mistake(arguments: &[&str]) -> String {
+        let text = one_line(&Cli::try_parse_from([&["anyvisor"], arguments].concat()).unwrap_err());
+        assert!(!text.contains('\n') && text.contains("--help"), "{text}");
+        text
+    }
+
+    #[test]
+    fn defaults_are_the_documented_ones() {
+        let cli = Cli::try_parse_from(["anyvisor", "run", "--kernel", "k"]).unwrap();
+        let Command::Run(options) = cli.command else { panic!("not run") };
+        let config = options.config();
+        assert_eq!((config.memory, config.cpus, config.cpu_model), (512 << 20, 1, CpuModel::V3));
+        assert_eq!((config.serial, config.on_reboot), (Serial::Stdio, OnReboot::Exit));
+        assert_eq!((options.engine, config.debug_exit), (EngineChoice::Auto, false));
+    }
+
+    #[test]
+    fn mistakes_are_one_line_that_names_the_value() {
+        assert!(mistake(&[]).contains("run, doctor or quickstart"));
+        assert!(mistake(&["run"]).contains("--kernel"));
+        assert!(mistake(&["run", "--kernel", "k", "--memory", "12Q"]).contains("bad size '12Q'"));
+        assert!(mistake(&["run", "--kernel", "k", "--cpu-model", "i386"]).contains("unknown CPU model 'i386'"));
+        assert!(mistake(&["run", "--kernel", "k", "--engine", "hvf"]).contains("unknown engine 'hvf'"));
+        assert!(mistake(&["run", "--kernel", "k", "--serial", "x"]).contains("serial"));
+        assert!(mistake(&["run", "--kernel", "k", "--cpus", "many"]).contains("many"));
+        assert!(mistake(&["run", "--kernel", "k", "--bogus"]).contains("--bogus"));
+        assert!(mistake(&["fly"]).contains("fly"));
+    }
+}

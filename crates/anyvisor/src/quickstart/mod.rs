@@ -1,0 +1,146 @@
+//! `anyvisor quickstart`: from nothing to a Linux shell, or a checked machine.
+//!
+//! On a terminal the user gets the shell. Without one the guest's first process checks the machine
+//! (`init.sh`) and powers off; it has passed if its last words on the console are a line with a number that
+//! this run has chosen. That line, not the exit of the VM, is what makes the exit code 0.
+
+mod fetch;
+mod initramfs;
+
+use crate::cli::QuickstartOptions;
+use crate::{engines, run, terminal};
+use anyvisor_vmm::config::{OnReboot, Serial};
+use anyvisor_vmm::{Config, End, Error, Result};
+use std::io::{IsTerminal, Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How long the check may take before the guest counts as hung.
+const CHECK_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// Fetches what is needed and boots it; returns the exit code.
+pub fn command(options: QuickstartOptions) -> Result<u8> {
+    let interactive = !options.check && std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let mut config = Config {
+        id: "quickstart".into(),
+        kernel: "vmlinuz".into(),
+        initrd: None,
+        command_line: String::new(),
+        memory: options.memory,
+        cpus: options.cpus,
+        cpu_model: options.cpu_model,
+        serial: if interactive { Serial::Stdio } else { Serial::Null },
+        debug_exit: false,
+        on_reboot: OnReboot::Exit,
+    };
+    config.validate()?;
+    let engine = engines::open(options.engine)?;
+    let cache = fetch::Cache::open()?;
+    config.kernel = fetch::kernel(&cache)?;
+    let busybox = fetch::busybox(&cache)?;
+    let busybox =
+        std::fs::read(&busybox).map_err(|e| Error::user(format!("cannot read '{}': {e}", busybox.display())))?;
+    config.initrd = Some(cache.write("initramfs.cpio", &initramfs::build(&busybox))?);
+    let log = if options.verbose > 0 { "" } else { " quiet" };
+    let base = format!("console=ttyS0 panic=-1{log}");
+    if interactive {
+        let (rows, columns) = terminal::size().unwrap_or((24, 80));
+        config.command_line = format!("{base} anyvisor_rows={rows} anyvisor_columns={columns}");
+        progress("booting; Ctrl-A X leaves");
+        let end = run::run_vm(&config, &*engine, Box::new(std::io::stdout()), None)?;
+        return Ok(if end == End::Left { 0 } else { run::exit_code(&config, &end) });
+    }
+    check(&mut config, &*engine, &base)
+}
+
+/// Boots the guest to check itself.
+fn check(config: &mut Config, engine: &dyn anyvisor_engine::Engine, base: &str) -> Result<u8> {
+    let nonce = nonce()?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    config.command_line = format!(
+        "{base} anyvisor_check={nonce} anyvisor_cpus={} anyvisor_memory={} anyvisor_time={now}",
+        config.cpus,
+        config.memory >> 20
+    );
+    progress("booting, to check the guest (no terminal)");
+    let passed = Arc::new(AtomicBool::new(false));
+    let watch = Watch {
+        sink: Box::new(std::io::stdout()),
+        line: vec![],
+        wanted: format!("anyvisor self-check passed: {nonce}").into_bytes(),
+        seen: passed.clone(),
+    };
+    let end = run::run_vm(config, engine, Box::new(watch), Some(CHECK_LIMIT))?;
+    let code = run::exit_code(config, &end);
+    if end == End::PowerOff && passed.load(Ordering::SeqCst) {
+        progress("the guest passed its self-check");
+        return Ok(0);
+    }
+    progress("the guest did not pass its self-check");
+    Ok(code.max(1))
+}
+
+/// A line on stderr about what goes on.
+fn progress(text: &str) {
+    eprintln!("anyvisor: {text}");
+}
+
+/// A number that the guest cannot have printed by accident.
+fn nonce() -> Result<String> {
+    let mut bytes = [0; 8];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(|e| Error::host("cannot read /dev/urandom", e))?;
+    Ok(format!("{:016x}", u64::from_le_bytes(bytes)))
+}
+
+/// Passes the console on and looks for one line in it.
+struct Watch {
+    sink: Box<dyn Write + Send>,
+    /// The current line, as far as it matters.
+    line: Vec<u8>,
+    wanted: Vec<u8>,
+    seen: Arc<AtomicBool>,
+}
+
+impl Write for Watch {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        for &byte in bytes {
+            if byte == b'\n' || byte == b'\r' {
+                if self.line == self.wanted {
+                    self.seen.store(true, Ordering::SeqCst);
+                }
+                self.line.clear();
+            } else if self.line.len() <= self.wanted.len() {
+                self.line.push(byte);
+            }
+        }
+        self.sink.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_check_has_passed_only_with_the_whole_line() {
+        let sees = |parts: &[&str]| {
+            let seen = Arc::new(AtomicBool::new(false));
+            let sink = Box::new(std::io::sink());
+            let mut watch = Watch { sink, line: vec![], wanted: b"passed: 12".to_vec(), seen: seen.clone() };
+            parts.iter().for_each(|part| watch.write_all(part.as_bytes()).unwrap());
+            seen.load(Ordering::SeqCst)
+        };
+        assert!(sees(&["log\r\npass", "ed: 12\r\n"]));
+        assert!(!sees(&["passed: 12"]));
+        assert!(!sees(&["[cmdline] passed: 12\n"]));
+        assert!(!sees(&["passed: 123\n"]));
+        assert!(!sees(&["passed: 13\n"]));
+    }
+}
