@@ -205,14 +205,7 @@ impl Core {
         Core {
             cpu,
             ram: vm.ram.clone(),
-            lapic: LocalApic::new(
-                shared.id,
-                lapic::Features {
-                    x2apic: cpuid.get(1, 0).is_some_and(|r| r.ecx >> 21 & 1 != 0),
-                    tsc_deadline: cpuid.get(1, 0).is_some_and(|r| r.ecx >> 24 & 1 != 0),
-                    physical_bits,
-                },
-            ),
+            lapic: LocalApic::new(shared.id, lapic_features(&cpuid, physical_bits)),
             mmu: Mmu::new(),
             vm,
             shared,
@@ -223,6 +216,11 @@ impl Core {
             bounce: Box::new(Bounce([0; BOUNCE_SIZE])),
             clock: Clock::default(),
         }
+    }
+
+    /// What the vCPU's local APIC has.
+    pub fn lapic_features(&self) -> lapic::Features {
+        lapic_features(&self.cpuid, self.physical_bits)
     }
 
     /// Nanoseconds of guest time: host monotonic time since the VM was made.
@@ -239,5 +237,14 @@ impl Core {
     /// What CPUID shows for `leaf` and `subleaf`; zeros where the table has nothing.
     pub fn cpuid(&self, leaf: u32, subleaf: u32) -> CpuidResult {
         self.cpuid.get(leaf, subleaf).unwrap_or_default()
+    }
+}
+
+fn lapic_features(cpuid: &Cpuid, physical_bits: u8) -> lapic::Features {
+    let leaf = cpuid.get(1, 0).unwrap_or_default();
+    lapic::Features {
+        x2apic: leaf.ecx >> 21 & 1 != 0,
+        tsc_deadline: leaf.ecx >> 24 & 1 != 0,
+        physical_bits,
     }
 }

@@ -1,10 +1,130 @@
 //! The `translator` engine: guest code runs on the host CPU in user mode, by same-ISA binary translation.
+//!
+//! `vcpu` runs one vCPU: it lets [`translate`] execute blocks of translated code, [`interpret`] single
+//! instructions, and [`system`] everything that is more than computing. All of them work on a [`core::Core`],
+//! whose heart is the vCPU block ([`cpu::Cpu`]) that generated code reaches through GS; guest memory is
+//! reached through the software TLB ([`mmu`]).
+
 pub mod code_memory;
 pub mod core;
 pub mod cpu;
+pub mod host;
 pub mod interpret;
 pub mod mmu;
 pub mod native;
 pub mod ram;
 pub mod system;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+mod timer;
 pub mod translate;
+pub mod vcpu;
+
+use crate::core::{Core, VcpuShared, VmShared};
+use crate::cpu::pending;
+use crate::ram::Ram;
+use crate::vcpu::TranslatorVcpu;
+use anyvisor_engine::{Doorbells, Engine, Error, Result, Vcpu, VcpuId, Vm};
+use anyvisor_x86::{Cpuid, Msi, lapic};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Instant;
+use vm_memory::GuestMemoryMmap;
+
+/// The environment variable that, when set, makes the engine interpret every instruction: slow, and the
+/// reference when translated code is in doubt.
+const INTERPRET_VARIABLE: &str = "ANYVISOR_INTERPRET";
+
+/// The engine.
+pub struct Translator {
+    tsc_khz: u64,
+    interpret_only: bool,
+}
+
+impl Translator {
+    /// Prepares the host: the signal handlers of native execution, and the TSC's frequency.
+    ///
+    /// # Errors
+    /// When the host does not let this process have executable memory.
+    pub fn new() -> Result<Translator> {
+        native::install_signal_handlers();
+        code_memory::CodeMemory::new(4096)?;
+        Ok(Translator {
+            tsc_khz: host::tsc_khz(),
+            interpret_only: std::env::var_os(INTERPRET_VARIABLE).is_some(),
+        })
+    }
+
+    /// As [`Translator::new`], but vCPUs interpret every instruction.
+    ///
+    /// # Errors
+    /// As for `new`.
+    pub fn interpreting() -> Result<Translator> {
+        Ok(Translator { interpret_only: true, ..Translator::new()? })
+    }
+}
+
+impl Engine for Translator {
+    fn name(&self) -> &'static str {
+        "translator"
+    }
+
+    fn supported_cpuid(&self) -> Cpuid {
+        host::supported_cpuid(self.tsc_khz)
+    }
+
+    fn create_vm(&self, memory: GuestMemoryMmap) -> Result<Arc<dyn Vm>> {
+        let shared = Arc::new(VmShared {
+            ram: Arc::new(Ram::new(memory)),
+            vcpus: RwLock::new(Vec::new()),
+            started: Instant::now(),
+            pic_intr: AtomicBool::new(false),
+            tsc_khz: self.tsc_khz,
+            tsc_started: host::tsc(),
+            last_receiver: AtomicU32::new(0),
+        });
+        Ok(Arc::new(TranslatorVm { shared, interpret_only: self.interpret_only }))
+    }
+}
+
+/// One VM.
+struct TranslatorVm {
+    shared: Arc<VmShared>,
+    interpret_only: bool,
+}
+
+impl Vm for TranslatorVm {
+    fn create_vcpu(&self, id: VcpuId, cpuid: &Cpuid) -> Result<Box<dyn Vcpu>> {
+        let (shared, cpu) = VcpuShared::new(id.0);
+        {
+            let mut vcpus = self.shared.vcpus.write().unwrap();
+            if vcpus.iter().any(|vcpu| vcpu.id == id.0) {
+                return Err(Error::Unsupported(format!("vCPU {} exists already", id.0)));
+            }
+            vcpus.push(shared.clone());
+        }
+        let core = Core::new(self.shared.clone(), shared, cpu, cpuid.clone());
+        let translator = if self.interpret_only { None } else { Some(translate::Translator::new(cpuid)?) };
+        Ok(Box::new(TranslatorVcpu::new(core, translator)?))
+    }
+
+    fn signal_msi(&self, msi: Msi) -> Result<()> {
+        // A reserved delivery mode is the guest's mistake: nothing arrives.
+        if let Some(message) = lapic::Message::from_msi(msi) {
+            self.shared.route(&message, None);
+        }
+        Ok(())
+    }
+
+    fn set_pic_intr(&self, level: bool) -> Result<()> {
+        self.shared.pic_intr.store(level, Ordering::SeqCst);
+        if level && let Some(vcpu) = self.shared.vcpus.read().unwrap().iter().find(|vcpu| vcpu.id == 0) {
+            vcpu.notify(pending::EVENT);
+        }
+        Ok(())
+    }
+
+    fn doorbells(&self) -> Option<&dyn Doorbells> {
+        None
+    }
+}
