@@ -83,7 +83,7 @@ pub fn install_signal_handlers() {
 
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: `context` is what the kernel passed.
-    if unsafe { on_signal(context) } {
+    if unsafe { crate::translate::fault::on_signal(context) || on_signal(context) } {
         return;
     }
     let previous = PREVIOUS.get().and_then(|all| Some(all[SIGNALS.iter().position(|s| *s == signal)?]));

@@ -28,6 +28,9 @@ pub struct Ea {
     segment: Option<u8>,
     /// The offset is 32 bits wide.
     narrow: bool,
+    /// The operand is the element of a bit string that holds the bit numbered by this guest register;
+    /// and the element's size in bytes, 4 or 8.
+    bit: Option<(u8, u8)>,
 }
 
 impl Ea {
@@ -46,6 +49,7 @@ impl Ea {
                 _ => None,
             },
             narrow: bits == 32,
+            bit: None,
         };
         for register in [base, idx] {
             match register {
@@ -79,11 +83,18 @@ impl Ea {
 
     /// `[register]`
     pub fn register(number: u8, bits: u32) -> Ea {
-        Ea { base: Some(number), index: None, scale: 0, displacement: 0, segment: None, narrow: bits == 32 }
+        Ea { base: Some(number), index: None, scale: 0, displacement: 0, segment: None, narrow: bits == 32, bit: None }
+    }
+
+    /// The element of the bit string at this address that bit number `register` is in. After the probe RDI
+    /// holds the bit's number in the element.
+    pub fn with_bit(self, register: u8, size: usize) -> Ea {
+        Ea { bit: Some((register, size as u8)), ..self }
     }
 
     fn constant(&self) -> Option<u64> {
-        (self.base.is_none() && self.index.is_none() && self.segment.is_none()).then_some(self.displacement as u64)
+        let plain = self.segment.is_none() && self.bit.is_none();
+        (plain && self.base.is_none() && self.index.is_none()).then_some(self.displacement as u64)
     }
 }
 
@@ -143,10 +154,20 @@ impl Builder<'_> {
             self.a.lahf();
             self.a.bytes(&[0x0f, 0x90, 0xc0]); // seto al
         }
+        self.flags_in_ax = flags;
         if let Some(segment) = ea.segment {
             let base = offset_of!(Cpu, seg) + segment as usize * size_of::<Segment>() + offset_of!(Segment, base);
             self.a.alu(Alu::Add, RSI, Rm::Gs(base as i32));
             if self.bits() == 32 {
+                self.a.mov32(RSI, RSI);
+            }
+        }
+        if let Some((register, size)) = ea.bit {
+            self.load_bit_number(register, size);
+            self.a.sar64(RDI, if size == 8 { 6 } else { 5 });
+            let scale = if size == 8 { 3 } else { 2 };
+            self.a.lea(RSI, Rm::Indexed { base: RSI, index: RDI, scale, displacement: 0 });
+            if ea.narrow {
                 self.a.mov32(RSI, RSI);
             }
         }
@@ -170,10 +191,29 @@ impl Builder<'_> {
         } else {
             self.a.load(RDI, Rm::GsBase(RDI, table + host));
         }
+        if let Some((register, size)) = ea.bit {
+            self.load_bit_number(register, size);
+            self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), i32::from(size) * 8 - 1);
+        }
         if flags {
             self.restore_flags();
         }
         if keep_rdi { Rm::Base(RSI, 0) } else { Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 } }
+    }
+
+    /// Loads guest register `number`, sign-extended from `size` bytes, into RDI. While flags wait in AX,
+    /// RAX is in memory.
+    fn load_bit_number(&mut self, number: u8, size: u8) {
+        let rm = match host_register(number as usize) {
+            None => slot(number as usize),
+            Some(RAX) if self.flags_in_ax => scratch(SAVED_RAX),
+            Some(host) => Rm::Reg(host),
+        };
+        if size == 8 {
+            self.a.load(RDI, rm);
+        } else {
+            self.a.movsxd(RDI, rm);
+        }
     }
 
     /// Takes the status flags back from AX, and RAX from where it waits.

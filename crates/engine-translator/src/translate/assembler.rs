@@ -62,8 +62,6 @@ impl Rm {
 
 /// Condition codes (SDM vol. 1 B.1).
 pub mod cc {
-    pub const O: u8 = 0;
-    pub const B: u8 = 2;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
@@ -222,6 +220,15 @@ impl Assembler {
     pub fn alu(&mut self, op: Alu, reg: u8, rm: Rm) {
         self.op(true, &[(op as u8) << 3 | 3], reg, rm);
     }
+    pub fn alu32(&mut self, op: Alu, reg: u8, rm: Rm) {
+        self.op(false, &[(op as u8) << 3 | 3], reg, rm);
+    }
+    pub fn not32(&mut self, reg: u8) {
+        self.op(false, &[0xf7], 2, Rm::Reg(reg));
+    }
+    pub fn not64(&mut self, reg: u8) {
+        self.op(true, &[0xf7], 2, Rm::Reg(reg));
+    }
     pub fn alu_imm(&mut self, op: Alu, wide: bool, rm: Rm, value: i32) {
         if i32::from(value as i8) == value {
             self.op(wide, &[0x83], op as u8, rm);
@@ -236,10 +243,62 @@ impl Assembler {
         self.op(false, &[0xc1], 5, Rm::Reg(reg));
         self.byte(count);
     }
-    /// `shl r32, count`
-    pub fn shl32(&mut self, reg: u8, count: u8) {
-        self.op(false, &[0xc1], 4, Rm::Reg(reg));
+    /// `shr r64, count`
+    pub fn shr64(&mut self, reg: u8, count: u8) {
+        self.op(true, &[0xc1], 5, Rm::Reg(reg));
         self.byte(count);
+    }
+    /// `sar r64, count`
+    pub fn sar64(&mut self, reg: u8, count: u8) {
+        self.op(true, &[0xc1], 7, Rm::Reg(reg));
+        self.byte(count);
+    }
+    /// `movsxd r64, r32`
+    pub fn movsxd(&mut self, to: u8, from: Rm) {
+        self.op(true, &[0x63], to, from);
+    }
+    /// Loads 2^`log` bytes, zero-extended.
+    pub fn load_sized(&mut self, log: u8, reg: u8, rm: Rm) {
+        match log {
+            0 => self.op(false, &[0x0f, 0xb6], reg, rm),
+            1 => self.op(false, &[0x0f, 0xb7], reg, rm),
+            2 => self.load32(reg, rm),
+            _ => self.load(reg, rm),
+        }
+    }
+    /// Loads 2^`log` bytes into AL, AX, EAX or RAX as MOV does.
+    pub fn load_accumulator(&mut self, log: u8, rm: Rm) {
+        match log {
+            0 => self.op(false, &[0x8a], RAX, rm),
+            1 => {
+                self.byte(0x66);
+                self.load32(RAX, rm);
+            }
+            2 => self.load32(RAX, rm),
+            _ => self.load(RAX, rm),
+        }
+    }
+    /// Stores the low 2^`log` bytes. A byte goes out with a REX prefix, so that RSI and RDI mean SIL and DIL.
+    pub fn store_sized(&mut self, log: u8, rm: Rm, reg: u8) {
+        match log {
+            0 => {
+                assert!(!rm.is_gs());
+                let (x, b) = rm.extension_bits();
+                self.bytes(&[0x40 | ((reg >> 3) << 2) | (x << 1) | b, 0x88]);
+                self.modrm(reg, rm);
+            }
+            1 => {
+                self.byte(0x66);
+                self.store32(rm, reg);
+            }
+            2 => self.store32(rm, reg),
+            _ => self.store(rm, reg),
+        }
+    }
+    /// `mov [rm], r16`
+    pub fn store16(&mut self, rm: Rm, reg: u8) {
+        self.byte(0x66);
+        self.store32(rm, reg);
     }
     /// `movzx r32, r16`
     pub fn movzx16(&mut self, to: u8, from: u8) {

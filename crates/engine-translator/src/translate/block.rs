@@ -16,6 +16,7 @@ use super::access::{Ea, Miss};
 use super::assembler::*;
 use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
 use super::control::FarJump;
+use super::sensitive::OddSyscall;
 use super::encoding::{Fields, Layout, Place, gpr_operands};
 use crate::cpu::{Cpu, JumpContext};
 use anyvisor_x86::bits::gpr;
@@ -40,6 +41,8 @@ pub struct Context {
     pub fpu: bool,
     /// VEX vectors may run too.
     pub avx: bool,
+    /// SMAP is enabled, so that RFLAGS.AC chooses the TLB.
+    pub smap: bool,
     /// RDTSC may run as it is: the guest's TSC is the host's and CR4.TSD allows it.
     pub tsc: bool,
 }
@@ -103,6 +106,8 @@ pub enum Thunk {
         write: bool,
         flags: bool,
     },
+    /// REP MOVS (`moves`) or REP STOS of 2^`log` bytes.
+    Repeat { context: u8, moves: bool, log: u8 },
 }
 
 /// Indices into [`Cpu::translated`].
@@ -191,10 +196,13 @@ pub struct Builder<'a> {
     pub(super) misses: Vec<Miss>,
     pub(super) far_jumps: Vec<FarJump>,
     pub(super) exits: Vec<PendingExit>,
+    pub(super) syscalls: Vec<OddSyscall>,
     pub(super) thunk_calls: Vec<(u32, Thunk)>,
     peeked: Vec<(u16, u16)>,
     /// Offset of the instruction being emitted.
     pub(super) at: u16,
+    /// A probe is being emitted whose flags wait in AX.
+    pub(super) flags_in_ax: bool,
     incomplete: bool,
 }
 
@@ -208,9 +216,11 @@ pub fn translate(source: &Source) -> Translation {
         misses: Vec::new(),
         far_jumps: Vec::new(),
         exits: Vec::new(),
+        syscalls: Vec::new(),
         thunk_calls: Vec::new(),
         peeked: Vec::new(),
         at: 0,
+        flags_in_ax: false,
         incomplete: false,
     };
     let insns = builder.decode();
@@ -232,12 +242,12 @@ impl<'a> Builder<'a> {
         i64::from(self.bits() / 8)
     }
 
-    fn stack(&self, displacement: i64) -> Ea {
+    pub(super) fn stack(&self, displacement: i64) -> Ea {
         Ea::stack(displacement, self.bits())
     }
 
     /// Moves the stack pointer.
-    fn adjust_stack(&mut self, by: i32) {
+    pub(super) fn adjust_stack(&mut self, by: i32) {
         if self.bits() == 64 {
             self.a.lea(R13, Rm::Base(R13, by));
         } else {
@@ -287,7 +297,7 @@ impl<'a> Builder<'a> {
                 }
                 break;
             }
-            let (mut kind, unit) = classify::classify(&instruction, source.features);
+            let (mut kind, unit) = classify::classify(&instruction, source.features, &source.context);
             let enabled = match unit {
                 Unit::Integer => true,
                 Unit::Fpu => source.context.fpu,
@@ -313,6 +323,7 @@ impl<'a> Builder<'a> {
                 | Kind::JumpDirect
                 | Kind::JumpIndirect
                 | Kind::Interpret => break,
+                Kind::Sensitive if ends_block(&instruction, kind) => break,
                 _ => {}
             }
         }
@@ -327,7 +338,7 @@ impl<'a> Builder<'a> {
 
     fn liveness(&mut self, insns: &mut [Insn]) {
         let mut live = match insns.last() {
-            Some(last) if ends_block(last.kind) => ALL_FLAGS,
+            Some(last) if ends_block(&last.instruction, last.kind) => ALL_FLAGS,
             Some(last) => self.live_at(last.instruction.next_ip()),
             None => ALL_FLAGS,
         };
@@ -339,7 +350,7 @@ impl<'a> Builder<'a> {
             }
             insn.live_out = live;
             let (read, written) = classify::flags(&insn.instruction);
-            live = if insn.kind == Kind::Interpret { ALL_FLAGS } else { (live & !written) | read };
+            live = if needs_flags(insn) { ALL_FLAGS } else { (live & !written) | read };
             insn.live_in = live;
         }
     }
@@ -358,7 +369,7 @@ impl<'a> Builder<'a> {
                 break;
             }
             let instruction = decoder.decode();
-            let (kind, _) = classify::classify(&instruction, self.source.features);
+            let (kind, _) = classify::classify(&instruction, self.source.features, &self.source.context);
             if instruction.is_invalid() || kind == Kind::Interpret {
                 break;
             }
@@ -392,7 +403,7 @@ impl<'a> Builder<'a> {
             }
         }
         match insns.last() {
-            Some(last) if ends_block(last.kind) => {}
+            Some(last) if ends_block(&last.instruction, last.kind) => {}
             Some(last) => self.direct(last.instruction.next_ip(), last.live_out != 0, false),
             None => unreachable!("a block has an instruction"),
         }
@@ -435,6 +446,9 @@ impl<'a> Builder<'a> {
                 }
                 true
             }
+            Kind::Sensitive => self.sensitive(insn),
+            Kind::String => self.string(insn),
+            Kind::BitString => self.bit_string(insn),
             Kind::Interpret => false,
         }
     }
@@ -562,6 +576,28 @@ impl<'a> Builder<'a> {
         let rm = self.access(&ea, size, write, insn.live_in != 0, keep_rdi);
         self.emit_plan(&Plan { rm, ..plan });
         true
+    }
+
+    /// BT, BTS, BTR or BTC of a register's bit in a string of bits in memory.
+    fn bit_string(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
+        let start = insn.offset as usize;
+        let bytes = &self.source.bytes[start..start + insn.length as usize];
+        let Some(layout) = Layout::parse(bytes, self.bits()) else { return false };
+        let register = instruction.op1_register();
+        let index = (register.full_register() as usize - Register::RAX as usize) as u8;
+        let size = instruction.memory_size().size();
+        let write = instruction.mnemonic() != iced_x86::Mnemonic::Bt;
+        let rm = self.access(&ea.with_bit(index, size), size, write, insn.live_in != 0, true);
+        let fields = Fields { reg: RDI, ..Fields::default() };
+        layout.emit(&mut self.a, &fields, rm, false);
+        true
+    }
+
+    /// `[register]` for a guest register.
+    pub(super) fn at_register(&self, number: u8) -> Ea {
+        Ea::register(number, self.bits())
     }
 
     fn lea(&mut self, insn: &Insn) -> bool {
@@ -721,6 +757,7 @@ impl<'a> Builder<'a> {
     fn finish(mut self, insns: &[Insn]) -> Translation {
         self.misses();
         self.far_jumps();
+        self.odd_syscalls();
         let exits = self.exit_stubs();
         let last = insns.last().expect("a block has an instruction");
         Translation {
@@ -735,11 +772,25 @@ impl<'a> Builder<'a> {
     }
 }
 
-fn ends_block(kind: Kind) -> bool {
+fn ends_block(instruction: &Instruction, kind: Kind) -> bool {
+    use iced_x86::Mnemonic as M;
+    if kind == Kind::Sensitive {
+        return matches!(instruction.mnemonic(), M::Syscall | M::Sysretq | M::Stac | M::Clac);
+    }
     matches!(
         kind,
         Kind::CallDirect | Kind::CallIndirect | Kind::Return | Kind::JumpDirect | Kind::JumpIndirect | Kind::Interpret
     )
+}
+
+/// Whether all status flags must be right before `insn`, because it shows or keeps them.
+fn needs_flags(insn: &Insn) -> bool {
+    use iced_x86::Mnemonic as M;
+    match insn.kind {
+        Kind::Interpret => true,
+        Kind::Sensitive => !matches!(insn.instruction.mnemonic(), M::Popfq | M::Sysretq),
+        _ => false,
+    }
 }
 
 /// Whether an access reads, and whether it writes (conditional ones count as both).

@@ -3,6 +3,7 @@
 //! Copying is by white list: an instruction that is not known to be harmless is interpreted. So a new or
 //! forgotten instruction is slow, never wrong.
 
+use super::block::Context;
 use anyvisor_x86::Cpuid;
 use iced_x86::{Code, CpuidFeature as F, EncodingKind, FlowControl, Instruction, Mnemonic as M, OpKind, Register};
 
@@ -29,6 +30,12 @@ pub enum Kind {
     /// LOOP and JRCXZ.
     LoopJump,
     ReadTsc,
+    /// See `sensitive`.
+    Sensitive,
+    /// See `strings`.
+    String,
+    /// BT and its kin on a bit string in memory.
+    BitString,
     /// Left to the interpreter.
     Interpret,
 }
@@ -118,9 +125,12 @@ impl Features {
 }
 
 /// Classifies `instruction`; the caller has yet to check that its [`Unit`] is enabled.
-pub fn classify(instruction: &Instruction, features: &Features) -> (Kind, Unit) {
+pub fn classify(instruction: &Instruction, features: &Features, context: &Context) -> (Kind, Unit) {
     use Kind::*;
     let integer = |kind| (kind, Unit::Integer);
+    if let Some(kind) = super::sensitive::kind(instruction.mnemonic(), context) {
+        return integer(kind);
+    }
     if instruction.is_invalid() || !features.allow(instruction) {
         return integer(Interpret);
     }
@@ -151,6 +161,9 @@ pub fn classify(instruction: &Instruction, features: &Features) -> (Kind, Unit) 
             return integer(Return);
         }
         _ => return integer(Interpret),
+    }
+    if instruction.is_string_instruction() && context.bits() == 64 && super::strings::translatable(instruction).is_some() {
+        return integer(String);
     }
     if instruction.is_privileged() || instruction.is_string_instruction() {
         return integer(Interpret);
@@ -189,7 +202,9 @@ fn with_operand(instruction: &Instruction) -> Kind {
     match (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory) {
         None => Kind::Copy,
         Some(_) if instruction.memory_size().size() == 0 => Kind::Interpret,
-        Some(_) if is_bit_string(instruction) => Kind::Interpret,
+        Some(_) if is_bit_string(instruction) => {
+            if instruction.memory_size().size() >= 4 { Kind::BitString } else { Kind::Interpret }
+        }
         Some(_) => Kind::Memory,
     }
 }

@@ -3,7 +3,7 @@
 
 use super::assembler::*;
 use super::block::*;
-use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JumpEntry};
+use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JumpContext, JumpEntry};
 use iced_x86::Mnemonic;
 use std::mem::offset_of;
 
@@ -16,8 +16,8 @@ pub struct FarJump {
 }
 
 impl Builder<'_> {
-    fn jump_table(&self) -> i32 {
-        let context = self.source.context.jumps as usize;
+    fn jump_table(&self, context: JumpContext) -> i32 {
+        let context = context as usize;
         (offset_of!(Cpu, jump_cache) + context * size_of::<[JumpEntry; JUMP_CACHE_ENTRIES]>()) as i32
     }
 
@@ -70,10 +70,15 @@ impl Builder<'_> {
 
     /// A jump to another page: its mapping can change, so it goes through the jump cache's one entry.
     fn far(&mut self, target: u64, flags: bool, poll: bool) {
+        self.far_in(self.source.context.jumps, target, flags, poll);
+    }
+
+    /// As `far`, to code that runs in another context.
+    pub(super) fn far_in(&mut self, context: JumpContext, target: u64, flags: bool, poll: bool) {
         if poll {
             self.poll(target, flags);
         }
-        let entry = self.jump_table() + ((target as usize & (JUMP_CACHE_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
+        let entry = self.jump_table(context) + ((target as usize & (JUMP_CACHE_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
         let (key, host) = (Rm::Gs(entry), Rm::Gs(entry + 8));
         let hole = if flags {
             self.a.mov(RSI, RCX);
@@ -101,7 +106,12 @@ impl Builder<'_> {
 
     /// Jumps to the guest address in RSI through the jump cache.
     pub(super) fn indirect(&mut self, flags: bool) {
-        let table = self.jump_table();
+        self.indirect_in(self.source.context.jumps, flags);
+    }
+
+    /// As `indirect`, to code that runs in another context.
+    pub(super) fn indirect_in(&mut self, context: JumpContext, flags: bool) {
+        let table = self.jump_table(context);
         self.a.movzx16(RDI, RSI);
         self.a.lea32(RDI, Rm::Indexed { base: RDI, index: RDI, scale: 0, displacement: 0 });
         let key = Rm::GsScaled { index: RDI, scale: 3, displacement: table };

@@ -28,6 +28,8 @@ pub struct Thunks {
     pub fault: usize,
     /// By context, write, flags.
     pub fill: [[[usize; 2]; 2]; TLB_CONTEXTS],
+    /// By context, MOVS, log2 of the size.
+    pub repeat: [[[usize; 4]; 2]; TLB_CONTEXTS],
 }
 
 /// Generates the thunks for code memory that starts at offset 0.
@@ -47,6 +49,14 @@ pub fn generate() -> (Vec<u8>, Thunks) {
             for flags in 0..2 {
                 thunks.fill[context][write][flags] = a.position();
                 fill(&mut a, avx, context, write == 1, flags == 1, thunks.fault);
+            }
+        }
+    }
+    for context in 0..TLB_CONTEXTS {
+        for moves in 0..2 {
+            for log in 0..4 {
+                thunks.repeat[context][moves][log] = a.position();
+                super::strings::repeat(&mut a, context, moves == 1, log as u8, thunks.fault);
             }
         }
     }

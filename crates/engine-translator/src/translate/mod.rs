@@ -14,6 +14,8 @@ mod classify;
 mod control;
 mod encoding;
 mod enter;
+mod sensitive;
+mod strings;
 pub mod fault;
 #[cfg(test)]
 mod tests;
@@ -231,6 +233,8 @@ impl Translator {
             if core.cpu.pending.load(Ordering::Relaxed) != 0 {
                 return Step::Done;
             }
+            // The exit may have led to other rights: SYSCALL, SYSRET, STAC.
+            let Some(context) = translatable(core) else { return Step::Done };
             let generation = self.generation;
             match self.find(core, context) {
                 Ok(Some(found)) => {
@@ -371,6 +375,9 @@ impl Translator {
                 Thunk::Exit => self.thunks.exit,
                 Thunk::Fill { context, write, flags } => {
                     self.thunks.fill[context as usize][usize::from(write)][usize::from(flags)]
+                }
+                Thunk::Repeat { context, moves, log } => {
+                    self.thunks.repeat[context as usize][usize::from(moves)][log as usize]
                 }
             };
             let displacement = (target as i64 - (start as i64 + i64::from(at) + 4)) as i32;
@@ -578,5 +585,6 @@ fn translatable(core: &Core) -> Option<Context> {
     let avx_states = xcr0::SSE | xcr0::AVX;
     let avx = fpu && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & avx_states == avx_states;
     let tsc = cpu.tsc_offset == 0 && (cpu.cpl == 0 || cpu.cr4 & cr4::TSD == 0);
-    Some(Context { jumps, tlb: tlb as u8, fpu, avx, tsc })
+    let smap = cpu.cr4 & cr4::SMAP != 0;
+    Some(Context { jumps, tlb: tlb as u8, fpu, avx, smap, tsc })
 }

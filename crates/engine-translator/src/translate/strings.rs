@@ -1,0 +1,179 @@
+//! String instructions: single ones as two probes, REP MOVS and REP STOS by a shared thunk that works page
+//! by page with the host's own REP. Blocks are made for a clear direction flag.
+
+use super::assembler::*;
+use super::block::*;
+use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry};
+use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
+use std::mem::offset_of;
+
+/// log2 of the operand size of a string instruction that is translated, in 64-bit code with 64-bit
+/// addresses and flat segments.
+pub fn translatable(instruction: &Instruction) -> Option<u8> {
+    let (kind, size) = match instruction.mnemonic() {
+        M::Movsb => (M::Movsb, 0),
+        M::Movsw => (M::Movsb, 1),
+        M::Movsd => (M::Movsb, 2),
+        M::Movsq => (M::Movsb, 3),
+        M::Stosb => (M::Stosb, 0),
+        M::Stosw => (M::Stosb, 1),
+        M::Stosd => (M::Stosb, 2),
+        M::Stosq => (M::Stosb, 3),
+        M::Lodsb => (M::Lodsb, 0),
+        M::Lodsw => (M::Lodsb, 1),
+        M::Lodsd => (M::Lodsb, 2),
+        M::Lodsq => (M::Lodsb, 3),
+        _ => return None,
+    };
+    let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+    if kind == M::Lodsb && repeated {
+        return None;
+    }
+    let flat = !matches!(instruction.segment_prefix(), Register::FS | Register::GS);
+    let wide = (0..instruction.op_count()).all(|i| {
+        !matches!(
+            instruction.op_kind(i),
+            OpKind::MemorySegESI | OpKind::MemorySegSI | OpKind::MemoryESEDI | OpKind::MemoryESDI | OpKind::Memory
+        )
+    });
+    (flat && wide).then_some(size)
+}
+
+impl Builder<'_> {
+    pub(super) fn string(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        let Some(log) = translatable(instruction) else { return false };
+        let moves = matches!(instruction.mnemonic(), M::Movsb | M::Movsw | M::Movsd | M::Movsq);
+        let context = self.source.context.tlb;
+        if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
+            let call = self.a.call();
+            self.thunk_calls.push((call.at as u32, Thunk::Repeat { context, moves, log }));
+            return true;
+        }
+        let (size, flags) = (1usize << log, insn.live_in != 0);
+        let (source, destination) = (self.at_register(6), self.at_register(7));
+        if moves {
+            let rm = self.access(&source, size, false, flags, false);
+            self.a.load_sized(log, RDI, rm);
+            self.a.store(scratch(VALUE), RDI);
+            let rm = self.access(&destination, size, true, flags, true);
+            self.a.load(RDI, scratch(VALUE));
+            self.a.store_sized(log, rm, RDI);
+            self.a.lea(R14, Rm::Base(R14, size as i32));
+            self.a.lea(R15, Rm::Base(R15, size as i32));
+        } else if matches!(instruction.mnemonic(), M::Stosb | M::Stosw | M::Stosd | M::Stosq) {
+            let rm = self.access(&destination, size, true, flags, false);
+            self.a.store_sized(log, rm, RAX);
+            self.a.lea(R15, Rm::Base(R15, size as i32));
+        } else {
+            let rm = self.access(&source, size, false, flags, false);
+            self.a.load_accumulator(log, rm);
+            self.a.lea(R14, Rm::Base(R14, size as i32));
+        }
+        true
+    }
+}
+
+const SAVED_AX: usize = 3;
+const SAVED_RDX: usize = 4;
+const SAVED_RBX: usize = 5;
+const SAVED_FLAGS: usize = 6;
+
+/// The thunk for REP MOVS (`moves`) or REP STOS in TLB context `context`: called with guest registers in
+/// place, returns when RCX is 0. A probe that misses, or pending work, leaves through `fault` with the
+/// guest registers precise, and the interpreter goes on from there.
+pub fn repeat(a: &mut Assembler, context: usize, moves: bool, log: u8, fault: usize) {
+    let table = offset_of!(Cpu, tlb) + context * size_of::<[TlbEntry; TLB_ENTRIES]>();
+    let size = 1i32 << log;
+    a.store(scratch(SAVED_AX), RAX);
+    a.lahf();
+    a.bytes(&[0x0f, 0x90, 0xc0]); // seto al
+    a.store(scratch(SAVED_FLAGS), RAX);
+    a.store(scratch(SAVED_RDX), RDX);
+    a.store(scratch(SAVED_RBX), RBX);
+    let again = a.position();
+    a.alu_imm(Alu::Cmp, true, Rm::Reg(RCX), 0);
+    let done = a.jcc(cc::E);
+    a.alu_imm(Alu::Cmp, false, pending(), 0);
+    let mut leave = vec![a.jcc(cc::NE)];
+    if moves {
+        probe(a, table + offset_of!(TlbEntry, read), R14, RSI, size, &mut leave);
+        a.mov_imm(RDX, 4096);
+        a.alu32(Alu::Sub, RDX, Rm::Reg(RSI));
+        a.alu(Alu::Add, RSI, Rm::GsBase(RDI, (table + offset_of!(TlbEntry, host)) as i32));
+    } else {
+        a.mov_imm(RDX, 4096);
+    }
+    probe(a, table + offset_of!(TlbEntry, write), R15, RBX, size, &mut leave);
+    a.mov_imm(RAX, 4096);
+    a.alu32(Alu::Sub, RAX, Rm::Reg(RBX));
+    a.alu(Alu::Add, RBX, Rm::GsBase(RDI, (table + offset_of!(TlbEntry, host)) as i32));
+    a.mov(RDI, RBX);
+    a.alu32(Alu::Cmp, RDX, Rm::Reg(RAX));
+    a.bytes(&[0x0f, 0x47, 0xd0]); // cmova edx, eax
+    if log > 0 {
+        a.shr32(RDX, log);
+    }
+    a.alu(Alu::Cmp, RCX, Rm::Reg(RDX));
+    a.bytes(&[0x48, 0x0f, 0x42, 0xd1]); // cmovb rdx, rcx
+    a.mov(RBX, RCX);
+    a.alu(Alu::Sub, RBX, Rm::Reg(RDX));
+    a.mov(RCX, RDX);
+    let step = |base| match log {
+        0 => Rm::Indexed { base, index: RDX, scale: 0, displacement: 0 },
+        log => Rm::Indexed { base, index: RDX, scale: log, displacement: 0 },
+    };
+    if moves {
+        a.lea(R14, step(R14));
+    }
+    a.lea(R15, step(R15));
+    if !moves {
+        a.load(RAX, scratch(SAVED_AX));
+    }
+    if log == 1 {
+        a.byte(0x66);
+    }
+    a.byte(0xf3);
+    if log == 3 {
+        a.byte(0x48);
+    }
+    a.byte(match (moves, log) {
+        (true, 0) => 0xa4,
+        (true, _) => 0xa5,
+        (false, 0) => 0xaa,
+        (false, _) => 0xab,
+    });
+    a.mov(RCX, RBX);
+    let back = a.jmp();
+    a.bind_to(back, again);
+    a.bind(done);
+    restore(a);
+    a.ret();
+    for hole in leave {
+        a.bind(hole);
+    }
+    restore(a);
+    a.pop_rm(Rm::Gs(word_offset(word::FAULT)));
+    let out = a.jmp();
+    a.bind_to(out, fault);
+}
+
+/// Probes for the element at `address`: its offset in the page to `to`, the entry's offset to RDI.
+fn probe(a: &mut Assembler, tag: usize, address: u8, to: u8, size: i32, leave: &mut Vec<Hole>) {
+    a.mov(to, address);
+    a.mov32(RDI, to);
+    a.shr32(RDI, 7);
+    a.alu_imm(Alu::And, false, Rm::Reg(RDI), ((TLB_ENTRIES - 1) << 5) as i32);
+    a.alu(Alu::Add, to, Rm::GsBase(RDI, tag as i32));
+    a.alu_imm(Alu::Cmp, true, Rm::Reg(to), 4096 - size);
+    leave.push(a.jcc(cc::A));
+}
+
+fn restore(a: &mut Assembler) {
+    a.load(RAX, scratch(SAVED_FLAGS));
+    a.bytes(&[0x04, 0x7f]); // add al, 0x7f
+    a.sahf();
+    a.load(RAX, scratch(SAVED_AX));
+    a.load(RDX, scratch(SAVED_RDX));
+    a.load(RBX, scratch(SAVED_RBX));
+}
