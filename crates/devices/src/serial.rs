@@ -8,10 +8,10 @@
 //! what fits into the 16-byte FIFO, and [`Serial::wants_input`] says once when a sender that did not get
 //! everything in should come back. The interrupt is a level, [`Serial::interrupt`].
 //!
-//! The sender comes back only after the guest has seen the receiver empty and nothing to do in IIR, that is,
-//! when its handler is about to return. Were the FIFO refilled under the handler's eyes, Linux would stay
-//! in its loop until it gives up ("too much work for irq4") with the line still high, and never see another
-//! edge. A guest that has raised RTS once and drops it gets no input meanwhile (hardware flow control).
+//! The sender comes back only after the guest has seen the receiver empty (in LSR or IIR), not at once when
+//! the last byte is read: the interrupt line must be seen low in between, or an edge-triggered input would
+//! miss the next rise. A guest that has raised RTS once and drops it gets no input meanwhile (hardware flow
+//! control).
 //!
 //! Unlike a slow line, a FIFO below its trigger level reports the character time-out at once.
 
@@ -72,9 +72,6 @@ const DLAB: u8 = 0x80;
 const FCR_ENABLE: u8 = 0x01;
 const FCR_CLEAR_RECEIVER: u8 = 0x02;
 
-/// A guest that finds LSR empty this often is not in an interrupt handler's loop: it polls.
-const POLLS: u8 = 2;
-
 /// DCD, DSR and CTS: a terminal is there and ready.
 const MODEM_READY: u8 = 0xb0;
 
@@ -97,8 +94,8 @@ pub struct Serial {
     transmit_pending: bool,
     /// A sender had more than fitted.
     sender_waits: bool,
-    /// How often the guest has seen the receiver empty since the last input; IIR counts for [`POLLS`].
-    seen_empty: u8,
+    /// The guest has seen the receiver empty since the last input.
+    seen_empty: bool,
     /// The guest has raised RTS, so it uses it.
     rts_used: bool,
 }
@@ -125,7 +122,7 @@ impl Serial {
             divisor: 12,
             transmit_pending: false,
             sender_waits: false,
-            seen_empty: POLLS,
+            seen_empty: true,
             rts_used: false,
         }
     }
@@ -138,7 +135,7 @@ impl Serial {
         self.received.extend(&bytes[..taken]);
         self.sender_waits = taken < bytes.len();
         if taken > 0 {
-            self.seen_empty = 0;
+            self.seen_empty = false;
         }
         taken
     }
@@ -152,7 +149,7 @@ impl Serial {
 
     /// True once after a sender was cut short and the guest is ready for more. Ask after accesses.
     pub fn wants_input(&mut self) -> bool {
-        let idle = self.seen_empty >= POLLS || self.ier & ier::RECEIVE == 0;
+        let idle = self.seen_empty || self.ier & ier::RECEIVE == 0;
         let wants = self.sender_waits && idle && self.received.is_empty() && self.room() > 0;
         if wants {
             self.sender_waits = false;
@@ -182,7 +179,7 @@ impl Serial {
                 let cause = self.cause();
                 match cause {
                     iir::TRANSMIT => self.transmit_pending = false,
-                    iir::NONE => self.seen_empty = POLLS,
+                    iir::NONE => self.seen_empty = true,
                     _ => {}
                 }
                 cause | if self.fifo_on() { iir::FIFO_ON } else { 0 }
@@ -191,9 +188,7 @@ impl Serial {
             reg::MCR => self.mcr,
             reg::LSR => {
                 let ready = if self.received.is_empty() { 0 } else { lsr::READY };
-                if ready == 0 {
-                    self.seen_empty = self.seen_empty.saturating_add(1);
-                }
+                self.seen_empty |= ready == 0;
                 lsr::TRANSMITTER_EMPTY | ready | std::mem::take(&mut self.line_errors)
             }
             reg::MSR => self.modem | std::mem::take(&mut self.modem_changes),
@@ -251,7 +246,7 @@ impl Serial {
         // A change of the enable bit clears the FIFOs, and without it the other bits are not programmed.
         if (value ^ self.fcr) & FCR_ENABLE != 0 || value & FCR_CLEAR_RECEIVER != 0 {
             self.received.clear();
-            self.seen_empty = POLLS;
+            self.seen_empty = true;
         }
         self.fcr = if value & FCR_ENABLE != 0 { value & 0xc9 } else { 0 };
     }
@@ -427,8 +422,8 @@ mod tests {
 
     /// Linux' serial8250_interrupt: passes until IIR shows nothing, each reading while LSR says ready.
     fn linux_handler(port: &mut Serial, got: &mut Vec<u8>, mut after_access: impl FnMut(&mut Serial)) {
-        for pass in 0.. {
-            assert!(pass < 4, "too much work");
+        // It gives up after so many, to come back with the next edge.
+        for _pass in 0..512 {
             let cause = port.read(2);
             after_access(port);
             if cause & 1 != 0 {
@@ -450,11 +445,9 @@ mod tests {
         let mut sent = port.enqueue(&paste);
         assert_eq!((sent, port.room()), (FIFO_SIZE, 0));
         let mut got = Vec::new();
-        let mut interrupts = 0;
         // An edge-triggered input remembers a rise of the line during the handler.
         let (mut line, mut edge) = (true, true);
         while std::mem::take(&mut edge) {
-            interrupts += 1;
             linux_handler(&mut port, &mut got, |port| {
                 if port.wants_input() {
                     assert!(!port.wants_input(), "said once");
@@ -465,7 +458,6 @@ mod tests {
             });
         }
         assert_eq!(got, paste);
-        assert_eq!(interrupts, paste.len() / FIFO_SIZE);
     }
 
     #[test]
@@ -511,7 +503,7 @@ mod tests {
         assert_eq!(port.read(2), 0x04);
         assert!(!port.wants_input());
         assert_eq!(port.read(0), b'a');
-        assert!(!port.wants_input(), "not before the handler has seen that nothing is left");
+        assert!(!port.wants_input(), "the line must be seen low first");
         assert_eq!(port.read(2), 0x01);
         assert!(port.wants_input());
         assert_eq!(port.enqueue(b"b"), 1);
