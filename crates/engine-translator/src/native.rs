@@ -95,6 +95,22 @@ pub fn execute(core: &mut Core, io: &dyn GuestIo, fetched: &Fetched) -> Result<(
     result
 }
 
+/// Runs any instruction with at most one memory operand on the host CPU, whatever the CPU model says: the
+/// oracle of the interpreter's tests.
+///
+/// # Errors
+/// The exception that it raises.
+#[cfg(test)]
+pub(crate) fn execute_on_host(core: &mut Core, io: &dyn GuestIo, fetched: &Fetched) -> Result<(), Exception> {
+    let insn = &fetched.instruction;
+    let stub =
+        stub::find(&fetched.bytes, fetched.bitness, insn).unwrap_or_else(|| panic!("cannot be re-encoded: {insn:?}"));
+    match stub.memory {
+        Some(memory) => run_on_memory(core, io, insn, &stub, memory),
+        None => stub.run(core, 0),
+    }
+}
+
 fn unit_of(insn: &Instruction) -> Unit {
     match insn.mnemonic() {
         Mnemonic::Wait => return Unit::Wait,

@@ -86,7 +86,7 @@ pub enum Shift {
 }
 
 /// A shift or rotate by `count`, which is masked here as the CPU does. A masked count of zero leaves all
-/// flags alone.
+/// flags alone. OF, undefined for counts above 1, is what a count of 1 would give, as on Intel processors.
 pub fn shift(kind: Shift, size: u32, value: u64, count: u64, old: u64) -> (u64, u64) {
     let count = (count & if size == 8 { 63 } else { 31 }) as u32;
     let old = old & STATUS;
@@ -99,13 +99,13 @@ pub fn shift(kind: Shift, size: u32, value: u64, count: u64, old: u64) -> (u64, 
             let wide = u128::from(value) << count;
             let r = wide as u64 & mask(size);
             let carry = wide >> (8 * size) & 1 != 0;
-            let overflow = carry != (r & sign_bit(size) != 0);
+            let overflow = (value << 1 ^ value) & sign_bit(size) != 0;
             (r, result_flags(size, r) | when(carry, CF) | when(overflow, OF))
         }
         Shift::Shr => {
             let r = value.checked_shr(count).unwrap_or(0);
             let carry = value.checked_shr(count - 1).unwrap_or(0) & 1 != 0;
-            let overflow = (r << 1 ^ r) & sign_bit(size) != 0;
+            let overflow = value & sign_bit(size) != 0;
             (r, result_flags(size, r) | when(carry, CF) | when(overflow, OF))
         }
         Shift::Sar => {
@@ -133,16 +133,20 @@ fn rotate(kind: Shift, size: u32, value: u64, count: u32, old: u64) -> (u64, u64
             // A rotate through carry turns bits + 1 bits: the carry is the highest of them.
             let turn = bits + 1;
             let by = if kind == Shift::Rcl { count % turn } else { (turn - count % turn) % turn };
+            if by == 0 {
+                return (value, old);
+            }
             let wide = u128::from(value) | u128::from(old & CF) << bits;
             let all = (1u128 << turn) - 1;
             let turned = (wide << by | wide >> (turn - by)) & all;
             (turned as u64 & mask(size), turned >> bits & 1 != 0)
         }
     };
-    let top = r & sign_bit(size) != 0;
+    let top = value & sign_bit(size) != 0;
     let overflow = match kind {
-        Shift::Rol | Shift::Rcl => carry != top,
-        _ => top != (r << 1 & sign_bit(size) != 0),
+        Shift::Rol | Shift::Rcl => top != (value << 1 & sign_bit(size) != 0),
+        Shift::Ror => top != (value & 1 != 0),
+        _ => top != (old & CF != 0),
     };
     (r, old & !(CF | OF) | when(carry, CF) | when(overflow, OF))
 }
@@ -173,7 +177,8 @@ pub fn double_shift(left: bool, size: u32, value: u64, fill: u64, count: u64, ol
     } else {
         ((value >> count | fill << (bits - count)) & mask(size), value >> (count - 1) & 1 != 0)
     };
-    let overflow = (r ^ value) & sign_bit(size) != 0;
+    let incoming = if left { value << 1 } else { fill << (bits - 1) };
+    let overflow = (incoming ^ value) & sign_bit(size) != 0;
     (r, result_flags(size, r) | when(carry, CF) | when(overflow, OF))
 }
 

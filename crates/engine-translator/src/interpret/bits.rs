@@ -76,7 +76,7 @@ impl Exec<'_> {
         Ok(())
     }
 
-    /// BSF and BSR. A zero source leaves the destination alone (documented by AMD, relied upon everywhere).
+    /// BSF and BSR; PF, undefined, is the result's. A zero source leaves the destination alone (documented by AMD, relied upon everywhere).
     fn bit_scan(&mut self, from_top: bool) -> Outcome {
         let size = self.operand_size(0);
         let source = self.read(1, size)?;
@@ -86,7 +86,7 @@ impl Exec<'_> {
         }
         let position = if from_top { 63 - source.leading_zeros() } else { source.trailing_zeros() };
         self.write(0, size, u64::from(position))?;
-        self.set_status(result_flags(size, source) & !(SF | ZF | PF));
+        self.set_status(result_flags(size, u64::from(position)) & PF);
         Ok(())
     }
 

@@ -96,6 +96,8 @@ fn decode(
             Err(Exception::gp(0))
         }
         DecoderError::NoMoreBytes => Err(Exception::gp(0)),
+        // An instruction beyond the 15 bytes counts as invalid there, with all of them consumed.
+        _ if decoder.position() >= MAX_LENGTH => Err(Exception::gp(0)),
         _ => Err(Exception::ud()),
     }
 }

@@ -80,7 +80,7 @@ pub(super) fn execute(x: &mut Exec) -> Result<Handled, Exception> {
         M::Nop | M::Pause | M::Lfence | M::Sfence | M::Mfence | M::Endbr32 | M::Endbr64 => {}
         M::Reservednop | M::Rdsspd | M::Rdsspq | M::Cldemote => {}
         M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta => {}
-        M::Prefetchw | M::Prefetchwt1 | M::Prefetch => {}
+        M::Prefetchw | M::Prefetchwt1 | M::Prefetch | M::Prefetchit0 | M::Prefetchit1 => {}
         M::Serialize => require(x)?,
         M::Clflush | M::Clflushopt | M::Clwb => flush_line(x)?,
         M::Ud0 | M::Ud1 | M::Ud2 | M::INVALID => return Err(Exception::ud()),
