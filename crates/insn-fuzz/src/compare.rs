@@ -1,0 +1,162 @@
+//! What counts as a difference between the host's outcome and the engine's.
+//!
+//! Everything does, but for:
+//! - status flags that the manual leaves undefined ([`crate::undefined`]);
+//! - for the translator, status flags at a fault that are dead there ([`dead`]);
+//! - RFLAGS.RF, which the host's frame may show set;
+//! - for page faults outside the host's user half, the error code's present bit, which the host kernel
+//!   hides from signal handlers;
+//! - x87 instruction and data pointers, and the last opcode;
+//! - the x87 stack's top and tags after an MMX instruction that faulted: the CPU may already have made the
+//!   change that all MMX instructions make (SDM vol. 1 9.5), which the restarted instruction makes again.
+
+use crate::case::{Case, Outcome, State, Stop, register_name};
+use crate::guest::Executor;
+use crate::layout::linear_of;
+use crate::undefined::{at_stop, dead};
+use iced_x86::{Decoder, DecoderOptions};
+use std::fmt::Write;
+
+const RF: u64 = 1 << 16;
+/// FSW's stack pointer.
+const TOP: u16 = 7 << 11;
+/// Where the host kernel ends the user half of the address space: a page below the canonical limit.
+const USER_END: u64 = 0x7fff_ffff_f000;
+
+/// The differences, a line each; empty if there is none.
+pub fn differences(case: &Case, executor: Executor, host: &Outcome, guest: &Outcome) -> String {
+    let mut text = String::new();
+    if canonical_stop(host.stop) != canonical_stop(guest.stop) {
+        line(&mut text, "end", &describe(host.stop), &describe(guest.stop));
+        if guest.stop == Stop::Hang || host.stop == Stop::Hang {
+            return text;
+        }
+    }
+    let mut host = host.clone();
+    let mut guest = guest.clone();
+    if faulted_in_mmx(case, &host) {
+        for outcome in [&mut host, &mut guest] {
+            let x87 = &mut outcome.state.x87;
+            x87.st.rotate_right(usize::from((x87.status & TOP) >> 11));
+            x87.status &= !TOP;
+            x87.tag = 0;
+        }
+    }
+    let mut undefined = at_stop(&case.code, case.state.rip, host.state.rip) | RF;
+    if executor == Executor::Translator && matches!(host.stop, Stop::Exception { vector, .. } if vector != 3) {
+        undefined |= dead(&case.code, case.state.rip, host.state.rip);
+    }
+    registers(&mut text, &host.state, &guest.state, undefined);
+    vectors(&mut text, &host.state, &guest.state);
+    text
+}
+
+/// Whether the case ended with an exception of one of its MMX instructions.
+fn faulted_in_mmx(case: &Case, host: &Outcome) -> bool {
+    Decoder::with_ip(64, &case.code, case.state.rip, DecoderOptions::NONE)
+        .into_iter()
+        .any(|i| i.ip() == host.state.rip && (0..i.op_count()).any(|n| i.op_register(n).is_mm()))
+}
+
+fn line(text: &mut String, what: &str, host: &str, guest: &str) {
+    writeln!(text, "  {what:8} host {host}  engine {guest}").expect("writing to a string");
+}
+
+fn canonical_stop(stop: Stop) -> Stop {
+    match stop {
+        Stop::Exception { vector: 14, error, cr2 } if cr2 >= USER_END => {
+            Stop::Exception { vector: 14, error: error | 1, cr2 }
+        }
+        other => other,
+    }
+}
+
+fn describe(stop: Stop) -> String {
+    match stop {
+        Stop::Exception { vector: 14, error, cr2 } => format!("#PF error {error:#x} at {cr2:#x}"),
+        Stop::Exception { vector, error, .. } => format!("vector {vector} error {error:#x}"),
+        Stop::Hang => "still running".into(),
+    }
+}
+
+fn registers(text: &mut String, host: &State, guest: &State, undefined: u64) {
+    let mut number = |name: &str, h: u64, g: u64| {
+        if h != g {
+            line(text, name, &format!("{h:016x}"), &format!("{g:016x}"));
+        }
+    };
+    number("rip", host.rip, guest.rip);
+    number("rflags", host.rflags & !undefined, guest.rflags & !undefined);
+    for i in 0..16 {
+        number(register_name(i), host.gpr[i], guest.gpr[i]);
+    }
+    number("fs base", host.fs_base, guest.fs_base);
+    number("gs base", host.gs_base, guest.gs_base);
+    number("mxcsr", u64::from(host.mxcsr), u64::from(guest.mxcsr));
+    number("fcw", u64::from(host.x87.control), u64::from(guest.x87.control));
+    number("fsw", u64::from(host.x87.status), u64::from(guest.x87.status));
+    number("ftw", u64::from(host.x87.tag), u64::from(guest.x87.tag));
+}
+
+fn vectors(text: &mut String, host: &State, guest: &State) {
+    let mut wide = |name: String, h: &[u8], g: &[u8]| {
+        if h != g {
+            line(text, &name, &hex(h), &hex(g));
+        }
+    };
+    for i in 0..8 {
+        wide(format!("st{i}"), &host.x87.st[i], &guest.x87.st[i]);
+    }
+    for i in 0..16 {
+        wide(format!("ymm{i}"), &host.ymm[i], &guest.ymm[i]);
+    }
+}
+
+/// Bytes as a number: the highest first.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().rev().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("writing to a string");
+        text
+    })
+}
+
+/// The differences in memory, at most a few lines.
+pub fn memory_differences(host: &[u8], guest: &[u8]) -> String {
+    let mut text = String::new();
+    if host == guest {
+        return text;
+    }
+    for (offset, (h, g)) in host.iter().zip(guest).enumerate().filter(|(_, (h, g))| h != g).take(16) {
+        writeln!(text, "  [{:x}] host {h:02x}  engine {g:02x}", linear_of(offset)).expect("writing to a string");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_defined_counts() {
+        let case = Case { code: vec![0x21, 0xc8], ..Case::default() };
+        let end = Stop::Exception { vector: 3, error: 0, cr2: 0 };
+        let host = Outcome { stop: end, state: State { rip: case.state.rip + 3, ..State::default() } };
+        let mut guest = host.clone();
+        guest.state.rflags ^= 1 << 4 | RF;
+        assert_eq!(differences(&case, Executor::Interpreter, &host, &guest), "");
+        guest.state.rflags ^= 1;
+        assert!(differences(&case, Executor::Interpreter, &host, &guest).contains("rflags"));
+        guest = host.clone();
+        guest.state.ymm[3][31] = 1;
+        assert!(differences(&case, Executor::Interpreter, &host, &guest).contains("ymm3"));
+        guest = Outcome { stop: Stop::Exception { vector: 13, error: 0, cr2: 0 }, ..host.clone() };
+        assert!(differences(&case, Executor::Interpreter, &host, &guest).contains("vector 13"));
+    }
+
+    #[test]
+    fn the_present_bit_of_kernel_addresses_is_hidden() {
+        let at = |error| Stop::Exception { vector: 14, error, cr2: 0xffff_8000_0000_0000 };
+        assert_eq!(canonical_stop(at(4)), canonical_stop(at(5)));
+        assert_ne!(canonical_stop(at(5)), canonical_stop(at(7)));
+    }
+}

@@ -1,0 +1,239 @@
+//! The loop: generate, run on the host and on the engine, compare; then minimise what differs.
+
+use crate::case::{Case, State, Stop, X87, image};
+use crate::compare::{differences, memory_differences};
+use crate::generate::{Generator, Options};
+use crate::guest::{Executor, Guest};
+use crate::host::Host;
+use anyhow::Result;
+use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use std::collections::HashMap;
+use std::fmt::Write;
+
+/// Cases in a row that share their memory image.
+const CASES_PER_IMAGE: u64 = 512;
+
+/// Host and engine side by side.
+pub struct Bench {
+    host: Host,
+    guests: Vec<(Executor, Guest)>,
+    image: (u64, Vec<u8>),
+}
+
+/// A case on which an executor differs from the host.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    pub case: Case,
+    pub executor: Executor,
+    /// What differs, a line each.
+    pub differences: String,
+}
+
+/// Counts of what a run saw.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    pub cases: u64,
+    pub instructions: u64,
+    /// By vector; a case that ran to its end is a 3.
+    pub stops: HashMap<u8, u64>,
+    /// Cases skipped because the host did not end them.
+    pub hangs: u64,
+}
+
+impl Bench {
+    /// # Errors
+    /// When the host refuses memory or signals.
+    pub fn new(executors: &[Executor]) -> Result<Bench> {
+        let host = Host::new()?;
+        let guests = executors.iter().map(|e| Ok((*e, Guest::new(*e)?))).collect::<Result<_>>()?;
+        Ok(Bench { host, guests, image: (0, image(0)) })
+    }
+
+    /// Options that suit this host.
+    pub fn options(&self) -> Options {
+        Options { class: None, bases: self.host.can_set_bases() }
+    }
+
+    /// Runs `case` everywhere; the first executor that differs from the host, if any.
+    pub fn check(&mut self, case: &Case) -> (Stop, Option<Finding>) {
+        if self.image.0 != case.memory {
+            self.image = (case.memory, image(case.memory));
+        }
+        let host = self.host.run(case, &self.image.1);
+        if host.stop == Stop::Hang {
+            return (host.stop, None);
+        }
+        for (executor, guest) in &mut self.guests {
+            let outcome = guest.run(case, &self.image.1);
+            let mut text = differences(case, *executor, &host, &outcome);
+            text += &memory_differences(self.host.data(), guest.data());
+            if !text.is_empty() {
+                let finding = Finding { case: case.clone(), executor: *executor, differences: text };
+                return (host.stop, Some(finding));
+            }
+        }
+        (host.stop, None)
+    }
+
+    /// Makes a finding's case smaller for as long as its executor still differs from the host.
+    pub fn minimise(&mut self, finding: Finding) -> Finding {
+        let mut best = finding;
+        loop {
+            let before = best.case.clone();
+            for smaller in smaller_codes(&best.case) {
+                self.keep_if_different(&mut best, smaller);
+            }
+            let pokes = best.case.pokes.len();
+            for i in (0..pokes).rev() {
+                let mut smaller = best.case.clone();
+                smaller.pokes.remove(i);
+                self.keep_if_different(&mut best, smaller);
+            }
+            for change in state_changes() {
+                let mut smaller = best.case.clone();
+                change(&mut smaller.state);
+                self.keep_if_different(&mut best, smaller);
+            }
+            if best.case == before {
+                return best;
+            }
+        }
+    }
+
+    fn keep_if_different(&mut self, best: &mut Finding, case: Case) -> bool {
+        if case == best.case || case.code.is_empty() {
+            return false;
+        }
+        let executor = best.executor;
+        match self.check(&case).1 {
+            Some(finding) if finding.executor == executor => {
+                *best = finding;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// The case without each one of its instructions.
+fn smaller_codes(case: &Case) -> Vec<Case> {
+    let mut decoder = Decoder::with_ip(64, &case.code, case.state.rip, DecoderOptions::NONE);
+    let mut pieces = Vec::new();
+    while decoder.can_decode() {
+        let start = decoder.position();
+        let _ = decoder.decode();
+        pieces.push(start..decoder.position());
+    }
+    if pieces.len() < 2 {
+        return Vec::new();
+    }
+    pieces
+        .into_iter()
+        .rev()
+        .map(|piece| {
+            let mut smaller = case.clone();
+            smaller.code.drain(piece);
+            smaller
+        })
+        .collect()
+}
+
+type Change = Box<dyn Fn(&mut State)>;
+
+fn state_changes() -> Vec<Change> {
+    let mut changes: Vec<Change> = vec![
+        Box::new(|s| s.ymm = [[0; 32]; 16]),
+        Box::new(|s| s.x87 = X87::default()),
+        Box::new(|s| s.x87.st = [[0; 10]; 8]),
+        Box::new(|s| s.x87.tag = 0xff),
+        Box::new(|s| s.x87.status = 0),
+        Box::new(|s| s.mxcsr = 0x1f80),
+        Box::new(|s| s.rflags &= 0x602),
+        Box::new(|s| s.rflags &= !0x400),
+        Box::new(|s| s.fs_base = 0),
+        Box::new(|s| s.gs_base = 0),
+    ];
+    for i in 0..16 {
+        changes.push(Box::new(move |s| s.gpr[i] = 0));
+        changes.push(Box::new(move |s| s.ymm[i] = [0; 32]));
+    }
+    for i in 0..8 {
+        changes.push(Box::new(move |s| s.x87.st[i] = [0; 10]));
+    }
+    changes
+}
+
+/// What to run, and when to stop.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// The first seed; cases have the seeds that follow it.
+    pub seed: u64,
+    pub cases: u64,
+    pub options: Options,
+    /// Stop after this many different findings.
+    pub findings: usize,
+    pub deadline: Option<std::time::Instant>,
+}
+
+/// Runs `plan`. Findings are minimised, one for each kind (see [`signature`]).
+pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(&Finding)) -> Tally {
+    let mut generator = Generator::new(plan.options);
+    let mut tally = Tally::default();
+    let mut seen: HashMap<String, u64> = HashMap::new();
+    for seed in plan.seed..plan.seed + plan.cases {
+        if seed % 256 == 0 && plan.deadline.is_some_and(|d| std::time::Instant::now() >= d) {
+            break;
+        }
+        let memory = seed / CASES_PER_IMAGE;
+        if bench.image.0 != memory {
+            bench.image = (memory, image(memory));
+        }
+        let case = generator.case(seed, memory, &bench.image.1);
+        let (stop, finding) = bench.check(&case);
+        tally.cases += 1;
+        match stop {
+            Stop::Exception { vector, .. } => *tally.stops.entry(vector).or_default() += 1,
+            Stop::Hang => tally.hangs += 1,
+        }
+        if let Some(finding) = finding {
+            let smallest = bench.minimise(finding);
+            let count = seen.entry(signature(&smallest)).or_default();
+            *count += 1;
+            if *count == 1 {
+                report(&smallest);
+            }
+            if seen.len() >= plan.findings {
+                break;
+            }
+        }
+    }
+    tally
+}
+
+/// What makes two findings the same bug, mostly: executor, instructions, and the first thing that differs.
+pub fn signature(finding: &Finding) -> String {
+    let mut text = format!("{:?}", finding.executor);
+    for instruction in Decoder::new(64, &finding.case.code, DecoderOptions::NONE) {
+        write!(text, " {:?}", instruction.code()).expect("writing to a string");
+    }
+    let first = finding.differences.split_whitespace().next().unwrap_or_default();
+    let class = if first.starts_with('[') { "memory" } else { first.trim_end_matches(|c: char| c.is_ascii_digit()) };
+    text + " " + class
+}
+
+/// A report for people: the code, what differs, the case as a line for `--replay`.
+pub fn describe(finding: &Finding) -> String {
+    let mut text = format!("{} differs from the host\n", finding.executor.name());
+    let case = &finding.case;
+    let mut formatter = IntelFormatter::new();
+    let mut decoder = Decoder::with_ip(64, &case.code, case.state.rip, DecoderOptions::NONE);
+    while decoder.can_decode() {
+        let start = decoder.position();
+        let instruction = decoder.decode();
+        let mut line = String::new();
+        formatter.format(&instruction, &mut line);
+        let bytes: String = case.code[start..decoder.position()].iter().map(|b| format!("{b:02x}")).collect();
+        writeln!(text, "  {:x}  {bytes:30}  {line}", instruction.ip()).expect("writing to a string");
+    }
+    text + &finding.differences + "  case " + &case.to_line() + "\n"
+}

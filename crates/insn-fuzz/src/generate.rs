@@ -1,0 +1,658 @@
+//! Cases from seeds: instructions of the wanted classes, registers that aim their memory operands, and
+//! memory and states full of edge values.
+//!
+//! An instruction comes first as random bytes of a form ([`crate::encode`]); the decoder then says what it
+//! reads, and registers, displacements and memory are chosen so that it reads something worth reading:
+//! mapped data mostly, but page crossings, read-only, unmapped, non-canonical and code addresses too.
+//!
+//! A *single* case has one instruction and aims freely. A *sequence* has 2 to 12, with jumps forward among
+//! them; some registers are pointers and indices throughout, so that most accesses hit.
+
+use crate::case::{Case, State, X87};
+use crate::encode::{Shape, encode};
+use crate::forms::{Class, Form, Forms};
+use crate::layout::{CODE, CODE_PAGES, HIGH, LOW, PAGE, backing_of};
+use crate::rng::Rng;
+use crate::undefined::undefined;
+use iced_x86::{
+    ConstantOffsets, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions,
+    Mnemonic, OpAccess, OpKind, Register,
+};
+
+const RAX: usize = 0;
+const RCX: usize = 1;
+const RDX: usize = 2;
+const RSP: usize = 4;
+
+/// Room for one case's code: it starts at least this far from the end of the code pages, mostly.
+const SLOT: u64 = 512;
+
+/// What is generated.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Only this class; else all, by weight.
+    pub class: Option<Class>,
+    /// The host can give a case FS and GS bases.
+    pub bases: bool,
+}
+
+/// Generates cases. The same seed and options give the same case.
+pub struct Generator {
+    options: Options,
+    classes: Vec<(u64, Vec<Form>)>,
+    info: InstructionInfoFactory,
+}
+
+/// One instruction with its decoded form.
+#[derive(Clone)]
+struct Piece {
+    bytes: Vec<u8>,
+    instruction: Instruction,
+    offsets: ConstantOffsets,
+}
+
+/// Registers that a sequence keeps for addresses, as bit masks by encoding index.
+#[derive(Clone, Copy, Default)]
+struct Pinned {
+    pointers: u32,
+    indices: u32,
+}
+
+impl Generator {
+    pub fn new(options: Options) -> Generator {
+        const WEIGHTS: [(Class, u64); 10] = [
+            (Class::Int, 25),
+            (Class::Mem, 17),
+            (Class::Sse, 14),
+            (Class::Avx, 14),
+            (Class::X87, 8),
+            (Class::Mmx, 4),
+            (Class::String, 6),
+            (Class::Branch, 6),
+            (Class::Stack, 5),
+            (Class::Privileged, 1),
+        ];
+        let classes = WEIGHTS
+            .iter()
+            .filter(|(class, _)| options.class.is_none_or(|wanted| wanted == *class))
+            .map(|(class, weight)| (*weight, Forms::get().of_class(*class)))
+            .collect();
+        Generator { options, classes, info: InstructionInfoFactory::new() }
+    }
+
+    /// The case named `seed`, which runs on memory `image` (named `memory`).
+    pub fn case(&mut self, seed: u64, memory: u64, image: &[u8]) -> Case {
+        let mut rng = Rng::new(seed);
+        let mut case = Case { seed, memory, ..Case::default() };
+        random_state(&mut rng, &mut case.state, self.options.bases);
+        case.state.rip = CODE
+            + match rng.below(20) {
+                0 => rng.below(CODE_PAGES - 1) * PAGE + PAGE - 1 - rng.below(30),
+                1 => CODE_PAGES * PAGE - 1 - rng.below(40),
+                _ => rng.below(CODE_PAGES * PAGE - SLOT),
+            };
+        if rng.percent(60) {
+            self.single(&mut rng, &mut case, image)
+        } else {
+            self.sequence(&mut rng, &mut case, image)
+        }
+        case
+    }
+
+    /// A random form of the wanted classes, as bytes that decode to an instruction that is tested.
+    fn piece(&self, rng: &mut Rng, shape: &Shape, rip: u64) -> Piece {
+        loop {
+            let total = self.classes.iter().map(|(w, _)| w).sum();
+            let mut at = rng.below(total);
+            let (_, forms) = self
+                .classes
+                .iter()
+                .find(|(w, _)| {
+                    let here = at < *w;
+                    at = at.wrapping_sub(*w);
+                    here
+                })
+                .expect("weights sum to the total");
+            let form = rng.pick(forms);
+            let shape = Shape {
+                memory: if self.options.class == Some(Class::Mem) { Some(true) } else { shape.memory },
+                ..shape.clone()
+            };
+            let bytes = encode(rng, &form, &shape);
+            if let Some(piece) = decode(bytes, rip) {
+                if matches!(piece.instruction.mnemonic(), Mnemonic::Wrfsbase | Mnemonic::Wrgsbase)
+                    && !self.options.bases
+                {
+                    continue;
+                }
+                return piece;
+            }
+        }
+    }
+
+    fn single(&mut self, rng: &mut Rng, case: &mut Case, image: &[u8]) {
+        let mut piece = self.piece(rng, &Shape::default(), case.state.rip);
+        edge_immediate(rng, &mut piece);
+        let pinned = Pinned::default();
+        self.prepare(rng, case, &mut piece, pinned, image);
+        if let Some(target) = relative_target(&piece) {
+            let distance = match rng.below(10) {
+                0..2 => 0,
+                2..8 => rng.below(100) as i64,
+                8 => i64::from(rng.next() as i32),
+                _ => (rng.below(1 << 20) as i64) * 4096 - case.state.rip as i64 % 4096,
+            };
+            set_target(&mut piece, target, distance);
+        }
+        case.code = piece.bytes;
+    }
+
+    fn sequence(&mut self, rng: &mut Rng, case: &mut Case, image: &[u8]) {
+        let mut pinned = Pinned { pointers: 1 << RSP | 1 << 6 | 1 << 7, indices: 0 };
+        for _ in 0..2 {
+            pinned.pointers |= 1 << rng.below(16);
+            pinned.indices |= 1 << rng.below(16);
+        }
+        pinned.indices &= !pinned.pointers;
+        for register in 0..16 {
+            if pinned.pointers >> register & 1 != 0 {
+                let region = if rng.percent(70) { HIGH } else { LOW };
+                case.state.gpr[register] = region + PAGE + 256 + rng.below(2 * PAGE - 512);
+            } else if pinned.indices >> register & 1 != 0 {
+                case.state.gpr[register] = rng.below(64);
+            }
+        }
+        let list = |mask: u32| (0..16u8).filter(|r| mask >> r & 1 != 0).collect();
+        let shape = Shape { bases: list(pinned.pointers), indices: list(pinned.indices), memory: None };
+        let count = 2 + rng.below(11) as usize;
+        let mut pieces: Vec<Piece> = Vec::new();
+        let mut rip = case.state.rip;
+        for _ in 0..count * 4 {
+            if pieces.len() == count {
+                break;
+            }
+            let mut piece = self.piece(rng, &shape, rip);
+            edge_immediate(rng, &mut piece);
+            if !self.suits_sequence(rng, &piece, pinned) {
+                continue;
+            }
+            let mut code: Vec<u8> = pieces.iter().flat_map(|p| &p.bytes).copied().collect();
+            code.extend_from_slice(&piece.bytes);
+            if undefined(&code, case.state.rip, u64::MAX).read {
+                continue;
+            }
+            self.prepare(rng, case, &mut piece, pinned, image);
+            rip += piece.bytes.len() as u64;
+            pieces.push(piece);
+        }
+        link_jumps(rng, &mut pieces);
+        case.code = pieces.into_iter().flat_map(|p| p.bytes).collect();
+    }
+
+    /// Whether a sequence goes on after `piece`, with its pointers mostly intact.
+    fn suits_sequence(&mut self, rng: &mut Rng, piece: &Piece, pinned: Pinned) -> bool {
+        let instruction = &piece.instruction;
+        match instruction.flow_control() {
+            FlowControl::Next | FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => (),
+            FlowControl::Call => (),
+            _ => return rng.percent(3),
+        }
+        if matches!(
+            instruction.mnemonic(),
+            Mnemonic::Popf
+                | Mnemonic::Popfq
+                | Mnemonic::Wrfsbase
+                | Mnemonic::Wrgsbase
+                | Mnemonic::Maskmovq
+                | Mnemonic::Maskmovdqu
+                | Mnemonic::Vmaskmovdqu
+        ) {
+            return false;
+        }
+        if instruction.has_lock_prefix() && !instruction.op_kinds().any(|k| k == OpKind::Memory) {
+            return rng.percent(3);
+        }
+        let moves = instruction.is_stack_instruction() || instruction.is_string_instruction();
+        let kept = pinned.pointers | pinned.indices;
+        let info = self.info.info_options(instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
+        let overwrites = info
+            .used_registers()
+            .iter()
+            .any(|used| writes(used.access()) && gpr_index(used.register()).is_some_and(|i| kept >> i & 1 != 0));
+        moves || !overwrites || rng.percent(8)
+    }
+
+    /// Chooses registers, displacement and memory for `piece`.
+    fn prepare(&mut self, rng: &mut Rng, case: &mut Case, piece: &mut Piece, pinned: Pinned, image: &[u8]) {
+        let instruction = piece.instruction;
+        if pinned.pointers == 0 {
+            self.aim_implicit(rng, case, &instruction);
+        }
+        if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
+            if instruction.is_string_instruction() && pinned.indices >> RCX & 1 == 0 && pinned.pointers >> RCX & 1 == 0
+            {
+                case.state.gpr[RCX] = if rng.percent(90) { rng.below(40) } else { rng.integer() };
+            }
+        }
+        special_operands(rng, case, &instruction, pinned);
+        let has_memory = instruction.op_kinds().any(|k| k == OpKind::Memory);
+        if has_memory && instruction.memory_base() != Register::None
+            || instruction.memory_index() != Register::None
+            || has_memory
+        {
+            let address = aim(rng, &mut case.state, piece, pinned);
+            // The displacement may have changed; later choices want the instruction as it is.
+            if let Some(again) = decode(piece.bytes.clone(), instruction.ip()) {
+                *piece = again;
+            }
+            poke_operand(rng, case, piece, address, pinned, image);
+        }
+        jump_through_register(rng, case, piece, pinned);
+    }
+
+    /// Aims the implicit operands of stack and string instructions, XLAT, MASKMOV and LEAVE.
+    fn aim_implicit(&mut self, rng: &mut Rng, case: &mut Case, instruction: &Instruction) {
+        case.state.gpr[RSP] = target(rng, 8, false);
+        let info = self.info.info(instruction);
+        for memory in info.used_memory() {
+            let base = memory.base();
+            let narrow = base.size() == 4;
+            let Some(index) = gpr_index(base) else { continue };
+            let explicit = instruction.op_kinds().any(|k| k == OpKind::Memory) && instruction.memory_base() == base;
+            if explicit || !base.is_gpr() {
+                continue;
+            }
+            let size = memory.memory_size().size().max(1) as u64;
+            let segment = segment_base(&case.state, memory.segment());
+            // Whether MASKMOV with a clear mask touches its page is the CPU's choice: give it a good one.
+            let masked =
+                matches!(instruction.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu);
+            let wanted = if masked { LOW + PAGE + rng.below(2 * PAGE - 16) } else { target(rng, size, narrow) };
+            let value = wanted.wrapping_sub(segment);
+            case.state.gpr[index] = if narrow { value & 0xffff_ffff | rng.next() << 32 } else { value };
+        }
+        if matches!(instruction.mnemonic(), Mnemonic::Leave | Mnemonic::Enter) {
+            case.state.gpr[5] = target(rng, 8, false);
+        }
+    }
+}
+
+fn writes(access: OpAccess) -> bool {
+    !matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
+}
+
+/// The encoding index of the full register that a general register is part of.
+fn gpr_index(register: Register) -> Option<usize> {
+    let full = register.full_register();
+    full.is_gpr64().then(|| full.number())
+}
+
+/// Decodes the first instruction of `bytes` and cuts them to its length, if it is one that is tested.
+/// Encodings that the decoder calls invalid are kept at a low rate elsewhere; not here.
+fn decode(mut bytes: Vec<u8>, rip: u64) -> Option<Piece> {
+    let mut decoder = Decoder::with_ip(64, &bytes, rip, DecoderOptions::NONE);
+    let instruction = decoder.decode();
+    if instruction.is_invalid() || Forms::get().of(instruction.code()).is_none() {
+        return None;
+    }
+    let offsets = decoder.get_constant_offsets(&instruction);
+    bytes.truncate(instruction.len());
+    Some(Piece { bytes, instruction, offsets })
+}
+
+/// A general register, flag, vector and x87 state full of edge values.
+fn random_state(rng: &mut Rng, state: &mut State, bases: bool) {
+    state.gpr = std::array::from_fn(|_| rng.integer());
+    let status = rng.next() & 0x8d5;
+    state.rflags = 0x202 | status | if rng.percent(12) { 0x400 } else { 0 };
+    if bases {
+        let mut base = || match rng.below(6) {
+            0 => 0,
+            1 => LOW + rng.below(PAGE),
+            2 => rng.integer() as i32 as i64 as u64 & 0x7fff_ffff,
+            _ => HIGH + PAGE + rng.below(PAGE),
+        };
+        (state.fs_base, state.gs_base) = (base(), base());
+    }
+    state.ymm = std::array::from_fn(|_| rng.ymm());
+    let modes = (rng.next() & 0xe000) as u32;
+    let modes = if rng.percent(60) { 0 } else { modes | if rng.percent(20) { 0x40 } else { 0 } };
+    let masks = if rng.percent(96) { 0x1f80 } else { (rng.next() & 0x1f80) as u32 };
+    state.mxcsr = modes | masks | if rng.percent(50) { 0 } else { (rng.next() & 0x3f) as u32 & (masks >> 7) };
+    state.x87 = random_x87(rng);
+}
+
+fn random_x87(rng: &mut Rng) -> X87 {
+    let modes = if rng.percent(60) { 0x300 } else { (rng.next() & 0xf00) as u16 };
+    let masks = if rng.percent(96) { 0x3f } else { (rng.next() & 0x3f) as u16 };
+    // Flags of unmasked exceptions stay clear: their summary bit would have to agree.
+    let flags = (rng.next() & 0x7f) as u16 & (masks | 0x40);
+    X87 {
+        control: 0x40 | modes | masks,
+        status: (rng.next() & 0x7f00) as u16 | if rng.percent(50) { 0 } else { flags },
+        tag: match rng.below(4) {
+            0 => 0xff,
+            1 => 0,
+            _ => rng.next() as u8,
+        },
+        st: std::array::from_fn(|_| rng.extended()),
+    }
+}
+
+/// An address for an access of `size` bytes: mostly good, sometimes each kind of bad.
+fn target(rng: &mut Rng, size: u64, low: bool) -> u64 {
+    let region = if low || rng.percent(25) { LOW } else { HIGH };
+    let inside = |rng: &mut Rng| {
+        let page = rng.pick(&[1, 1, 2, 2, 5]);
+        region + page * PAGE + rng.below(PAGE.saturating_sub(size).max(1))
+    };
+    let crossing = |rng: &mut Rng, page: u64| region + page * PAGE - 1 - rng.below(size.max(2) - 1);
+    match rng.below(100) {
+        0..60 => inside(rng) & !(size.next_power_of_two().min(64) - 1),
+        60..72 => inside(rng),
+        72..82 => crossing(rng, 2),
+        82..85 => crossing(rng, 3),
+        85..87 => crossing(rng, 4),
+        87..91 => region + 3 * PAGE + rng.below(PAGE),
+        91..93 => region + rng.below(PAGE),
+        93..95 => crossing(rng, 6),
+        95..96 => crossing(rng, 1),
+        96..97 if !low => rng
+            .pick(&[0x8000_0000_0000_0000u64, 0x0000_8000_0000_0000, 0xffff_7fff_ffff_fff8, 0x7fff_ffff_ffff])
+            .wrapping_add(rng.below(16)),
+        97..98 if !low => 0xffff_8000_0000_0000 + rng.below(1 << 40),
+        98..99 => CODE + rng.below(PAGE),
+        _ => inside(rng),
+    }
+}
+
+fn segment_base(state: &State, segment: Register) -> u64 {
+    match segment {
+        Register::FS => state.fs_base,
+        Register::GS => state.gs_base,
+        _ => 0,
+    }
+}
+
+/// Aims the explicit memory operand; returns the linear address it came to, as far as can be told.
+fn aim(rng: &mut Rng, state: &mut State, piece: &mut Piece, pinned: Pinned) -> Option<u64> {
+    let instruction = piece.instruction;
+    let (base, index) = (instruction.memory_base(), instruction.memory_index());
+    if index.is_vector_register() {
+        aim_vector(rng, state, piece, pinned);
+        return None;
+    }
+    let narrow = base.size() == 4 && base != Register::None
+        || index.size() == 4 && index != Register::None
+        || base == Register::None && index == Register::None && instruction.memory_displ_size() == 4;
+    let size = instruction.memory_size().size().max(1) as u64;
+    let segment = segment_base(state, instruction.memory_segment());
+    let absolute = base == Register::None
+        && index == Register::None
+        && instruction.memory_displ_size() == 8
+        && piece.offsets.displacement_size() == 4;
+    let wanted = target(rng, size, narrow || absolute).wrapping_sub(segment);
+    let scale = u64::from(instruction.memory_index_scale());
+    let displacement = instruction.memory_displacement64();
+    if base.is_ip() {
+        let distance = wanted.wrapping_sub(instruction.next_ip());
+        set_displacement(piece, distance);
+        return Some(wanted.wrapping_add(segment));
+    }
+    let base_index = gpr_index(base);
+    let index_index = if index == Register::None { None } else { gpr_index(index) };
+    let fixed = |i: usize| pinned.pointers >> i & 1 != 0 || pinned.indices >> i & 1 != 0;
+    let set = |state: &mut State, rng: &mut Rng, i: usize, value: u64| {
+        state.gpr[i] = if narrow { value & 0xffff_ffff | rng.next() << 32 } else { value };
+    };
+    match (base_index, index_index) {
+        (None, None) => set_displacement(piece, wanted),
+        (Some(b), None) if !fixed(b) => set(state, rng, b, wanted.wrapping_sub(displacement)),
+        (None, Some(i)) if !fixed(i) => {
+            set(state, rng, i, wanted.wrapping_sub(displacement) / scale);
+            let rest = wanted.wrapping_sub((wanted.wrapping_sub(displacement) / scale).wrapping_mul(scale));
+            set_displacement(piece, rest);
+        }
+        (Some(b), Some(i)) if b == i && !fixed(b) => {
+            set(state, rng, b, wanted.wrapping_sub(displacement) / (scale + 1))
+        }
+        (Some(b), Some(i)) if !fixed(b) => {
+            if !fixed(i) && rng.percent(80) {
+                let value = rng.below(128).wrapping_sub(64);
+                set(state, rng, i, value);
+            }
+            let offset = state.gpr[i].wrapping_mul(scale);
+            set(state, rng, b, wanted.wrapping_sub(displacement).wrapping_sub(offset));
+        }
+        (b, i) => {
+            let at = b.map_or(0, |b| state.gpr[b]).wrapping_add(i.map_or(0, |i| state.gpr[i]).wrapping_mul(scale));
+            let near = b.map_or(wanted, |_| at.wrapping_add(rng.below(512)).wrapping_sub(256));
+            if piece.offsets.displacement_size() == 4 {
+                set_displacement(piece, near.wrapping_sub(at));
+            }
+        }
+    }
+    (!narrow).then(|| wanted.wrapping_add(segment))
+}
+
+/// Gathers: a base in the middle of data, and small indices.
+fn aim_vector(rng: &mut Rng, state: &mut State, piece: &mut Piece, pinned: Pinned) {
+    let instruction = piece.instruction;
+    let scale = i64::from(instruction.memory_index_scale());
+    let wide = rng.percent(10);
+    let number = instruction.memory_index().number();
+    let long = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Vgatherqpd | Mnemonic::Vgatherqps | Mnemonic::Vpgatherqq | Mnemonic::Vpgatherqd
+    );
+    let mut index = || {
+        let range = if wide { 9000 } else { 1000 } / scale;
+        rng.below(2 * range as u64) as i64 - range
+    };
+    for lane in state.ymm[number & 15].chunks_mut(if long { 8 } else { 4 }) {
+        let bytes = index().to_le_bytes();
+        lane.copy_from_slice(&bytes[..lane.len()]);
+    }
+    let base = instruction.memory_base();
+    if let Some(b) = gpr_index(base)
+        && pinned.pointers >> b & 1 == 0
+    {
+        let displacement = instruction.memory_displacement64();
+        let segment = segment_base(state, instruction.memory_segment());
+        let region = if base.size() == 4 { LOW } else { HIGH };
+        state.gpr[b] = (region + 2 * PAGE).wrapping_sub(displacement).wrapping_sub(segment);
+    } else if base == Register::None {
+        set_displacement(piece, LOW + 2 * PAGE);
+    }
+}
+
+/// Overwrites the displacement with as much of `value` as it has room for.
+fn set_displacement(piece: &mut Piece, value: u64) {
+    let (at, size) = (piece.offsets.displacement_offset(), piece.offsets.displacement_size());
+    piece.bytes[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
+}
+
+/// Replaces half of the immediates by edge values.
+fn edge_immediate(rng: &mut Rng, piece: &mut Piece) {
+    let (at, size) = (piece.offsets.immediate_offset(), piece.offsets.immediate_size());
+    let branch = !matches!(piece.instruction.flow_control(), FlowControl::Next);
+    if size == 0 || branch || rng.percent(50) {
+        return;
+    }
+    let mut bytes = piece.bytes.clone();
+    bytes[at..at + size].copy_from_slice(&rng.integer().to_le_bytes()[..size]);
+    if let Some(again) = decode(bytes, piece.instruction.ip())
+        && again.bytes.len() == piece.bytes.len()
+    {
+        *piece = again;
+    }
+}
+
+/// Register operands that random values would rarely make interesting.
+fn special_operands(rng: &mut Rng, case: &mut Case, instruction: &Instruction, pinned: Pinned) {
+    use Mnemonic::*;
+    let free = |i: usize| pinned.pointers >> i & 1 == 0 && pinned.indices >> i & 1 == 0;
+    let gpr = &mut case.state.gpr;
+    match instruction.mnemonic() {
+        // A quotient that fits, most of the time.
+        Div | Idiv if rng.percent(70) => {
+            if free(RDX) {
+                gpr[RDX] = rng.below(4).wrapping_sub(rng.below(2));
+            }
+            if free(RAX) && rng.percent(50) {
+                gpr[RAX] = rng.below(1 << 14);
+            }
+        }
+        Bt | Bts | Btr | Btc if instruction.op1_kind() == OpKind::Register => {
+            if let Some(i) = gpr_index(instruction.op1_register())
+                && free(i)
+            {
+                gpr[i] = if rng.percent(80) { rng.below(4096).wrapping_sub(2048) } else { rng.integer() };
+            }
+        }
+        Bzhi | Bextr | Shl | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd if free(RCX) && rng.percent(60) => {
+            gpr[RCX] = rng.integer() & !0xff | rng.below(70);
+        }
+        Loop | Loope | Loopne | Jrcxz | Jecxz if free(RCX) && rng.percent(60) => {
+            gpr[RCX] = rng.below(3) | if rng.percent(30) { 1 << 32 } else { 0 };
+        }
+        Xlatb if free(3) => gpr[RAX] = gpr[RAX] & !0xff | rng.below(64),
+        Fscale | Fprem | Fprem1 | Fyl2x | Fpatan if rng.percent(60) => {
+            case.state.x87.tag = 0xff;
+        }
+        _ => (),
+    }
+}
+
+/// Memory contents that some instructions need to be interesting, put at the operand's address.
+fn poke_operand(rng: &mut Rng, case: &mut Case, piece: &Piece, address: Option<u64>, pinned: Pinned, image: &[u8]) {
+    use Mnemonic::*;
+    let instruction = &piece.instruction;
+    let Some(address) = address else { return };
+    let Some(at) = data_offset(address, 16) else { return };
+    let free = |i: usize| pinned.pointers >> i & 1 == 0 && pinned.indices >> i & 1 == 0;
+    let word = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().expect("8 bytes"));
+    match instruction.mnemonic() {
+        Ldmxcsr | Vldmxcsr if rng.percent(85) => {
+            let value = 0x1f80 | (rng.next() & 0xe07f) as u32;
+            case.pokes.push((address, value.to_le_bytes().to_vec()));
+        }
+        Fldcw if rng.percent(85) => {
+            let value = 0x37f | (rng.next() & 0xf00) as u16;
+            case.pokes.push((address, value.to_le_bytes().to_vec()));
+        }
+        Cmpxchg if free(RAX) && rng.percent(50) && pinned.pointers == 0 && !uses(instruction, RAX) => {
+            case.state.gpr[RAX] = word(at);
+        }
+        Cmpxchg8b | Cmpxchg16b if rng.percent(50) && pinned.pointers == 0 => {
+            let wide = instruction.mnemonic() == Cmpxchg16b;
+            let (low, high) = if wide { (word(at), word(at + 8)) } else { (word(at) & 0xffff_ffff, word(at) >> 32) };
+            if !uses(instruction, RAX) && !uses(instruction, RDX) {
+                (case.state.gpr[RAX], case.state.gpr[RDX]) = (low, high);
+            }
+        }
+        Jmp | Call if pinned.pointers == 0 => {
+            let target = code_target(rng, case.state.rip);
+            case.pokes.push((address, target.to_le_bytes().to_vec()));
+        }
+        _ => (),
+    }
+}
+
+/// Whether the memory operand's address uses general register `index`.
+fn uses(instruction: &Instruction, index: usize) -> bool {
+    [instruction.memory_base(), instruction.memory_index()].iter().any(|r| gpr_index(*r) == Some(index))
+}
+
+/// Where `size` bytes at `address` are in the image, if they are all data of one page.
+fn data_offset(address: u64, size: u64) -> Option<usize> {
+    let in_page = address % PAGE + size <= PAGE;
+    let code = address.wrapping_sub(CODE) < CODE_PAGES * PAGE;
+    (in_page && !code).then(|| backing_of(address)).flatten()
+}
+
+/// Somewhere for an indirect jump: padding, data, nothing, or no canonical address.
+fn code_target(rng: &mut Rng, rip: u64) -> u64 {
+    match rng.below(10) {
+        0 => HIGH + PAGE + rng.below(PAGE),
+        1 => rng.integer(),
+        2 => HIGH,
+        3 => 1 << 63 | rng.next(),
+        _ => (rip & !(PAGE - 1)) + (rip + 64 + rng.below(2000)) % PAGE,
+    }
+}
+
+/// Gives indirect jumps, returns and POPF something good to take.
+fn jump_through_register(rng: &mut Rng, case: &mut Case, piece: &Piece, pinned: Pinned) {
+    if pinned.pointers != 0 {
+        return;
+    }
+    let instruction = &piece.instruction;
+    let stack = case.state.gpr[RSP];
+    match instruction.mnemonic() {
+        Mnemonic::Jmp | Mnemonic::Call if instruction.op0_kind() == OpKind::Register => {
+            if let Some(i) = gpr_index(instruction.op0_register())
+                && i != RSP
+            {
+                case.state.gpr[i] = code_target(rng, case.state.rip);
+            }
+        }
+        Mnemonic::Ret if data_offset(stack, 8).is_some() => {
+            let target = code_target(rng, case.state.rip);
+            case.pokes.push((stack, target.to_le_bytes().to_vec()));
+        }
+        Mnemonic::Popf | Mnemonic::Popfq => {
+            // No TF, AC or NT: the case would trap after its end, or in the host's kernel. No ID: the
+            // kernel would keep it for the cases that follow.
+            let flags = rng.next() & !(1 << 8 | 1 << 18 | 1 << 14 | 1 << 21);
+            if data_offset(stack, 8).is_none() {
+                case.state.gpr[RSP] = HIGH + PAGE + 64;
+            }
+            case.pokes.push((case.state.gpr[RSP], flags.to_le_bytes().to_vec()));
+        }
+        _ => (),
+    }
+}
+
+/// Offset and size of the displacement of a relative jump or call.
+fn relative_target(piece: &Piece) -> Option<(usize, usize)> {
+    let near = matches!(piece.instruction.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
+    near.then(|| (piece.offsets.immediate_offset(), piece.offsets.immediate_size()))
+}
+
+/// Points a relative jump `distance` bytes behind its end; what does not fit becomes a distance of 0.
+fn set_target(piece: &mut Piece, (at, size): (usize, usize), distance: i64) {
+    let fits = if size == 1 { i64::from(distance as i8) == distance } else { i64::from(distance as i32) == distance };
+    // Backward into the instruction itself, or just before it, could loop.
+    let distance = if fits && !(-64..0).contains(&distance) { distance } else { 0 };
+    piece.bytes[at..at + size].copy_from_slice(&distance.to_le_bytes()[..size]);
+}
+
+/// Points each relative jump of a sequence to the start of a later instruction, or behind the last.
+fn link_jumps(rng: &mut Rng, pieces: &mut [Piece]) {
+    for i in 0..pieces.len() {
+        let Some(place) = relative_target(&pieces[i]) else { continue };
+        let to = i + 1 + rng.below((pieces.len() - i) as u64) as usize;
+        let distance: usize = pieces[i + 1..to].iter().map(|p| p.bytes.len()).sum();
+        set_target(&mut pieces[i], place, distance as i64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::case::image;
+
+    #[test]
+    fn a_seed_names_a_case() {
+        let image = image(3);
+        let options = Options { class: None, bases: true };
+        let (mut one, mut two) = (Generator::new(options), Generator::new(options));
+        for seed in 0..500 {
+            let case = one.case(seed, 3, &image);
+            assert_eq!(case, two.case(seed, 3, &image));
+            assert!(!case.code.is_empty());
+            assert!(!undefined(&case.code, case.state.rip, u64::MAX).read || case.code.len() < 16);
+        }
+    }
+}

@@ -1,0 +1,402 @@
+//! A case run by the engine: one vCPU in 64-bit mode at CPL 3, whose page tables map the case's pages at
+//! the same linear addresses and with the same rights as the host executor does.
+//!
+//! Every vector's gate leads to a HLT of its own in ring 0. So the case has ended when the vCPU halts, RIP
+//! tells the vector, and the frame on the ring-0 stack holds the interrupted state and the error code.
+//! The selectors are Linux's, because instructions can read them.
+
+use crate::case::{Case, Outcome, State, Stop, X87};
+use crate::host;
+use crate::layout::{BACKING_BYTES, DATA_BYTES, PAGE, backing_of, mapped};
+use anyhow::{Context, Result};
+use anyvisor_engine::GuestIo;
+use anyvisor_engine_translator::core::{Core, VcpuShared, VmShared};
+use anyvisor_engine_translator::cpu::pending;
+use anyvisor_engine_translator::interpret;
+use anyvisor_engine_translator::ram::Ram;
+use anyvisor_engine_translator::translate::Translator;
+use anyvisor_x86::bits::{cr0, cr4, efer, xcr0};
+use anyvisor_x86::segment::{attr, index};
+use anyvisor_x86::{Cpuid, CpuidResult, DescriptorTable, Segment};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Instant;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+/// Guest-physical layout: page tables from 0x1000, descriptor tables, handlers, stack; then the backing.
+const PML4: u64 = 0x1000;
+const TABLES: u64 = 0x2000;
+const GDT: u64 = 0x1_8000;
+const IDT: u64 = 0x1_9000;
+const TSS: u64 = 0x1_a000;
+const HANDLERS: u64 = 0x1_b000;
+const STACK_TOP: u64 = 0x1_e000;
+const BACKING: u64 = 0x20_0000;
+const RAM_BYTES: usize = 4 << 20;
+/// Where the supervisor's first 2 MiB of physical memory are mapped.
+const SUPERVISOR: u64 = 0xffff_8000_0000_0000;
+
+const KERNEL_CODE: u16 = 0x08;
+const USER_DATA: u16 = 0x2b;
+const USER_CODE: u16 = 0x33;
+const TSS_SELECTOR: u16 = 0x40;
+const CODE_DESCRIPTOR: u64 = 0x00af_9b00_0000_ffff;
+const DATA_DESCRIPTOR: u64 = 0x00cf_9300_0000_ffff;
+const DPL3: u64 = 0x6000_0000_0000;
+
+/// Page tables are made anew, and TLBs flushed, after this many cases: so some writes find clean pages.
+const CASES_PER_TABLES: u64 = 4096;
+/// The interpreter's longest case, in instructions or iterations.
+const PATIENCE: u32 = 200_000;
+
+/// What executes the cases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Executor {
+    Interpreter,
+    Translator,
+}
+
+impl Executor {
+    pub fn name(self) -> &'static str {
+        match self {
+            Executor::Interpreter => "interpreter",
+            Executor::Translator => "translator",
+        }
+    }
+}
+
+/// A machine without devices.
+struct NoDevices;
+
+impl GuestIo for NoDevices {
+    fn pio_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, _: u16, _: &[u8]) {}
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn eoi(&self, _: u8) {}
+    fn acknowledge_pic(&self) -> Option<u8> {
+        None
+    }
+}
+
+/// One vCPU and its memory.
+pub struct Guest {
+    core: Core,
+    ram: Arc<Ram>,
+    translator: Option<Translator>,
+    cases: u64,
+    written: Option<(usize, usize)>,
+}
+
+impl Guest {
+    /// # Errors
+    /// When the host refuses memory.
+    pub fn new(executor: Executor) -> Result<Guest> {
+        let memory: GuestMemoryMmap =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).context("memory for the guest")?;
+        let ram = Arc::new(Ram::new(memory));
+        let cpuid = host_cpuid();
+        let translator = match executor {
+            Executor::Interpreter => None,
+            Executor::Translator => Some(Translator::new(&cpuid)?),
+        };
+        let vm = Arc::new(new_vm(ram.clone()));
+        let (shared, cpu) = VcpuShared::new(0);
+        let mut core = Core::new(vm, shared, cpu, cpuid);
+        set_system_state(&mut core);
+        let mut guest = Guest { core, ram, translator, cases: 0, written: None };
+        guest.build_tables();
+        Ok(guest)
+    }
+
+    /// The data pages.
+    pub fn data(&self) -> &[u8] {
+        let start = self.ram.host(BACKING, DATA_BYTES as u64).expect("the backing is in RAM");
+        // SAFETY: mapped as long as self; only `run` writes there, and it borrows self mutably.
+        unsafe { std::slice::from_raw_parts(start, DATA_BYTES) }
+    }
+
+    /// Runs `case` on memory that starts as `image` with the case's pokes over it.
+    pub fn run(&mut self, case: &Case, image: &[u8]) -> Outcome {
+        self.cases += 1;
+        if self.cases.is_multiple_of(CASES_PER_TABLES) {
+            self.build_tables();
+            self.core.flush_all();
+        }
+        self.load(case, image);
+        set_user_state(&mut self.core, &case.state);
+        self.core.cpu.pending.store(0, Ordering::SeqCst);
+        host::watch(&self.core.cpu.pending);
+        let x87 = self.execute(&case.state.x87);
+        host::unwatch();
+        self.outcome(x87)
+    }
+
+    fn execute(&mut self, x87: &X87) -> X87 {
+        let core = &mut self.core;
+        match &mut self.translator {
+            None => with_x87(x87, || {
+                let mut patience = PATIENCE;
+                while !core.cpu.halted && core.cpu.pending.load(Ordering::Relaxed) == 0 && patience > 0 {
+                    patience -= 1;
+                    if interpret::step(core, &NoDevices) == interpret::Step::Shutdown {
+                        break;
+                    }
+                }
+            }),
+            Some(translator) => {
+                host::set_gs_base(std::ptr::from_ref(&*core.cpu) as u64);
+                translator.attach(core);
+                let after = with_x87(x87, || {
+                    // An interrupt that nobody sent may have left a request to look; ignore all but kicks.
+                    while !core.cpu.halted && core.cpu.pending.load(Ordering::Relaxed) & pending::KICK == 0 {
+                        core.cpu.pending.store(0, Ordering::SeqCst);
+                        if translator.run(core, &NoDevices) == interpret::Step::Shutdown {
+                            break;
+                        }
+                    }
+                });
+                translator.detach();
+                after
+            }
+        }
+    }
+
+    fn load(&mut self, case: &Case, image: &[u8]) {
+        let start = self.ram.host(BACKING, BACKING_BYTES as u64).expect("the backing is in RAM");
+        // SAFETY: BACKING_BYTES bytes of RAM that nothing else references now.
+        let backing = unsafe { std::slice::from_raw_parts_mut(start, BACKING_BYTES) };
+        backing[..DATA_BYTES].copy_from_slice(image);
+        for (address, bytes) in &case.pokes {
+            let offset = backing_of(*address).expect("pokes are in data pages");
+            backing[offset..offset + bytes.len()].copy_from_slice(bytes);
+        }
+        let (old_start, old_end) = self.written.take().unwrap_or((DATA_BYTES, BACKING_BYTES));
+        backing[old_start..old_end].fill(0xcc);
+        let start = backing_of(case.state.rip).expect("code is in code pages");
+        let end = (start + case.code.len()).min(BACKING_BYTES);
+        backing[start..end].copy_from_slice(&case.code[..end - start]);
+        self.written = Some((start, end));
+        if let Some(translator) = &mut self.translator {
+            // As if a device had written there. One byte more: the INT3 behind it may have become code.
+            for (start, end) in [(old_start, old_end), (start, end)] {
+                translator.code_written(&mut self.core, BACKING + start as u64, (end - start) as u64);
+            }
+        }
+    }
+
+    /// Reads the end of the case off the ring-0 stack.
+    fn outcome(&mut self, x87: X87) -> Outcome {
+        let cpu = &*self.core.cpu;
+        let mut state = State {
+            gpr: cpu.gpr,
+            rip: cpu.rip,
+            rflags: cpu.rflags,
+            fs_base: cpu.seg[index::FS].base,
+            gs_base: cpu.seg[index::GS].base,
+            ymm: std::array::from_fn(|i| cpu.ymm[i].0),
+            mxcsr: cpu.mxcsr,
+            x87,
+        };
+        if !cpu.halted || cpu.cpl != 0 {
+            return Outcome { stop: Stop::Hang, state };
+        }
+        let vector = (cpu.rip.wrapping_sub(SUPERVISOR + HANDLERS) / 16) as u8;
+        let mut at = cpu.gpr[4].wrapping_sub(SUPERVISOR);
+        let mut pop = || {
+            let mut word = [0; 8];
+            assert!(self.ram.read(at, &mut word), "the ring-0 stack is in RAM");
+            at += 8;
+            u64::from_le_bytes(word)
+        };
+        let error = if matches!(vector, 8 | 10..=14 | 17) { pop() as u32 } else { 0 };
+        state.rip = pop();
+        pop();
+        state.rflags = pop();
+        state.gpr[4] = pop();
+        let cr2 = if vector == 14 { cpu.cr2 } else { 0 };
+        Outcome { stop: Stop::Exception { vector, error, cr2 }, state }
+    }
+
+    /// Writes page tables (accessed and dirty bits clear), descriptor tables, TSS and handlers.
+    fn build_tables(&mut self) {
+        let zero = vec![0; (GDT - PML4) as usize];
+        self.write(PML4, &zero);
+        let mut next = TABLES;
+        let supervisor_pde = self.entry(SUPERVISOR, &mut next, 3, 2);
+        self.write(supervisor_pde, &0x83u64.to_le_bytes());
+        for page in mapped() {
+            let at = self.entry(page.linear, &mut next, 7, 1);
+            let write = if page.writable { 2 } else { 0 };
+            let no_execute = if page.executable { 0 } else { 1 << 63 };
+            let entry = (BACKING + page.backing as u64 * PAGE) | 5 | write | no_execute;
+            self.write(at, &entry.to_le_bytes());
+        }
+        for (selector, descriptor) in [
+            (KERNEL_CODE, CODE_DESCRIPTOR),
+            (0x10, DATA_DESCRIPTOR),
+            (USER_DATA & !3, DATA_DESCRIPTOR | DPL3),
+            (USER_CODE & !3, CODE_DESCRIPTOR | DPL3),
+        ] {
+            self.write(GDT + u64::from(selector), &descriptor.to_le_bytes());
+        }
+        let tss = SUPERVISOR + TSS;
+        let low = 0x67 | (tss & 0xff_ffff) << 16 | 0x8b << 40 | (tss >> 24 & 0xff) << 56;
+        self.write(GDT + u64::from(TSS_SELECTOR), &low.to_le_bytes());
+        self.write(GDT + u64::from(TSS_SELECTOR) + 8, &(tss >> 32).to_le_bytes());
+        self.write(TSS + 4, &(SUPERVISOR + STACK_TOP).to_le_bytes());
+        self.write(TSS + 0x66, &0x68u16.to_le_bytes());
+        for vector in 0..32u64 {
+            let handler = SUPERVISOR + HANDLERS + 16 * vector;
+            // Interrupt gates; those of INT3 and INTO may be used from ring 3.
+            let rights: u64 = if matches!(vector, 3 | 4) { 0xee00 } else { 0x8e00 };
+            let low = handler & 0xffff | u64::from(KERNEL_CODE) << 16 | rights << 32 | (handler >> 16 & 0xffff) << 48;
+            self.write(IDT + 16 * vector, &low.to_le_bytes());
+            self.write(IDT + 16 * vector + 8, &(handler >> 32).to_le_bytes());
+            self.write(HANDLERS + 16 * vector, &[0xf4; 16]);
+        }
+    }
+
+    /// The guest-physical address of the table entry for `linear` at `level` (1: PTE, 2: PDE), making the
+    /// tables above it with rights `rights`.
+    fn entry(&self, linear: u64, next: &mut u64, rights: u64, level: u32) -> u64 {
+        let mut table = PML4;
+        for above in (level + 1..=4).rev() {
+            let at = table + (linear >> (12 + 9 * (above - 1)) & 0x1ff) * 8;
+            let mut entry = [0; 8];
+            assert!(self.ram.read(at, &mut entry));
+            let mut entry = u64::from_le_bytes(entry);
+            if entry == 0 {
+                entry = *next | rights;
+                *next += PAGE;
+                assert!(*next <= GDT, "room for page tables");
+                self.write(at, &entry.to_le_bytes());
+            }
+            table = entry & 0x000f_ffff_ffff_f000;
+        }
+        table + (linear >> (12 + 9 * (level - 1)) & 0x1ff) * 8
+    }
+
+    fn write(&self, gpa: u64, bytes: &[u8]) {
+        assert!(self.ram.write(gpa, bytes), "the tables are in RAM");
+    }
+}
+
+fn new_vm(ram: Arc<Ram>) -> VmShared {
+    VmShared {
+        ram,
+        vcpus: RwLock::default(),
+        started: Instant::now(),
+        pic_intr: AtomicBool::new(false),
+        tsc_khz: 1_000_000,
+        tsc_started: 0,
+        last_receiver: AtomicU32::new(0),
+    }
+}
+
+/// Control registers, descriptor tables and task as a kernel would have set them.
+fn set_system_state(core: &mut Core) {
+    let cpu = &mut core.cpu;
+    cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
+    cpu.cr3 = PML4;
+    cpu.cr4 =
+        cr4::PAE | cr4::PGE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::FSGSBASE | cr4::OSXSAVE | cr4::SMEP | cr4::SMAP;
+    cpu.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
+    cpu.xcr0 = xcr0::X87 | xcr0::SSE | xcr0::AVX;
+    cpu.gdtr = DescriptorTable { base: SUPERVISOR + GDT, limit: 0x4f };
+    cpu.idtr = DescriptorTable { base: SUPERVISOR + IDT, limit: 32 * 16 - 1 };
+    let task = attr::P | 0xb;
+    cpu.tr = Segment { base: SUPERVISOR + TSS, limit: 0x67, attributes: task, selector: TSS_SELECTOR };
+    cpu.ldtr = Segment::unusable(0);
+    core.cpu.dr[6] = 0xffff_0ff0;
+    core.cpu.dr[7] = 0x400;
+}
+
+fn set_user_state(core: &mut Core, state: &State) {
+    let cpu = &mut core.cpu;
+    cpu.gpr = state.gpr;
+    cpu.rip = state.rip;
+    cpu.rflags = state.rflags;
+    for (number, value) in state.ymm.iter().enumerate() {
+        cpu.ymm[number].0 = *value;
+    }
+    cpu.mxcsr = state.mxcsr;
+    cpu.cr2 = 0;
+    cpu.cpl = 3;
+    cpu.halted = false;
+    cpu.interrupt_shadow = 0;
+    cpu.seg = [Segment::unusable(0); 6];
+    cpu.seg[index::CS] = Segment::from_descriptor(USER_CODE, CODE_DESCRIPTOR | DPL3);
+    cpu.seg[index::SS] = Segment::from_descriptor(USER_DATA, DATA_DESCRIPTOR | DPL3);
+    cpu.seg[index::FS].base = state.fs_base;
+    cpu.seg[index::GS].base = state.gs_base;
+}
+
+/// The CPUID leaves that say what the host can do.
+fn host_cpuid() -> Cpuid {
+    let mut cpuid = Cpuid::default();
+    for (leaf, subleaf) in [
+        (0, None),
+        (1, None),
+        (7, Some(0)),
+        (0xd, Some(0)),
+        (0xd, Some(1)),
+        (0x8000_0000, None),
+        (0x8000_0001, None),
+        (0x8000_0008, None),
+    ] {
+        let r = std::arch::x86_64::__cpuid_count(leaf, subleaf.unwrap_or(0));
+        cpuid.set(leaf, subleaf, CpuidResult { eax: r.eax, ebx: r.ebx, ecx: r.ecx, edx: r.edx });
+    }
+    cpuid
+}
+
+/// Runs `action` with the case's x87 state in the CPU, where the engine keeps it; returns what it became.
+fn with_x87(state: &X87, action: impl FnOnce()) -> X87 {
+    // The environment of FSAVE in 32-bit protected mode: control, status, tag, pointers, registers
+    // (SDM vol. 1 figure 8-9).
+    let mut area = [0u8; 108];
+    area[0..2].copy_from_slice(&state.control.to_le_bytes());
+    area[4..6].copy_from_slice(&state.status.to_le_bytes());
+    let tag = (0..8).fold(0u16, |tag, i| if state.tag >> i & 1 == 0 { tag | 3 << (2 * i) } else { tag });
+    area[8..10].copy_from_slice(&tag.to_le_bytes());
+    for (i, value) in state.st.iter().enumerate() {
+        area[28 + 10 * i..38 + 10 * i].copy_from_slice(value);
+    }
+    // SAFETY: 108 bytes are read and written. Rust code in between uses no x87 or MMX registers, and
+    // FNSAVE leaves them in their initial state.
+    unsafe { std::arch::asm!("frstor [{}]", in(reg) area.as_ptr(), options(nostack)) };
+    action();
+    // SAFETY: as above.
+    unsafe { std::arch::asm!("fnsave [{}]", in(reg) area.as_mut_ptr(), options(nostack)) };
+    let word = |at: usize| u16::from_le_bytes([area[at], area[at + 1]]);
+    let tag = word(8);
+    X87 {
+        control: word(0),
+        status: word(4),
+        tag: (0..8).fold(0, |bits, i| if tag >> (2 * i) & 3 == 3 { bits } else { bits | 1 << i }),
+        st: std::array::from_fn(|i| area[28 + 10 * i..38 + 10 * i].try_into().expect("10 bytes")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::CODE;
+
+    #[test]
+    fn the_layout_fits() {
+        assert!(BACKING as usize + BACKING_BYTES <= RAM_BYTES);
+        assert_eq!(backing_of(CODE), Some(DATA_BYTES));
+    }
+
+    #[test]
+    fn x87_state_goes_through_the_cpu() {
+        let state = X87 { control: 0x27f, status: 0x3800, tag: 0x81, st: std::array::from_fn(|i| [i as u8; 10]) };
+        assert_eq!(with_x87(&state, || ()), state);
+    }
+}

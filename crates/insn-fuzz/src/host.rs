@@ -1,0 +1,569 @@
+//! The reference: a case run by the host CPU in this process.
+//!
+//! The case's pages are mapped at its linear addresses. `int3` enters a signal handler, which writes the
+//! case's registers, the whole vector and x87 state included, into the signal frame; the kernel's
+//! `sigreturn` loads them. Whatever ends the case is a signal too (an INT3 follows the code), whose frame
+//! holds the outcome: vector, error code and CR2 as the CPU reported them. The handler then puts back the
+//! registers that the first frame saved.
+//!
+//! While a case runs, FS does not point at Rust's thread-local storage if the case wants an FS base. So
+//! the handlers touch statics only, and put FS back before they return to Rust. One executor exists at a
+//! time, on the thread that made it.
+//!
+//! A case could in principle store anywhere in this process. The generator aims accesses at the case's
+//! own pages or at unmapped ones, and no address of this process is in any register.
+
+use crate::case::{Case, Outcome, State, Stop, X87};
+use crate::layout::{BACKING_BYTES, CODE, CODE_PAGES, DATA_BYTES, HIGH, LOW, PAGE, REGION_PAGES, backing_of, mapped};
+use anyhow::{Context, Result, bail};
+use anyvisor_engine_translator::cpu::pending;
+use anyvisor_engine_translator::native;
+use anyvisor_engine_translator::translate::fault;
+use std::arch::asm;
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+
+/// Phases of a run; see [`Shared::phase`].
+const IDLE: u32 = 0;
+const ENTERING: u32 = 1;
+const RUNNING: u32 = 2;
+
+const ALT_STACK: usize = 256 * 1024;
+const INT3: u8 = 0xcc;
+const ARCH_SET_GS: i32 = 0x1001;
+
+/// Offsets in the XSAVE area of a signal frame (SDM vol. 1 13.4; the kernel uses the standard format).
+const MXCSR: usize = 24;
+const ST: usize = 32;
+const XMM: usize = 160;
+const XSTATE_BV: usize = 512;
+const YMM_HIGH: usize = 576;
+
+/// libc's order of general registers in a signal frame, by encoding index.
+const GREGS: [i32; 16] = [
+    libc::REG_RAX,
+    libc::REG_RCX,
+    libc::REG_RDX,
+    libc::REG_RBX,
+    libc::REG_RSP,
+    libc::REG_RBP,
+    libc::REG_RSI,
+    libc::REG_RDI,
+    libc::REG_R8,
+    libc::REG_R9,
+    libc::REG_R10,
+    libc::REG_R11,
+    libc::REG_R12,
+    libc::REG_R13,
+    libc::REG_R14,
+    libc::REG_R15,
+];
+
+/// What the handlers and [`Host::run`] share.
+struct Shared {
+    phase: AtomicU32,
+    /// Counts runs; `watched` is the count at the timer's last tick.
+    runs: AtomicU64,
+    watched: AtomicU64,
+    swap_bases: AtomicBool,
+    /// The pending word of the guest vCPU that runs now, for the watchdog to kick.
+    kick: AtomicPtr<AtomicU32>,
+    data: UnsafeCell<Exchange>,
+}
+
+// SAFETY: `data` is touched only by the executor's thread and by signal handlers on that thread, which
+// `phase` orders; the rest is atomic.
+unsafe impl Sync for Shared {}
+
+struct Exchange {
+    state: State,
+    stop: Stop,
+    saved: [i64; 23],
+    host_fs: u64,
+    host_gs: u64,
+    previous: [Option<libc::sigaction>; 5],
+}
+
+const SIGNALS: [i32; 5] = [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
+
+static SHARED: Shared = Shared {
+    phase: AtomicU32::new(IDLE),
+    runs: AtomicU64::new(0),
+    watched: AtomicU64::new(0),
+    swap_bases: AtomicBool::new(false),
+    kick: AtomicPtr::new(std::ptr::null_mut()),
+    data: UnsafeCell::new(Exchange {
+        state: State {
+            gpr: [0; 16],
+            rip: 0,
+            rflags: 0,
+            fs_base: 0,
+            gs_base: 0,
+            ymm: [[0; 32]; 16],
+            mxcsr: 0,
+            x87: X87 { control: 0, status: 0, tag: 0, st: [[0; 10]; 8] },
+        },
+        stop: Stop::Hang,
+        saved: [0; 23],
+        host_fs: 0,
+        host_gs: 0,
+        previous: [None; 5],
+    }),
+};
+
+static EXISTS: AtomicBool = AtomicBool::new(false);
+
+/// The executor. Not `Send`: signals and FS belong to its thread.
+pub struct Host {
+    backing: *mut u8,
+    timer: libc::timer_t,
+    /// Page-aligned start, in the backing, of the code last written, so that it can be wiped.
+    written: Option<(usize, usize)>,
+}
+
+impl Host {
+    /// Maps the layout and takes the signals.
+    ///
+    /// # Errors
+    /// When another executor exists, or the host refuses a mapping, the timer or a handler.
+    pub fn new() -> Result<Host> {
+        if EXISTS.swap(true, Ordering::SeqCst) {
+            bail!("one host executor at a time");
+        }
+        let backing = map_layout()?;
+        // SAFETY: AT_HWCAP2 bit 1 says that FSGSBASE works in user mode.
+        SHARED.swap_bases.store(unsafe { libc::getauxval(libc::AT_HWCAP2) } & 2 != 0, Ordering::SeqCst);
+        take_signals()?;
+        let timer = start_watchdog()?;
+        Ok(Host { backing, timer, written: None })
+    }
+
+    /// Whether cases may have FS and GS bases of their own.
+    pub fn can_set_bases(&self) -> bool {
+        SHARED.swap_bases.load(Ordering::SeqCst)
+    }
+
+    /// The data pages.
+    pub fn data(&self) -> &[u8] {
+        // SAFETY: the backing is mapped as long as self; nothing writes it while a shared borrow lives.
+        unsafe { std::slice::from_raw_parts(self.backing, DATA_BYTES) }
+    }
+
+    /// Runs `case` on memory that starts as `image` with the case's pokes over it.
+    pub fn run(&mut self, case: &Case, image: &[u8]) -> Outcome {
+        self.load(case, image);
+        // SAFETY: the handlers do not run now: phase is IDLE, and stays so until the store below.
+        unsafe { (*SHARED.data.get()).state.clone_from(&case.state) };
+        SHARED.runs.fetch_add(1, Ordering::SeqCst);
+        SHARED.phase.store(ENTERING, Ordering::SeqCst);
+        // SAFETY: the handler saves and restores every general register, RFLAGS, RSP and the bases of FS
+        // and GS around the case, and leaves the x87 and MXCSR at their defaults, as the ABI wants them;
+        // the vector registers are declared clobbered. Memory outside the backing is not touched, by the
+        // module's argument; the backing is behind a raw pointer.
+        unsafe { asm!("int3", clobber_abi("C")) };
+        assert_eq!(SHARED.phase.load(Ordering::SeqCst), IDLE, "the case has ended");
+        // SAFETY: phase is IDLE again.
+        let data = unsafe { &*SHARED.data.get() };
+        Outcome { stop: data.stop, state: data.state.clone() }
+    }
+
+    fn load(&mut self, case: &Case, image: &[u8]) {
+        // SAFETY: the backing has BACKING_BYTES bytes, and no other reference to it lives here.
+        let backing = unsafe { std::slice::from_raw_parts_mut(self.backing, BACKING_BYTES) };
+        backing[..DATA_BYTES].copy_from_slice(image);
+        if let Some((start, end)) = self.written.take() {
+            backing[start..end].fill(INT3);
+        }
+        for (address, bytes) in &case.pokes {
+            let offset = backing_of(*address).expect("pokes are in data pages");
+            backing[offset..offset + bytes.len()].copy_from_slice(bytes);
+        }
+        let start = backing_of(case.state.rip).expect("code is in code pages");
+        let end = (start + case.code.len()).min(BACKING_BYTES);
+        backing[start..end].copy_from_slice(&case.code[..end - start]);
+        self.written = Some((start, end));
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // SAFETY: the timer and the mappings are this value's; the handlers replaced are put back first.
+        unsafe {
+            libc::timer_delete(self.timer);
+            let data = &*SHARED.data.get();
+            for (signal, previous) in SIGNALS.iter().zip(&data.previous) {
+                if let Some(previous) = previous {
+                    libc::sigaction(*signal, previous, std::ptr::null_mut());
+                }
+            }
+            libc::munmap(self.backing.cast(), BACKING_BYTES);
+            for base in [LOW, HIGH] {
+                libc::munmap(base as *mut libc::c_void, (REGION_PAGES * PAGE) as usize);
+            }
+            libc::munmap(CODE as *mut libc::c_void, ((CODE_PAGES + 1) * PAGE) as usize);
+        }
+        EXISTS.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Makes the backing, and maps its pages at the case's addresses between reserved, inaccessible ones.
+fn map_layout() -> Result<*mut u8> {
+    // SAFETY: fresh mappings: the fixed ones with NOREPLACE, then pages inside those that this call made.
+    unsafe {
+        let fd = libc::memfd_create(c"anyvisor-insn-fuzz".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 || libc::ftruncate(fd, BACKING_BYTES as i64) != 0 {
+            return Err(std::io::Error::last_os_error()).context("memory for the cases");
+        }
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        let populate = libc::MAP_SHARED | libc::MAP_POPULATE;
+        let backing = libc::mmap(std::ptr::null_mut(), BACKING_BYTES, rw, populate, fd, 0);
+        if backing == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error()).context("mapping memory for the cases");
+        }
+        std::ptr::write_bytes(backing.cast::<u8>().add(DATA_BYTES), INT3, BACKING_BYTES - DATA_BYTES);
+        for (base, pages) in [(LOW, REGION_PAGES), (HIGH, REGION_PAGES), (CODE, CODE_PAGES + 1)] {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+            let length = (pages * PAGE) as usize;
+            let at = libc::mmap(base as *mut libc::c_void, length, libc::PROT_NONE, flags, -1, 0);
+            if at as u64 != base {
+                bail!("the address range of the cases at {base:#x} is taken in this process");
+            }
+        }
+        for page in mapped() {
+            let write = if page.writable { libc::PROT_WRITE } else { 0 };
+            let execute = if page.executable { libc::PROT_EXEC } else { 0 };
+            let protection = libc::PROT_READ | write | execute;
+            let offset = page.backing as i64 * PAGE as i64;
+            let at = page.linear as *mut libc::c_void;
+            if libc::mmap(at, PAGE as usize, protection, populate | libc::MAP_FIXED, fd, offset) != at {
+                return Err(std::io::Error::last_os_error()).context("mapping a page of the cases");
+            }
+            // Touch it, so that no case pays for, or sees, the first fault.
+            if page.writable {
+                at.cast::<u8>().write_volatile(0);
+            } else {
+                at.cast::<u8>().read_volatile();
+            }
+        }
+        libc::close(fd);
+        Ok(backing.cast())
+    }
+}
+
+fn take_signals() -> Result<()> {
+    // The engine's handlers use thread-local storage: they must come behind ours.
+    native::install_signal_handlers();
+    // SAFETY: an alternate stack that is never freed; handlers of the right signature.
+    unsafe {
+        let stack = Box::leak(vec![0u8; ALT_STACK].into_boxed_slice());
+        let stack = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: ALT_STACK };
+        if libc::sigaltstack(&stack, std::ptr::null_mut()) != 0 {
+            return Err(std::io::Error::last_os_error()).context("sigaltstack");
+        }
+        for (i, &signal) in SIGNALS.iter().enumerate() {
+            let mut previous: libc::sigaction = std::mem::zeroed();
+            install(signal, on_fault, &mut previous)?;
+            (*SHARED.data.get()).previous[i] = Some(previous);
+        }
+        install(libc::SIGVTALRM, on_tick, std::ptr::null_mut())
+    }
+}
+
+type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
+
+/// # Safety
+/// `handler` must be async-signal-safe and `previous` null or writable.
+unsafe fn install(signal: i32, handler: Handler, previous: *mut libc::sigaction) -> Result<()> {
+    // SAFETY: by the contract; the structure is plain data.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+        if libc::sigaction(signal, &action, previous) != 0 {
+            return Err(std::io::Error::last_os_error()).context("sigaction");
+        }
+    }
+    Ok(())
+}
+
+/// A tick every 100 ms of this thread's CPU time; see [`on_tick`].
+fn start_watchdog() -> Result<libc::timer_t> {
+    // SAFETY: plain system calls on structures of this function.
+    unsafe {
+        let mut event: libc::sigevent = std::mem::zeroed();
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = libc::SIGVTALRM;
+        event.sigev_notify_thread_id = libc::syscall(libc::SYS_gettid) as i32;
+        let mut timer: libc::timer_t = std::ptr::null_mut();
+        let interval = libc::timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        let times = libc::itimerspec { it_interval: interval, it_value: interval };
+        if libc::timer_create(libc::CLOCK_THREAD_CPUTIME_ID, &mut event, &mut timer) != 0
+            || libc::timer_settime(timer, 0, &times, std::ptr::null_mut()) != 0
+        {
+            return Err(std::io::Error::last_os_error()).context("the watchdog's timer");
+        }
+        Ok(timer)
+    }
+}
+
+extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid frame, and phase says that the exchange is the handlers' now.
+    unsafe {
+        let frame = &mut *context.cast::<libc::ucontext_t>();
+        match SHARED.phase.load(Ordering::SeqCst) {
+            ENTERING if signal == libc::SIGTRAP => enter(frame),
+            RUNNING => leave(frame, false),
+            _ => chain(signal, info, context),
+        }
+    }
+}
+
+/// Ends a case that has been running since the tick before: on the host at once, in a guest by a kick.
+extern "C" fn on_tick(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let runs = SHARED.runs.load(Ordering::SeqCst);
+    let stuck = SHARED.watched.swap(runs, Ordering::SeqCst) == runs;
+    if stuck && SHARED.phase.load(Ordering::SeqCst) == RUNNING {
+        // SAFETY: as in `on_fault`; the signal came while the case ran.
+        unsafe { leave(&mut *context.cast::<libc::ucontext_t>(), true) };
+    } else if stuck {
+        // SAFETY: null, or set by `watch` to a word that lives until `unwatch`.
+        if let Some(word) = unsafe { SHARED.kick.load(Ordering::SeqCst).as_ref() } {
+            word.fetch_or(pending::KICK, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Has the watchdog kick the vCPU with this pending word if it runs for too long.
+pub fn watch(word: &AtomicU32) {
+    SHARED.runs.fetch_add(1, Ordering::SeqCst);
+    SHARED.kick.store(std::ptr::from_ref(word).cast_mut(), Ordering::SeqCst);
+}
+
+/// Ends what [`watch`] began.
+pub fn unwatch() {
+    SHARED.kick.store(std::ptr::null_mut(), Ordering::SeqCst);
+}
+
+/// Points GS, which Rust does not use, at `base`.
+pub fn set_gs_base(base: u64) {
+    // SAFETY: ARCH_SET_GS on this thread; nothing of Rust's or libc's is reached through GS.
+    let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, base) };
+    assert_eq!(result, 0, "arch_prctl(ARCH_SET_GS)");
+}
+
+/// A signal that is not a host case's: the translator's, or whoever handled it before gets it.
+///
+/// # Safety
+/// Called from a handler with what the kernel passed it.
+unsafe fn chain(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: `previous` was filled before this handler could run, and holds what sigaction gave.
+    unsafe {
+        if fault::on_signal(context) {
+            return;
+        }
+        let data = &*SHARED.data.get();
+        let index = SIGNALS.iter().position(|s| *s == signal).expect("one of ours");
+        match &data.previous[index] {
+            Some(old) if old.sa_sigaction != libc::SIG_DFL && old.sa_sigaction != libc::SIG_IGN => {
+                let handler: Handler = std::mem::transmute(old.sa_sigaction);
+                handler(signal, info, context);
+            }
+            _ => {
+                // The default action, when the instruction runs again.
+                libc::signal(signal, libc::SIG_DFL);
+            }
+        }
+    }
+}
+
+/// Puts the case's registers into the frame that `int3` made.
+///
+/// # Safety
+/// `frame` is the frame of a signal of this thread.
+unsafe fn enter(frame: &mut libc::ucontext_t) {
+    // SAFETY: the exchange is the handler's; the frame's XSAVE area is as the kernel made it.
+    unsafe {
+        let data = &mut *SHARED.data.get();
+        let registers = &mut frame.uc_mcontext.gregs;
+        data.saved.copy_from_slice(&registers[..]);
+        for (index, &register) in GREGS.iter().enumerate() {
+            registers[register as usize] = data.state.gpr[index] as i64;
+        }
+        registers[libc::REG_RIP as usize] = data.state.rip as i64;
+        registers[libc::REG_EFL as usize] = data.state.rflags as i64;
+        let area = frame.uc_mcontext.fpregs.cast::<u8>();
+        write_vectors(area, &data.state);
+        if SHARED.swap_bases.load(Ordering::Relaxed) {
+            asm!("rdfsbase {}", out(reg) data.host_fs, options(nostack));
+            asm!("rdgsbase {}", out(reg) data.host_gs, options(nostack));
+            asm!("wrfsbase {}", in(reg) data.state.fs_base, options(nostack));
+            asm!("wrgsbase {}", in(reg) data.state.gs_base, options(nostack));
+        }
+    }
+    SHARED.phase.store(RUNNING, Ordering::SeqCst);
+}
+
+/// Takes the outcome from the frame that ended the case, and goes back to [`Host::run`].
+///
+/// # Safety
+/// As for [`enter`].
+unsafe fn leave(frame: &mut libc::ucontext_t, hang: bool) {
+    // SAFETY: as in `enter`.
+    unsafe {
+        let data = &mut *SHARED.data.get();
+        if SHARED.swap_bases.load(Ordering::Relaxed) {
+            asm!("rdfsbase {}", out(reg) data.state.fs_base, options(nostack));
+            asm!("rdgsbase {}", out(reg) data.state.gs_base, options(nostack));
+            asm!("wrfsbase {}", in(reg) data.host_fs, options(nostack));
+            asm!("wrgsbase {}", in(reg) data.host_gs, options(nostack));
+        }
+        let registers = &mut frame.uc_mcontext.gregs;
+        for (index, &register) in GREGS.iter().enumerate() {
+            data.state.gpr[index] = registers[register as usize] as u64;
+        }
+        data.state.rip = registers[libc::REG_RIP as usize] as u64;
+        data.state.rflags = registers[libc::REG_EFL as usize] as u64;
+        let vector = registers[libc::REG_TRAPNO as usize] as u8;
+        data.stop = if hang {
+            Stop::Hang
+        } else {
+            let error = registers[libc::REG_ERR as usize] as u32;
+            let cr2 = if vector == 14 { registers[libc::REG_CR2 as usize] as u64 } else { 0 };
+            Stop::Exception { vector, error, cr2 }
+        };
+        let area = frame.uc_mcontext.fpregs.cast::<u8>();
+        read_vectors(area, &mut data.state);
+        registers.copy_from_slice(&data.saved);
+        let defaults = X87::default();
+        area.cast::<u16>().write_unaligned(defaults.control);
+        area.add(2).cast::<u16>().write_unaligned(0);
+        area.add(4).cast::<u16>().write_unaligned(0);
+        area.add(MXCSR).cast::<u32>().write_unaligned(0x1f80);
+        let present = area.add(XSTATE_BV).cast::<u64>();
+        present.write_unaligned(present.read_unaligned() | 3);
+    }
+    SHARED.phase.store(IDLE, Ordering::SeqCst);
+}
+
+/// # Safety
+/// `area` is the XSAVE area of a signal frame, with AVX state.
+unsafe fn write_vectors(area: *mut u8, state: &State) {
+    // SAFETY: offsets inside the area; components 0 to 2 exist on every host with AVX.
+    unsafe {
+        area.cast::<u16>().write_unaligned(state.x87.control);
+        area.add(2).cast::<u16>().write_unaligned(state.x87.status);
+        area.add(4).cast::<u16>().write_unaligned(u16::from(state.x87.tag));
+        std::ptr::write_bytes(area.add(6), 0, 18);
+        area.add(MXCSR).cast::<u32>().write_unaligned(state.mxcsr);
+        for (i, value) in state.x87.st.iter().enumerate() {
+            std::ptr::copy_nonoverlapping(value.as_ptr(), area.add(ST + 16 * i), 10);
+        }
+        for (i, value) in state.ymm.iter().enumerate() {
+            std::ptr::copy_nonoverlapping(value.as_ptr(), area.add(XMM + 16 * i), 16);
+            std::ptr::copy_nonoverlapping(value.as_ptr().add(16), area.add(YMM_HIGH + 16 * i), 16);
+        }
+        let present = area.add(XSTATE_BV).cast::<u64>();
+        present.write_unaligned(present.read_unaligned() | 7);
+    }
+}
+
+/// # Safety
+/// As for [`write_vectors`].
+unsafe fn read_vectors(area: *const u8, state: &mut State) {
+    // SAFETY: as in `write_vectors`.
+    unsafe {
+        let present = area.add(XSTATE_BV).cast::<u64>().read_unaligned();
+        state.mxcsr = area.add(MXCSR).cast::<u32>().read_unaligned();
+        state.x87 = X87::default();
+        if present & 1 != 0 {
+            state.x87.control = area.cast::<u16>().read_unaligned();
+            state.x87.status = area.add(2).cast::<u16>().read_unaligned();
+            state.x87.tag = area.add(4).read();
+            for (i, value) in state.x87.st.iter_mut().enumerate() {
+                std::ptr::copy_nonoverlapping(area.add(ST + 16 * i), value.as_mut_ptr(), 10);
+            }
+        }
+        for (i, value) in state.ymm.iter_mut().enumerate() {
+            *value = [0; 32];
+            if present & 2 != 0 {
+                std::ptr::copy_nonoverlapping(area.add(XMM + 16 * i), value.as_mut_ptr(), 16);
+            }
+            if present & 4 != 0 {
+                std::ptr::copy_nonoverlapping(area.add(YMM_HIGH + 16 * i), value.as_mut_ptr().add(16), 16);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::case::image;
+    use std::sync::Mutex;
+
+    static ONE: Mutex<()> = Mutex::new(());
+
+    fn run(code: &[u8], prepare: impl FnOnce(&mut State)) -> (Outcome, Vec<u8>) {
+        let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
+        let mut case = Case { code: code.to_vec(), ..Case::default() };
+        prepare(&mut case.state);
+        let mut host = Host::new().unwrap();
+        let outcome = host.run(&case, &image(1));
+        let again = host.run(&case, &image(1));
+        assert_eq!(outcome, again, "a case is deterministic");
+        (outcome, host.data().to_vec())
+    }
+
+    #[test]
+    fn registers_go_in_and_come_out() {
+        let (outcome, _) = run(&[0x48, 0x01, 0xd8, 0xc5, 0xfd, 0xfe, 0xc1], |s| {
+            s.gpr = std::array::from_fn(|i| i as u64 * 0x1111);
+            s.ymm = std::array::from_fn(|i| [i as u8 + 1; 32]);
+            s.x87.st[3] = [7; 10];
+            s.x87.tag = 0x81;
+        });
+        assert_eq!(outcome.stop, Stop::Exception { vector: 3, error: 0, cr2: 0 });
+        assert_eq!(outcome.state.gpr[0], 3 * 0x1111);
+        assert_eq!(outcome.state.gpr[15], 15 * 0x1111);
+        assert_eq!(outcome.state.ymm[0], [3; 32]);
+        assert_eq!(outcome.state.ymm[15], [16; 32]);
+        assert_eq!((outcome.state.x87.st[3], outcome.state.x87.tag), ([7; 10], 0x81));
+        assert_eq!(outcome.state.rip, CODE + 8);
+    }
+
+    #[test]
+    fn memory_is_written_and_faults_are_seen() {
+        let (outcome, data) = run(&[0xc6, 0x00, 0x5a], |s| s.gpr[0] = LOW + PAGE);
+        assert_eq!(outcome.stop, Stop::Exception { vector: 3, error: 0, cr2: 0 });
+        assert_eq!(data[0], 0x5a);
+        for (address, error) in [(LOW + 3 * PAGE, 7), (HIGH, 6)] {
+            let (outcome, _) = run(&[0xc6, 0x00, 0x5a], |s| s.gpr[0] = address);
+            assert_eq!(outcome.stop, Stop::Exception { vector: 14, error, cr2: address });
+            assert_eq!(outcome.state.rip, CODE);
+        }
+        let (outcome, _) = run(&[0xc6, 0x00, 0x5a], |s| s.gpr[0] = 1 << 63);
+        assert_eq!(outcome.stop, Stop::Exception { vector: 13, error: 0, cr2: 0 });
+        let (outcome, _) = run(&[0x50], |s| s.gpr[4] = 1 << 63);
+        assert_eq!(outcome.stop, Stop::Exception { vector: 12, error: 0, cr2: 0 });
+    }
+
+    #[test]
+    fn other_exceptions_and_endless_loops_end() {
+        let (outcome, _) = run(&[0x0f, 0x0b], |_| ());
+        assert_eq!(outcome.stop, Stop::Exception { vector: 6, error: 0, cr2: 0 });
+        let (outcome, _) = run(&[0xf7, 0xf1], |_| ());
+        assert_eq!(outcome.stop, Stop::Exception { vector: 0, error: 0, cr2: 0 });
+        let (outcome, _) = run(&[0xeb, 0xfe], |_| ());
+        assert_eq!(outcome.stop, Stop::Hang);
+    }
+
+    #[test]
+    fn bases_are_the_cases_own() {
+        let (outcome, data) = run(&[0x64, 0xc6, 0x00, 0x5a], |s| {
+            s.fs_base = LOW;
+            s.gpr[0] = PAGE + 5;
+        });
+        assert_eq!(outcome.stop, Stop::Exception { vector: 3, error: 0, cr2: 0 });
+        assert_eq!((data[5], outcome.state.fs_base), (0x5a, LOW));
+    }
+}

@@ -1,0 +1,136 @@
+//! Which status flags a case leaves undefined, so that no difference in them counts.
+//!
+//! The manual leaves some flags of some instructions undefined (SDM vol. 1 appendix A); the decoder's
+//! tables say which. A case whose later instructions read such a flag is not generated.
+
+use crate::layout::CODE;
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+
+/// The bits of RFLAGS for the decoder's set of flags.
+fn rflags(bits: u32) -> u64 {
+    [
+        (RflagsBits::CF, 1u64 << 0),
+        (RflagsBits::PF, 1 << 2),
+        (RflagsBits::AF, 1 << 4),
+        (RflagsBits::ZF, 1 << 6),
+        (RflagsBits::SF, 1 << 7),
+        (RflagsBits::OF, 1 << 11),
+    ]
+    .iter()
+    .filter(|(bit, _)| bits & bit != 0)
+    .fold(0, |mask, (_, value)| mask | value)
+}
+
+/// Whether the instruction may leave all flags as they were: shifts by a count that may be 0, REP with RCX 0.
+fn may_do_nothing(instruction: &Instruction) -> bool {
+    use Mnemonic::*;
+    let shift = matches!(instruction.mnemonic(), Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd);
+    let by_cl = (1..instruction.op_count()).any(|n| instruction.op_register(n) == Register::CL);
+    let by_zero = instruction.op_kinds().any(|k| k == OpKind::Immediate8) && instruction.immediate8() & 0x1f == 0;
+    let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+    shift && (by_cl || by_zero) || repeated && instruction.is_string_instruction()
+}
+
+/// What running `code` from `rip` up to (not including) `end` leaves undefined.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Undefined {
+    /// Status flags, as bits of RFLAGS.
+    pub flags: u64,
+    /// An instruction reads a flag that an earlier one left undefined.
+    pub read: bool,
+}
+
+pub fn undefined(code: &[u8], rip: u64, end: u64) -> Undefined {
+    let mut result = Undefined::default();
+    let mut decoder = Decoder::with_ip(64, code, rip, DecoderOptions::NONE);
+    let mut branches = false;
+    while decoder.can_decode() && decoder.ip() < end {
+        let instruction = decoder.decode();
+        if instruction.is_invalid() {
+            break;
+        }
+        result.read |= rflags(instruction.rflags_read()) & result.flags != 0;
+        // PUSHF and the like read every flag, whatever the decoder's table says.
+        if matches!(instruction.code(), Code::Pushfq | Code::Pushfw | Code::Pushfd) {
+            result.read |= result.flags != 0;
+        }
+        branches |= instruction.flow_control() != FlowControl::Next;
+        if !branches && !may_do_nothing(&instruction) {
+            result.flags &=
+                !rflags(instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set());
+        }
+        result.flags |= rflags(instruction.rflags_undefined());
+    }
+    result
+}
+
+/// [`undefined`] for a case that stopped with RIP at `stopped`: what comes after did not run.
+pub fn at_stop(code: &[u8], rip: u64, stopped: u64) -> u64 {
+    let inside = stopped >= rip && stopped < rip + code.len() as u64;
+    // A case may also stop at the target of a jump, anywhere: then any of its instructions may have run.
+    let end = if inside && !jumps(code, rip) { stopped } else { CODE + (1 << 30) };
+    undefined(code, rip, end).flags
+}
+
+/// Status flags that the code from `fault` on overwrites before it reads them: dead at the fault. The
+/// translator does not keep them across an access that faults, because the restarted instruction and what
+/// follows cannot see them.
+pub fn dead(code: &[u8], rip: u64, fault: u64) -> u64 {
+    let (mut dead, mut read) = (0, 0);
+    for instruction in Decoder::with_ip(64, code, rip, DecoderOptions::NONE).into_iter().filter(|i| i.ip() >= fault) {
+        if instruction.is_invalid() {
+            break;
+        }
+        read |= rflags(instruction.rflags_read());
+        if !may_do_nothing(&instruction) {
+            dead |= rflags(instruction.rflags_modified()) & !read;
+        }
+        if instruction.flow_control() != FlowControl::Next {
+            break;
+        }
+    }
+    dead
+}
+
+fn jumps(code: &[u8], rip: u64) -> bool {
+    Decoder::with_ip(64, code, rip, DecoderOptions::NONE)
+        .into_iter()
+        .any(|i| !matches!(i.flow_control(), FlowControl::Next | FlowControl::Exception | FlowControl::Interrupt))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: u64 = u64::MAX;
+    const AF: u64 = 1 << 4;
+
+    #[test]
+    fn flags_become_undefined_and_defined_again() {
+        // and eax, ecx leaves AF undefined; add eax, ecx defines it.
+        assert_eq!(undefined(&[0x21, 0xc8], CODE, ALL), Undefined { flags: AF, read: false });
+        assert_eq!(undefined(&[0x21, 0xc8, 0x01, 0xc8], CODE, ALL), Undefined { flags: 0, read: false });
+        // lahf after it reads AF.
+        assert!(undefined(&[0x21, 0xc8, 0x9f], CODE, ALL).read);
+        // pushfq reads AF too.
+        assert!(undefined(&[0x21, 0xc8, 0x9c], CODE, ALL).read);
+        // A shift that may do nothing does not define the flags again.
+        assert_ne!(undefined(&[0x21, 0xc8, 0xd3, 0xe0], CODE, ALL).flags & AF, 0);
+    }
+
+    #[test]
+    fn flags_are_dead_where_they_are_overwritten_unread() {
+        // mov eax, [rcx]; and eax, ecx; adc eax, ecx.
+        let code = [0x8b, 0x01, 0x21, 0xc8, 0x11, 0xc8];
+        assert_eq!(dead(&code, CODE, CODE), 0x8d5);
+        // The adc reads CF.
+        assert_eq!(dead(&code, CODE, CODE + 4), 0x8d4);
+    }
+
+    #[test]
+    fn what_did_not_run_does_not_count() {
+        // and eax, ecx faults at its own start when it touches memory: nothing is undefined.
+        assert_eq!(at_stop(&[0x21, 0x08], CODE, CODE), 0);
+        assert_eq!(at_stop(&[0x21, 0x08], CODE, CODE + 3), AF);
+    }
+}
