@@ -149,7 +149,10 @@ fn fill(a: &mut Assembler, avx: bool, context: usize, write: bool, flags: bool, 
     } else {
         a.pop(RSI);
     }
-    a.pop_rm(Rm::Gs(word_offset(word::FAULT)));
+    // The return address belongs to the next instruction already, the byte before it does not.
+    a.pop(RSI);
+    a.lea(RSI, Rm::Base(RSI, -1));
+    a.store(Rm::Gs(word_offset(word::FAULT)), RSI);
     let hole = a.jmp();
     a.bind_to(hole, fault);
     a.bind_short(ready);

@@ -153,7 +153,10 @@ pub fn repeat(a: &mut Assembler, context: usize, moves: bool, log: u8, fault: us
         a.bind(hole);
     }
     restore(a);
-    a.pop_rm(Rm::Gs(word_offset(word::FAULT)));
+    // The return address belongs to the next instruction already, the byte before it does not.
+    a.pop(RSI);
+    a.lea(RSI, Rm::Base(RSI, -1));
+    a.store(Rm::Gs(word_offset(word::FAULT)), RSI);
     let out = a.jmp();
     a.bind_to(out, fault);
 }
