@@ -93,6 +93,7 @@ fn comparable(insn: &Instruction) -> bool {
         && !matches!(
             insn.mnemonic(),
             Mnemonic::Xabort
+                | Mnemonic::Movdir64b
                 | Mnemonic::Rdrand
                 | Mnemonic::Rdseed
                 | Mnemonic::Rdpid
