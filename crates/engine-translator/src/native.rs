@@ -27,7 +27,7 @@ use crate::core::{BOUNCE_SIZE, Core};
 use crate::cpu::Mode;
 use crate::interpret::Fetched;
 use crate::interpret::debug::note_access;
-use crate::interpret::memory::{check_alignment, effective_address, is_64bit, linear, operand_segment};
+use crate::interpret::memory::{aligned_linear, check_alignment, effective_address, is_64bit, operand_segment};
 use crate::mmu::Rights;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
@@ -70,7 +70,12 @@ pub fn execute(core: &mut Core, io: &dyn GuestIo, fetched: &Fetched) -> Result<(
     if !is_supported(&core.cpuid, insn) {
         return Err(Exception::ud());
     }
-    check_enabled(core, unit_of(insn))?;
+    let unit = unit_of(insn);
+    check_enabled(core, unit)?;
+    if matches!(unit, Unit::X87 | Unit::Mmx) && !is_non_waiting(insn) && x87_exception_pending() {
+        // Before anything that the memory operand may raise.
+        return Err(Exception::new(vector::MF));
+    }
     if masked::execute(core, io, insn)? {
         return Ok(());
     }
@@ -95,6 +100,30 @@ pub fn execute(core: &mut Core, io: &dyn GuestIo, fetched: &Fetched) -> Result<(
     result
 }
 
+/// The x87 instructions that execute without regard to a pending exception (SDM vol. 1 8.3.11).
+fn is_non_waiting(insn: &Instruction) -> bool {
+    matches!(
+        insn.mnemonic(),
+        Mnemonic::Fnstcw
+            | Mnemonic::Fnstsw
+            | Mnemonic::Fnstenv
+            | Mnemonic::Fnsave
+            | Mnemonic::Fninit
+            | Mnemonic::Fnclex
+            | Mnemonic::Fneni
+            | Mnemonic::Fndisi
+            | Mnemonic::Fnsetpm
+    )
+}
+
+/// The guest's x87 status word has its error summary set: the next waiting instruction raises #MF.
+fn x87_exception_pending() -> bool {
+    let status: u16;
+    // SAFETY: FNSTSW reads the status word, which belongs to the guest, and changes nothing.
+    unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
+    status & 0x80 != 0
+}
+
 /// Runs any instruction with at most one memory operand on the host CPU, whatever the CPU model says: the
 /// oracle of the interpreter's tests.
 ///
@@ -116,6 +145,7 @@ fn unit_of(insn: &Instruction) -> Unit {
         Mnemonic::Wait => return Unit::Wait,
         Mnemonic::Fxsave | Mnemonic::Fxsave64 | Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => return Unit::Fxsave,
         Mnemonic::Emms => return Unit::Mmx,
+        Mnemonic::Cvtps2pi | Mnemonic::Cvttps2pi | Mnemonic::Cvtpd2pi | Mnemonic::Cvttpd2pi => return Unit::Sse,
         _ => {}
     }
     let features = insn.cpuid_features();
@@ -166,10 +196,7 @@ fn check_enabled(core: &Core, unit: Unit) -> Result<(), Exception> {
 fn address_of(core: &Core, insn: &Instruction, memory: MemoryOperand, write: bool) -> Result<u64, Exception> {
     let size = memory.size as u64;
     let offset = effective_address(&core.cpu, insn);
-    let address = linear(core, operand_segment(&core.cpu, insn), offset, size, write)?;
-    if address & (u64::from(memory.alignment) - 1) != 0 {
-        return Err(Exception::gp(0));
-    }
+    let address = aligned_linear(core, operand_segment(&core.cpu, insn), offset, size, memory.alignment, write)?;
     check_alignment(core, address, size)?;
     note_access(core, address, size, write);
     Ok(address)
@@ -189,7 +216,9 @@ fn run_on_memory(
     }
     let mut copy = [0; BOUNCE_SIZE];
     let copy = &mut copy[..memory.size];
-    if memory.read {
+    // An x87 store that raises an unmasked exception stores nothing: what is written back then is what was
+    // there.
+    if memory.read || unit_of(insn) == Unit::X87 {
         core.read(io, address, copy, Rights::Current)?;
     }
     let at = (address & 63) as usize;

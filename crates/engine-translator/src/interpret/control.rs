@@ -63,10 +63,12 @@ impl Exec<'_> {
     fn call(&mut self) -> Outcome {
         let size = branch_size(self.insn);
         let target = self.near_target()?;
-        self.check_target(target)?;
         let next = self.core.cpu.rip;
-        memory::push(self.core, self.io, size, next)?;
-        self.core.cpu.rip = target;
+        // The return address is written before the target is checked, as processors do.
+        let rsp = memory::moved_stack_pointer(&self.core.cpu, -i64::from(size));
+        self.store_on_stack(rsp, size, next)?;
+        self.jump(target)?;
+        self.core.cpu.gpr[RSP] = rsp;
         Ok(())
     }
 

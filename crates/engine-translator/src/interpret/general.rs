@@ -290,16 +290,9 @@ fn compare_exchange_8(x: &mut Exec) -> Outcome {
 
 fn compare_exchange_16(x: &mut Exec) -> Outcome {
     require(x)?;
-    let address = linear(
-        x.core,
-        memory::operand_segment(&x.core.cpu, x.insn),
-        memory::effective_address(&x.core.cpu, x.insn),
-        16,
-        true,
-    )?;
-    if address & 15 != 0 {
-        return Err(Exception::gp(0));
-    }
+    let segment = memory::operand_segment(&x.core.cpu, x.insn);
+    let offset = memory::effective_address(&x.core.cpu, x.insn);
+    let address = memory::aligned_linear(x.core, segment, offset, 16, 16, true)?;
     super::debug::note_access(x.core, address, 16, true);
     let pair = |x: &Exec, high, low| u128::from(x.gpr(high, 8)) << 64 | u128::from(x.gpr(low, 8));
     let (expected, new) = (pair(x, RDX, RAX), pair(x, RCX, RBX));

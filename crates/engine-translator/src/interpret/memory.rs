@@ -61,6 +61,25 @@ pub fn linear(core: &Core, segment: usize, offset: u64, size: u64, write: bool) 
     if inside { Ok(seg.base.wrapping_add(offset) & 0xffff_ffff) } else { Err(address_fault(segment)) }
 }
 
+/// [`linear`] for an operand that must be a multiple of `alignment`, a power of two: that check comes first.
+///
+/// # Errors
+/// #GP(0) for the alignment, and as [`linear`].
+pub fn aligned_linear(
+    core: &Core,
+    segment: usize,
+    offset: u64,
+    size: u64,
+    alignment: u32,
+    write: bool,
+) -> Result<u64, Exception> {
+    let base = if is_64bit(&core.cpu) && segment < index::FS { 0 } else { core.cpu.seg[segment].base };
+    if base.wrapping_add(offset) & (u64::from(alignment) - 1) != 0 {
+        return Err(Exception::gp(0));
+    }
+    linear(core, segment, offset, size, write)
+}
+
 fn type_allows(attributes: u32, write: bool) -> bool {
     if attributes & attr::UNUSABLE != 0 {
         return false;

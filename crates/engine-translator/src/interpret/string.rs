@@ -103,6 +103,7 @@ impl Exec<'_> {
     fn repeat(&mut self, op: &StringOp) -> Result<(), Exception> {
         let mut count = self.gpr(RCX, op.address_size);
         if count == 0 {
+            self.truncate_registers(op);
             return Ok(());
         }
         let compares = matches!(op.operation, Operation::Cmps | Operation::Scas);
@@ -126,13 +127,24 @@ impl Exec<'_> {
                 return Ok(());
             }
         }
-        if let Some(flags) = new_flags {
-            self.set_status(flags);
-        }
         if count != 0 {
             self.core.cpu.rip = self.start;
+        } else if let Some(flags) = new_flags {
+            self.set_status(flags);
         }
         Ok(())
+    }
+
+    /// A repeated MOVS or STOS with a 32-bit address size and a count of zero still writes its registers, on
+    /// Intel processors, which clears their upper halves.
+    fn truncate_registers(&mut self, op: &StringOp) {
+        if op.address_size == 4 && matches!(op.operation, Operation::Movs | Operation::Stos) {
+            self.set_gpr(RCX, 4, 0);
+            self.set_gpr(RDI, 4, self.gpr(RDI, 4));
+            if op.operation == Operation::Movs {
+                self.set_gpr(RSI, 4, self.gpr(RSI, 4));
+            }
+        }
     }
 
     /// One iteration; the status flags of a comparison are returned, not set, because a fault in a later

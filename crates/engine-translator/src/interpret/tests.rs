@@ -308,7 +308,7 @@ fn string_instructions() {
         &[(R(RCX), 5), (R(RSI), DATA + 3), (Flags, CF | PF | AF)],
     );
     check(Long64, "f2 ae", &[(R(RDI), DATA), (R(RCX), 9), (R(RAX), 5), (M(DATA + 2, 1), 5)], &[(R(RCX), 6)]);
-    check(Long64, "67 f3 a4", &[(R(RCX), 1 << 32), (R(RSI), 5)], &[(R(RSI), 5), (R(RCX), 1 << 32)]);
+    check(Long64, "67 f3 a4", &[(R(RCX), 1 << 32), (R(RSI), 5)], &[(R(RSI), 5), (R(RCX), 0)]);
 }
 
 fn check_string(code: &str, from: u64, to: u64, count: u64, flags: u64, before: &[u8; 8], after: &[u8; 8]) {

@@ -53,7 +53,8 @@ fn selected(core: &Core, mask: Register, n: usize, size: usize) -> bool {
 }
 
 /// The AVX2 gathers (SDM vol. 2C, VPGATHERDD ...): elements in order; one that faults leaves those before
-/// it done and their masks cleared, so that the instruction can be restarted.
+/// it done and their masks cleared, so that the instruction can be restarted. Before the first, the mask is
+/// made all ones and all zeros by the elements' signs.
 fn gather(
     core: &mut Core,
     io: &dyn GuestIo,
@@ -69,6 +70,11 @@ fn gather(
     let count = (destination.size() / size).min(index.size() / index_size);
     let base = effective_address(&core.cpu, insn);
     let segment = operand_segment(&core.cpu, insn);
+    for n in 0..count {
+        let all = if selected(core, mask, n, size) { u64::MAX } else { 0 };
+        set_element(core, mask, n, size, all);
+    }
+    core.cpu.ymm[mask.number()].0[count * size..].fill(0);
     for n in 0..count {
         if !selected(core, mask, n, size) {
             continue;

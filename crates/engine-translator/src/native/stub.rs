@@ -8,7 +8,7 @@
 //! Stubs are cached per thread by the instruction's bytes. The cache has a fixed size; when it is full it
 //! is emptied and filled anew.
 
-use super::{exception_of_trap, host_flags, signal};
+use super::{Unit, exception_of_trap, host_flags, signal, unit_of};
 use crate::code_memory::CodeMemory;
 use crate::core::Core;
 use crate::cpu::{Cpu, Ymm};
@@ -220,8 +220,8 @@ impl Arena {
         if touches_all_vectors(insn.mnemonic()) {
             used.vector = [true; 16];
         }
-        used.mxcsr = used.vector.contains(&true)
-            || matches!(insn.mnemonic(), M::Ldmxcsr | M::Stmxcsr | M::Vldmxcsr | M::Vstmxcsr);
+        // Conversions to general and MMX registers use it without any vector register.
+        used.mxcsr = matches!(unit_of(insn), Unit::Sse | Unit::Avx | Unit::Fxsave | Unit::Xsave);
         used
     }
 
@@ -358,7 +358,7 @@ impl Plan {
         if self.used.mxcsr {
             with_block(&mut c, &[0x0f, 0xae], 3, offset_of!(Cpu, mxcsr) as u32); // stmxcsr
             c.extend([0x0f, 0xae, 0x54, 0x24, 0x08]); // ldmxcsr [rsp+8]
-            if self.avx {
+            if self.avx && self.used.vector.contains(&true) {
                 c.extend([0xc5, 0xf8, 0x77]); // vzeroupper
             }
         }
