@@ -28,20 +28,25 @@ impl FromStr for EngineChoice {
 /// What `auto` takes, and why.
 pub const AUTO_REASON: &str = "this build has no kvm engine yet";
 
-/// Makes the chosen engine; `auto` says on stderr which one it took and why.
+/// Makes the chosen engine, and what to tell the user about the choice, if it was not theirs.
 ///
 /// # Errors
 /// The user chose an engine that is not there, or the host cannot run the translator.
-pub fn open(choice: EngineChoice) -> Result<Box<dyn Engine>> {
+pub fn open(choice: EngineChoice) -> Result<Chosen> {
     match choice {
         EngineChoice::Kvm => {
             Err(Error::user("this build has no kvm engine yet; use --engine translator, which needs no /dev/kvm"))
         }
-        EngineChoice::Translator => Ok(Box::new(Translator::new()?)),
+        EngineChoice::Translator => Ok(Chosen { engine: Box::new(Translator::new()?), note: None }),
         EngineChoice::Auto => {
-            let engine = Translator::new()?;
-            eprintln!("anyvisor: engine translator, because {AUTO_REASON}");
-            Ok(Box::new(engine))
+            let note = format!("engine translator, because {AUTO_REASON}");
+            Ok(Chosen { engine: Box::new(Translator::new()?), note: Some(note) })
         }
     }
+}
+
+/// An engine, and the line that `auto` says about it.
+pub struct Chosen {
+    pub engine: Box<dyn Engine>,
+    pub note: Option<String>,
 }

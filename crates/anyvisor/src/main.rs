@@ -13,6 +13,7 @@ mod run;
 mod signals;
 mod terminal;
 
+use anyvisor_vmm::Error;
 use clap::Parser;
 use std::process::ExitCode;
 
@@ -36,7 +37,7 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("anyvisor: {error}");
             ExitCode::from(match error {
-                anyvisor_vmm::Error::User(_) => MISTAKE,
+                Error::User(_) | Error::Engine(anyvisor_engine::Error::Unsupported(_)) => MISTAKE,
                 _ => 1,
             })
         }

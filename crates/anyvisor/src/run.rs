@@ -1,8 +1,8 @@
 //! `anyvisor run`: one VM from its options to its exit code.
 
 use crate::cli::RunOptions;
+use crate::engines::Chosen;
 use crate::{engines, signals, terminal};
-use anyvisor_engine::Engine;
 use anyvisor_vmm::config::Serial;
 use anyvisor_vmm::console::{Input, Output};
 use anyvisor_vmm::{Config, End, Error, Remote, Result, machine};
@@ -15,20 +15,15 @@ use std::time::Duration;
 pub fn command(options: RunOptions) -> Result<u8> {
     let config = options.config();
     config.validate()?;
-    let engine = engines::open(options.engine)?;
+    let chosen = engines::open(options.engine)?;
     let output = open_output(&config.serial)?;
-    let end = run_vm(&config, &*engine, output, None)?;
+    let end = run_vm(&config, &chosen, output, None)?;
     Ok(exit_code(&config, &end))
 }
 
 /// Runs one VM with its console at `output` and, for [`Serial::Stdio`], stdin. Signals end it, and so does
-/// the time `limit`. The terminal is as it was when this returns.
-pub fn run_vm(
-    config: &Config,
-    engine: &dyn Engine,
-    output: Box<dyn Write + Send>,
-    limit: Option<Duration>,
-) -> Result<End> {
+/// the time `limit`. The terminal is as it was when this returns, and untouched until the VM is built.
+pub fn run_vm(config: &Config, chosen: &Chosen, output: Box<dyn Write + Send>, limit: Option<Duration>) -> Result<End> {
     let (control, remote) = machine::control();
     // Before any thread starts, so that all inherit the mask.
     signals::end_vm_on_signals(remote.clone())?;
@@ -41,8 +36,16 @@ pub fn run_vm(
     }
     let output = Output::new(output).map_err(|e| Error::host("cannot start the serial output thread", e))?;
     let input = Input::new();
-    let raw = if config.serial == Serial::Stdio { Some(open_input(&input, &remote)?) } else { None };
-    let end = machine::run(config, engine, &Arc::new(output), &input, &control);
+    let mut raw = None;
+    let end = machine::run(config, &*chosen.engine, &Arc::new(output), &input, &control, || {
+        if let Some(note) = &chosen.note {
+            eprintln!("anyvisor: {note}");
+        }
+        if config.serial == Serial::Stdio {
+            raw = open_input(&input, &remote)?;
+        }
+        Ok(())
+    });
     drop(raw);
     end
 }

@@ -117,7 +117,7 @@ fn host_kernel(folder: &Path) -> Option<PathBuf> {
         let kernel = folder.join(format!("vmlinuz-{version}"));
         let config = fs::read_to_string(folder.join(format!("config-{version}"))).ok()?;
         let has = |option: &&str| config.lines().any(|line| line.strip_prefix(*option) == Some("=y"));
-        (KERNEL_OPTIONS.iter().all(|option| has(&option)) && boot::check_kernel(&kernel).is_ok()).then_some(kernel)
+        (KERNEL_OPTIONS.iter().all(has) && boot::check_kernel(&kernel).is_ok()).then_some(kernel)
     })
 }
 
@@ -162,7 +162,9 @@ impl Apt {
             let found = std::env::var_os("PATH")
                 .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(tool).is_file()));
             if !found {
-                return Err(Error::user(format!("this host has no {tool} to get a kernel and busybox with; {WITHOUT_APT}")));
+                return Err(Error::user(format!(
+                    "this host has no {tool} to get a kernel and busybox with; {WITHOUT_APT}"
+                )));
             }
         }
         let host = Apt { options: vec![] };
@@ -243,7 +245,9 @@ fn first_image(depends: &str) -> Option<String> {
     depends
         .lines()
         .filter_map(|line| line.trim().strip_prefix("Depends: "))
-        .find(|name| name.strip_prefix("linux-image-").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())))
+        .find(|name| {
+            name.strip_prefix("linux-image-").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        })
         .map(str::to_owned)
 }
 
@@ -252,7 +256,8 @@ fn only_file(folder: &Path, wanted: impl Fn(&Path) -> bool + Copy) -> Option<Pat
     for entry in fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()) {
         let kind = entry.file_type().ok()?;
         let path = entry.path();
-        let found = if kind.is_dir() { only_file(&path, wanted) } else { Some(path).filter(|p| kind.is_file() && wanted(p)) };
+        let found =
+            if kind.is_dir() { only_file(&path, wanted) } else { Some(path).filter(|p| kind.is_file() && wanted(p)) };
         if found.is_some() {
             return found;
         }

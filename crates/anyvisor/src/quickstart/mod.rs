@@ -8,6 +8,7 @@ mod fetch;
 mod initramfs;
 
 use crate::cli::QuickstartOptions;
+use crate::engines::Chosen;
 use crate::{engines, run, terminal};
 use anyvisor_vmm::config::{OnReboot, Serial};
 use anyvisor_vmm::{Config, End, Error, Result};
@@ -35,7 +36,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         on_reboot: OnReboot::Exit,
     };
     config.validate()?;
-    let engine = engines::open(options.engine)?;
+    let chosen = engines::open(options.engine)?;
     let cache = fetch::Cache::open()?;
     config.kernel = fetch::kernel(&cache)?;
     let busybox = fetch::busybox(&cache)?;
@@ -48,14 +49,14 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         let (rows, columns) = terminal::size().unwrap_or((24, 80));
         config.command_line = format!("{base} anyvisor_rows={rows} anyvisor_columns={columns}");
         progress("booting; Ctrl-A X leaves");
-        let end = run::run_vm(&config, &*engine, Box::new(std::io::stdout()), None)?;
+        let end = run::run_vm(&config, &chosen, Box::new(std::io::stdout()), None)?;
         return Ok(if end == End::Left { 0 } else { run::exit_code(&config, &end) });
     }
-    check(&mut config, &*engine, &base)
+    check(&mut config, &chosen, &base)
 }
 
 /// Boots the guest to check itself.
-fn check(config: &mut Config, engine: &dyn anyvisor_engine::Engine, base: &str) -> Result<u8> {
+fn check(config: &mut Config, chosen: &Chosen, base: &str) -> Result<u8> {
     let nonce = nonce()?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     config.command_line = format!(
@@ -71,7 +72,7 @@ fn check(config: &mut Config, engine: &dyn anyvisor_engine::Engine, base: &str) 
         wanted: format!("anyvisor self-check passed: {nonce}").into_bytes(),
         seen: passed.clone(),
     };
-    let end = run::run_vm(config, engine, Box::new(watch), Some(CHECK_LIMIT))?;
+    let end = run::run_vm(config, chosen, Box::new(watch), Some(CHECK_LIMIT))?;
     let code = run::exit_code(config, &end);
     if end == End::PowerOff && passed.load(Ordering::SeqCst) {
         progress("the guest passed its self-check");

@@ -13,6 +13,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 const START_MAGIC: u32 = 0x336e_c578;
 const ELFCLASS64: u8 = 2;
 const EM_X86_64: u16 = 62;
+/// Linked for fixed addresses: a program for an operating system is usually not.
+const ET_EXEC: u16 = 2;
 const PROGRAM_HEADER_SIZE: u64 = 56;
 const PT_LOAD: u32 = 1;
 /// More program headers than any kernel has; bounds the time an image can cost.
@@ -72,6 +74,9 @@ fn check_headers<F: Image>(boot: &Boot, kernel: &mut F) -> Result<u64> {
             "kernel '{}' is an ELF file for another processor; use a 64-bit x86 one",
             boot.kernel.display()
         )));
+    }
+    if u16_at(&header, 16) != ET_EXEC {
+        return Err(not_a_kernel(boot));
     }
     let (offset, entry_size, count) = (u64_at(&header, 32), u16_at(&header, 54), u16_at(&header, 56));
     if u64::from(entry_size) != PROGRAM_HEADER_SIZE || count == 0 || count > PROGRAM_HEADERS_MAX {

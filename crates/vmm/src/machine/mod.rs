@@ -86,7 +86,7 @@ pub fn control() -> (Control, Remote) {
 }
 
 /// Builds the VM that `config` describes on `engine` and runs it until it ends. The console is at `output`
-/// and `input`.
+/// and `input`. `built` is called once, before the guest starts for the first time.
 ///
 /// # Errors
 /// The VM cannot be built: the user's mistake, or the host's failure.
@@ -96,12 +96,17 @@ pub fn run(
     output: &Arc<Output>,
     input: &Arc<Input>,
     control: &Control,
+    built: impl FnOnce() -> Result<()>,
 ) -> Result<End> {
     config.validate()?;
     let mut generation = 0;
+    let mut built = Some(built);
     let end = loop {
         let notify = Arc::new(Notify::new(generation, control.sender.clone()));
         let machine = Machine::build(config, engine, output, input, notify)?;
+        if let Some(built) = built.take() {
+            built()?;
+        }
         tracing::info!(id = config.id, engine = engine.name(), memory = show_size(config.memory), "VM runs");
         let end = machine.run(input, control, output);
         if end != End::Reboot || config.on_reboot == OnReboot::Exit {

@@ -174,7 +174,7 @@ fn play(
     let states = Arc::default();
     let engine = FakeEngine { guest: Arc::new(guest), states: Arc::clone(&states) };
     let (control, _remote) = control();
-    let end = run(&config, &engine, &output, &input, &control);
+    let end = run(&config, &engine, &output, &input, &control, || Ok(()));
     Outcome { end, screen: screen.0.lock().unwrap().clone(), states: states.lock().unwrap().clone() }
 }
 
@@ -347,7 +347,7 @@ fn a_stop_from_outside_ends_a_busy_vm() {
         std::thread::sleep(Duration::from_millis(20));
         remote.stop();
     });
-    assert_eq!(run(&config(&kernel), &engine, &output, &Input::new(), &control).unwrap(), End::Stopped);
+    assert_eq!(run(&config(&kernel), &engine, &output, &Input::new(), &control, || Ok(())).unwrap(), End::Stopped);
     stopper.join().unwrap();
 }
 
