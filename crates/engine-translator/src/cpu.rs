@@ -154,6 +154,8 @@ pub struct Cpu {
     pub gdtr: DescriptorTable,
     pub idtr: DescriptorTable,
 
+    /// Some upper half of a YMM register is not zero.
+    pub upper_halves: u8,
     /// XMM/YMM registers, 32 bytes each; stale while translated code runs.
     pub ymm: [Ymm; 16],
 

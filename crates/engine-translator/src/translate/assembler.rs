@@ -373,6 +373,28 @@ impl Assembler {
         self.bytes(&[0x0f, if store { 0x7f } else { 0x6f }]);
         self.modrm(xmm & 7, rm);
     }
+    /// `vorps a, a, b` on 256 bits.
+    pub fn vorps(&mut self, a: u8, b: u8) {
+        self.byte(0xc4);
+        self.byte(((((a >> 3) ^ 1) << 7) | 0x40 | (((b >> 3) ^ 1) << 5)) | 1);
+        self.byte(((!a & 0xf) << 3) | 4);
+        self.byte(0x56);
+        self.modrm(a & 7, Rm::Reg(b & 7));
+    }
+    /// Sets ZF if the upper half of YMM0 is zero; destroys XMM0.
+    pub fn test_upper0(&mut self) {
+        self.bytes(&[0xc4, 0xe3, 0x7d, 0x19, 0xc0, 0x01]); // vextractf128 xmm0, ymm0, 1
+        self.bytes(&[0xc4, 0xe2, 0x79, 0x17, 0xc0]); // vptest xmm0, xmm0
+    }
+    /// `setne byte [rm]`
+    pub fn setne(&mut self, rm: Rm) {
+        self.op(false, &[0x0f, 0x95], 0, rm);
+    }
+    /// `test byte [rm], imm8`
+    pub fn test8(&mut self, rm: Rm, value: u8) {
+        self.op(false, &[0xf6], 0, rm);
+        self.byte(value);
+    }
     pub fn vzeroupper(&mut self) {
         self.bytes(&[0xc5, 0xf8, 0x77]);
     }

@@ -73,7 +73,7 @@ fn enter(a: &mut Assembler, avx: bool) {
     a.store(Rm::Gs(offset_of!(Cpu, host_rsp) as i32), RSP);
     a.mxcsr(3, Rm::Gs(offset_of!(Cpu, host_mxcsr) as i32));
     a.mxcsr(2, Rm::Gs(offset_of!(Cpu, mxcsr) as i32));
-    vectors(a, avx, false);
+    load_vectors(a, avx);
     a.load(RAX, Rm::Gs(offset_of!(Cpu, rflags) as i32));
     a.alu_imm(Alu::And, false, Rm::Reg(RAX), STATUS);
     a.push(RAX);
@@ -96,10 +96,7 @@ fn exit(a: &mut Assembler, avx: bool) {
     a.alu_imm(Alu::And, true, Rm::Reg(RCX), !STATUS);
     a.alu(Alu::Or, RCX, Rm::Reg(RAX));
     a.store(rflags, RCX);
-    vectors(a, avx, true);
-    if avx {
-        a.vzeroupper();
-    }
+    save_vectors(a, avx);
     a.mxcsr(3, Rm::Gs(offset_of!(Cpu, mxcsr) as i32));
     a.mxcsr(2, Rm::Gs(offset_of!(Cpu, host_mxcsr) as i32));
     a.load(RSP, Rm::Gs(offset_of!(Cpu, host_rsp) as i32));
@@ -126,16 +123,13 @@ fn fill(a: &mut Assembler, avx: bool, context: usize, write: bool, flags: bool, 
     let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
     let table = offset_of!(Cpu, tlb) + context * size_of::<[TlbEntry; TLB_ENTRIES]>() + tag;
     a.alu(Alu::Sub, RSI, Rm::GsBase(RDI, table as i32));
-    vectors(a, avx, true);
-    if avx {
-        a.vzeroupper();
-    }
+    save_vectors(a, avx);
     a.mov_imm(RDX, (context * 2 + usize::from(write)) as u64);
     a.load(RDI, Rm::Gs(word_offset(word::CORE)));
     a.mov_imm(RAX, tlb_miss as *const () as u64);
     a.call_rm(Rm::Reg(RAX));
     a.mov(RSI, RAX);
-    vectors(a, avx, false);
+    load_vectors(a, avx);
     for &(guest, host) in &caller_saved {
         a.load(host, slot(guest));
     }
@@ -170,15 +164,47 @@ fn mapped() -> impl Iterator<Item = (usize, u8)> {
     (0..16).filter_map(|guest| host_register(guest).map(|host| (guest, host)))
 }
 
-fn vectors(a: &mut Assembler, avx: bool, store: bool) {
-    for i in 0..16u8 {
-        let rm = Rm::Gs((offset_of!(Cpu, ymm) + usize::from(i) * size_of::<Ymm>()) as i32);
+fn ymm(i: u8) -> Rm {
+    Rm::Gs((offset_of!(Cpu, ymm) + usize::from(i) * size_of::<Ymm>()) as i32)
+}
+
+/// Saves the vector registers, notes whether any upper half is in use, and leaves the upper halves clean.
+fn save_vectors(a: &mut Assembler, avx: bool) {
+    for i in 0..16 {
         if avx {
-            a.vmovdqu(store, i, rm);
+            a.vmovdqu(true, i, ymm(i));
         } else {
-            a.movdqu(store, i, rm);
+            a.movdqu(true, i, ymm(i));
         }
     }
+    if avx {
+        for i in 4..16 {
+            a.vorps(i & 3, i);
+        }
+        a.vorps(0, 1);
+        a.vorps(2, 3);
+        a.vorps(0, 2);
+        a.test_upper0();
+        a.setne(Rm::Gs(offset_of!(Cpu, upper_halves) as i32));
+        a.vzeroupper();
+    }
+}
+
+/// Loads the vector registers. Upper halves that are zero are not written: CPUs take mixed SSE and AVX code
+/// for the slow case (SDM optimization manual 15.3) once an upper half has been, whatever it holds.
+fn load_vectors(a: &mut Assembler, avx: bool) {
+    if !avx {
+        (0..16).for_each(|i| a.movdqu(false, i, ymm(i)));
+        return;
+    }
+    a.test8(Rm::Gs(offset_of!(Cpu, upper_halves) as i32), 1);
+    let full = a.jcc(cc::NE);
+    a.vzeroupper();
+    (0..16).for_each(|i| a.movdqu(false, i, ymm(i)));
+    let done = a.jmp();
+    a.bind(full);
+    (0..16).for_each(|i| a.vmovdqu(false, i, ymm(i)));
+    a.bind(done);
 }
 
 /// Handles a TLB miss of translated code: 0 to look again, 1 to interpret the instruction.

@@ -277,6 +277,8 @@ impl Translator {
     fn enter(&mut self, core: &mut Core, block: u32) -> u32 {
         core.cpu.translated[word::ENTER] = self.code.address(self.blocks[block as usize].start as usize);
         core.cpu.rflags &= !rflags::RF;
+        let upper = core.cpu.ymm.iter().fold(0, |all, r| all | u128::from_ne_bytes(r.0[16..].try_into().unwrap()));
+        core.cpu.upper_halves = u8::from(upper != 0);
         core.cpu.translated[word::CORE] = std::ptr::from_mut(core) as u64;
         // SAFETY: the thunk is a sysv64 function without arguments. GS points at this core's vCPU block
         // (`attach`), whose words say where to go; translated code reaches only the block, guest RAM by
