@@ -36,6 +36,8 @@ const LEAF7_ECX_HOST: u32 = bits(&[8, 9, 10, 22]);
 const LEAF7_ECX_OURS: u32 = bits(&[2]);
 /// FSRM, IBRS and IBPB, STIBP, ARCH_CAPABILITIES, SSBD.
 const LEAF7_EDX_OURS: u32 = bits(&[4, 26, 27, 29, 31]);
+/// BHI_DIS_S.
+const LEAF7_2_EDX_OURS: u32 = bits(&[4]);
 /// AVX-VNNI.
 const LEAF7_1_EAX_HOST: u32 = bits(&[4]);
 /// LAHF, ABM, 3DNOWPREFETCH.
@@ -88,7 +90,7 @@ pub fn supported_cpuid(tsc_khz: u64) -> Cpuid {
     table.set(6, None, CpuidResult { eax: 1 << 2, ..CpuidResult::default() });
     let host = leaf(7, 0);
     let seven = CpuidResult {
-        eax: 1,
+        eax: 2,
         ebx: drop_avx(host.ebx & LEAF7_EBX_HOST, LEAF7_EBX_AVX) | LEAF7_EBX_OURS,
         ecx: drop_avx(host.ecx & LEAF7_ECX_HOST, LEAF7_ECX_AVX) | LEAF7_ECX_OURS,
         edx: LEAF7_EDX_OURS,
@@ -96,6 +98,7 @@ pub fn supported_cpuid(tsc_khz: u64) -> Cpuid {
     table.set(7, Some(0), seven);
     let eax = if host.eax >= 1 { drop_avx(leaf(7, 1).eax & LEAF7_1_EAX_HOST, !0) } else { 0 };
     table.set(7, Some(1), CpuidResult { eax, ..CpuidResult::default() });
+    table.set(7, Some(2), CpuidResult { edx: LEAF7_2_EDX_OURS, ..CpuidResult::default() });
     for (number, result) in frequency_leaves(tsc_khz) {
         table.set(number, None, result);
     }

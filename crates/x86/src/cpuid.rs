@@ -168,6 +168,9 @@ const fn f7_edx(name: &'static str, bit: u32) -> Feature {
 const fn f7_1_eax(name: &'static str, bit: u32) -> Feature {
     Feature { name, leaf: 7, subleaf: 1, register: Register::Eax, bit }
 }
+const fn f7_2_edx(name: &'static str, bit: u32) -> Feature {
+    Feature { name, leaf: 7, subleaf: 2, register: Register::Edx, bit }
+}
 const fn fx_ecx(name: &'static str, bit: u32) -> Feature {
     Feature { name, leaf: 0x8000_0001, subleaf: 0, register: Register::Ecx, bit }
 }
@@ -187,6 +190,9 @@ pub const SVM: Feature = fx_ecx("svm", 2);
 pub const SPEC_CTRL: Feature = f7_edx("spec_ctrl", 26);
 /// IA32_ARCH_CAPABILITIES exists.
 pub const ARCH_CAPABILITIES_PRESENT: Feature = f7_edx("arch_capabilities", 29);
+/// IA32_SPEC_CTRL.BHI_DIS_S exists. Linux overlooks BHI_NO of [`ARCH_CAPABILITIES`] under a hypervisor; with
+/// this bit it sets BHI_DIS_S once instead of running a loop of branches at every system call.
+pub const BHI_CTRL: Feature = f7_2_edx("bhi_ctrl", 4);
 const HT: Feature = f1_edx("ht", 28);
 
 /// x86-64-v1: what every x86-64 processor and every 64-bit kernel takes for granted.
@@ -258,6 +264,7 @@ const SYSTEM: &[Feature] = &[
     f7_edx("fsrm", 4),
     SPEC_CTRL,
     ARCH_CAPABILITIES_PRESENT,
+    BHI_CTRL,
     fx_edx("pdpe1gb", 26),
     fx_edx("rdtscp", 27),
 ];
@@ -396,9 +403,14 @@ impl CpuModel {
 
         let leaf7_1 = self.features(supported, 7, 1);
         let mut leaf7 = self.features(supported, 7, 0);
-        leaf7.eax = u32::from(leaf7_1 != CpuidResult::default());
+        let leaf7_2 = self.features(supported, 7, 2);
+        leaf7.eax = match (leaf7_1, leaf7_2) {
+            (_, leaf) if leaf != CpuidResult::default() => 2,
+            (leaf, _) => u32::from(leaf != CpuidResult::default()),
+        };
         table.set(7, Some(0), leaf7);
         table.set(7, Some(1), leaf7_1);
+        table.set(7, Some(2), leaf7_2);
 
         topology_leaf(cpus, apic_id, table);
         xsave_leaf(table.has(&XSAVE), table.has(&AVX), table);
@@ -551,6 +563,7 @@ mod tests {
         host.set(1, None, CpuidResult { eax: 0xc06f2, ..all });
         host.set(7, Some(0), all);
         host.set(7, Some(1), all);
+        host.set(7, Some(2), all);
         host.set(0x8000_0001, None, all);
         host.set(0x8000_0007, None, all);
         host.set(0x8000_0008, None, CpuidResult { eax: 0x3930, ..CpuidResult::default() });

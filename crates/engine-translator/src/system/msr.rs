@@ -27,8 +27,8 @@ const IA32_PLATFORM_ID: u32 = 0x17;
 const EBL_CR_POWERON: u32 = 0x2a;
 const PLATFORM_INFO: u32 = 0xce;
 const IA32_FLUSH_CMD: u32 = 0x10b;
-/// Bits of IA32_SPEC_CTRL: IBRS, STIBP, SSBD.
-const SPEC_CTRL_DEFINED: u64 = 7;
+/// Bits of IA32_SPEC_CTRL: IBRS, STIBP, SSBD, BHI_DIS_S.
+const SPEC_CTRL_DEFINED: u64 = 7 | 1 << 10;
 /// AMD's model-specific range, in which kernels poke without looking.
 const AMD_RANGE: std::ops::RangeInclusive<u32> = 0xc001_0000..=0xc001_1fff;
 
