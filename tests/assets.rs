@@ -1,0 +1,202 @@
+//! What real guests are made of: a Linux kernel and a static busybox, from the host or from its
+//! distribution's archive, and the benchmark program compiled from `bench/`.
+//!
+//! They are kept in `target/guests`, so that everything but the first run works offline.
+
+use anyhow::{Context, Result, bail};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, Once, PoisonError};
+
+const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+const BUSYBOX_PACKAGE: &str = "busybox-static";
+
+/// Files of one test process are called this, its id, and a name.
+const SCRATCH: &str = "scratch-";
+
+static PREPARING: Mutex<()> = Mutex::new(());
+
+/// The repository's root folder.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests are in the repository").to_owned()
+}
+
+/// Where assets are kept.
+pub fn folder() -> PathBuf {
+    root().join("target/guests")
+}
+
+/// A kernel image: a readable one of the host's, else Debian's cloud kernel.
+///
+/// # Errors
+/// When there is none and none can be fetched.
+pub fn kernel() -> Result<PathBuf> {
+    cached("vmlinuz", |to| {
+        if let Some(found) = host_kernel() {
+            std::fs::copy(&found, to).with_context(|| format!("copying {}", found.display()))?;
+            return Ok(());
+        }
+        let unpacked = fetch(&kernel_package()?)?;
+        let found = first_kernel(&unpacked.join("boot")).context("no vmlinuz in the kernel package")?;
+        std::fs::copy(found, to)?;
+        Ok(())
+    })
+}
+
+/// A statically linked busybox.
+///
+/// # Errors
+/// As for [`kernel`].
+pub fn busybox() -> Result<PathBuf> {
+    cached("busybox", |to| {
+        let of_host = ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(PathBuf::from);
+        let found = match of_host.into_iter().find(|p| is_static(p)) {
+            Some(path) => path,
+            None => {
+                let unpacked = fetch(BUSYBOX_PACKAGE)?;
+                let places = ["bin/busybox", "usr/bin/busybox"].map(|p| unpacked.join(p));
+                places.into_iter().find(|p| p.exists()).context("no busybox in its package")?
+            }
+        };
+        std::fs::copy(found, to)?;
+        Ok(())
+    })
+}
+
+/// `bench/guestbench.c`, compiled and linked statically.
+///
+/// # Errors
+/// When there is no C compiler.
+pub fn guestbench() -> Result<PathBuf> {
+    let source = root().join("bench/guestbench.c");
+    cached("guestbench", |to| {
+        let mut command = Command::new("gcc");
+        command.args(["-O2", "-static", "-pthread", "-o"]).arg(to).arg(&source).arg("-lm");
+        run(&mut command).context("compiling guestbench.c (is gcc installed?)")
+    })
+}
+
+/// The asset called `name`, made by `make` at the path it is given unless it is there already.
+fn cached(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = folder().join(name);
+    if !path.exists() {
+        std::fs::create_dir_all(folder())?;
+        // Other processes may be at it too: the rename decides, and both results are good.
+        let partial = folder().join(format!(".{name}.{}", std::process::id()));
+        make(&partial)?;
+        std::fs::rename(&partial, &path)?;
+    }
+    Ok(path)
+}
+
+fn host_kernel() -> Option<PathBuf> {
+    first_kernel(Path::new("/boot")).filter(|p| std::fs::File::open(p).is_ok())
+}
+
+/// The newest `vmlinuz-*` of a folder, a cloud kernel by preference.
+fn first_kernel(folder: &Path) -> Option<PathBuf> {
+    let mut found: Vec<_> = std::fs::read_dir(folder).ok()?.flatten().map(|e| e.path()).collect();
+    found.retain(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-")));
+    found.sort_by_key(|p| (p.to_string_lossy().contains("cloud"), p.clone()));
+    found.pop()
+}
+
+/// The versioned package that the cloud kernel's meta-package stands for.
+fn kernel_package() -> Result<String> {
+    for attempt in 0..2 {
+        let output =
+            Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]).output().context("running apt-cache")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let depends = text.lines().filter_map(|l| l.trim().strip_prefix("Depends: "));
+        if let Some(name) = depends.into_iter().find(|n| n.starts_with("linux-image-")) {
+            return Ok(name.to_owned());
+        }
+        if attempt == 0 {
+            // Package lists may be missing; this works for root only.
+            let _ = run(Command::new("apt-get").arg("update"));
+        }
+    }
+    bail!(
+        "{KERNEL_PACKAGE} is not in this host's package lists; put a kernel at {}",
+        folder().join("vmlinuz").display()
+    )
+}
+
+fn is_static(path: &Path) -> bool {
+    // A dynamic executable names its loader in a PT_INTERP segment, within the first page.
+    let Ok(bytes) = std::fs::read(path) else { return false };
+    bytes.starts_with(b"\x7fELF") && !bytes[..bytes.len().min(4096)].windows(8).any(|w| w == b"/ld-linu")
+}
+
+/// Downloads a package and unpacks it; the folder with its contents.
+fn fetch(package: &str) -> Result<PathBuf> {
+    let to = folder().join(package);
+    std::fs::create_dir_all(&to)?;
+    run(Command::new("apt-get").args(["download", package]).current_dir(&to))
+        .with_context(|| format!("downloading {package}"))?;
+    let archive = std::fs::read_dir(&to)?
+        .flatten()
+        .map(|e| e.path())
+        .find(|p| p.extension().is_some_and(|e| e == "deb"))
+        .with_context(|| format!("apt-get downloaded no {package}"))?;
+    run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&to)).context("unpacking")?;
+    std::fs::remove_file(archive)?;
+    Ok(to)
+}
+
+/// Runs a command, quietly unless it fails.
+///
+/// # Errors
+/// When it cannot be started, or fails; with what it said.
+pub fn run(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| format!("starting {}", command.get_program().to_string_lossy()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{} ended with {}: {}", command.get_program().to_string_lossy(), output.status, said.trim());
+    }
+    Ok(())
+}
+
+/// An initramfs in which busybox's shell runs `script` as init.
+///
+/// # Errors
+/// As for [`busybox`].
+pub fn initramfs(script: &str) -> Result<Vec<u8>> {
+    let busybox = std::fs::read(busybox()?)?;
+    let mut archive = crate::cpio::Archive::new();
+    archive.program("bin/busybox", &busybox);
+    archive.program("init", format!("#!/bin/busybox sh\n{PRELUDE}\n{script}\n").as_bytes());
+    Ok(archive.finish())
+}
+
+/// Mounts and applets that every script has.
+const PRELUDE: &str = "export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmp /tmp";
+
+/// Removes what processes that have ended left behind.
+fn sweep() {
+    for entry in std::fs::read_dir(folder()).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(SCRATCH).and_then(|n| n.split('-').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Writes `bytes` to a file of this process in the assets folder.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn scratch(name: &str, bytes: &[u8]) -> Result<PathBuf> {
+    std::fs::create_dir_all(folder())?;
+    static SWEPT: Once = Once::new();
+    SWEPT.call_once(sweep);
+    let path = folder().join(format!("{SCRATCH}{}-{name}", std::process::id()));
+    std::fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644))?;
+    Ok(path)
+}

@@ -1,0 +1,79 @@
+//! Guests of a few instructions: how a VM ends, as its exit code tells.
+
+use anyvisor_tests::elf::{ENTRY, HALT, SPIN, debug_exit, print, pvh};
+use anyvisor_tests::{assets, vm};
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn start(name: &str, code: &[u8], more: &[&str]) -> vm::Vm {
+    let kernel = assets::scratch(name, &pvh(code)).unwrap();
+    let mut options = vec!["--memory", "64M"];
+    options.extend_from_slice(more);
+    vm::Vm::start(&vm::arguments(&kernel, &options)).expect("anyvisor starts")
+}
+
+#[test]
+fn debug_exit_gives_its_code() {
+    for value in [0, 1, 0x2a, 0x7f] {
+        let code = [print("bye\n"), debug_exit(value), HALT.to_vec()].concat();
+        let ended = start("exit", &code, &["--debug-exit"]).end(PATIENCE);
+        assert_eq!(ended.code(), i32::from(value) << 1 | 1, "{ended:?}");
+        assert!(ended.output.contains("bye"), "{ended:?}");
+    }
+}
+
+#[test]
+fn without_the_option_the_port_does_nothing() {
+    let code = [debug_exit(3), print("still here\n"), HALT.to_vec()].concat();
+    let mut vm = start("no-exit", &code, &[]);
+    vm.wait_for("still here", PATIENCE);
+    vm.signal(libc::SIGTERM);
+    let ended = vm.end(PATIENCE);
+    assert_ne!(ended.code(), 7, "{ended:?}");
+}
+
+#[test]
+fn a_triple_fault_shows_the_registers() {
+    // mov eax, 0xdeadbeef; lidt [ENTRY + 0x1000], which is zeros; ud2
+    let mut code = vec![0xb8, 0xef, 0xbe, 0xad, 0xde, 0x0f, 0x01, 0x1d];
+    code.extend_from_slice(&(ENTRY + 0x1000).to_le_bytes());
+    code.extend([0x0f, 0x0b]);
+    let ended = start("triple", &code, &[]).end(PATIENCE);
+    assert_eq!(ended.code(), 3, "{ended:?}");
+    assert!(ended.errors.to_lowercase().contains("deadbeef"), "a register dump\n{ended:?}");
+    assert!(ended.errors.contains("0f 0b") || ended.errors.contains("0f0b"), "a code dump\n{ended:?}");
+}
+
+#[test]
+fn a_keyboard_controller_reset_is_a_reboot() {
+    // mov al, 0xfe; out 0x64, al
+    let code = [&[0xb0, 0xfe, 0xe6, 0x64], HALT].concat();
+    let ended = start("reset", &code, &[]).end(PATIENCE);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+}
+
+#[test]
+fn signals_end_a_guest_that_spins_or_halts() {
+    for (name, code) in [("spin", SPIN), ("halt", HALT)] {
+        for signal in [libc::SIGTERM, libc::SIGINT] {
+            let code = [print("ready\n"), code.to_vec()].concat();
+            let mut vm = start(name, &code, &[]);
+            vm.wait_for("ready", PATIENCE);
+            vm.signal(signal);
+            let ended = vm.end(Duration::from_secs(5));
+            assert_ne!(ended.status.code(), Some(101), "a panic\n{ended:?}");
+        }
+    }
+}
+
+#[test]
+fn serial_output_can_go_to_a_file() {
+    let file = assets::scratch("serial.txt", b"").unwrap();
+    let code = [print("to the file\n"), debug_exit(0), HALT.to_vec()].concat();
+    let option = format!("file:{}", file.display());
+    let ended = start("serial", &code, &["--debug-exit", "--serial", &option]).end(PATIENCE);
+    assert_eq!(ended.code(), 1, "{ended:?}");
+    assert!(std::fs::read_to_string(&file).unwrap().contains("to the file"));
+    assert!(!ended.output.contains("to the file"));
+}
