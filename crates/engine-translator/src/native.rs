@@ -210,15 +210,32 @@ fn run_on_memory(
     stub: &Stub,
     memory: MemoryOperand,
 ) -> Result<(), Exception> {
-    let address = address_of(core, insn, memory, memory.write)?;
-    if memory.write {
-        core.probe_write(address, memory.size, Rights::Current)?;
-    }
+    let unit = unit_of(insn);
+    let target = address_of(core, insn, memory, memory.write).and_then(|address| {
+        // SSE and AVX stores change nothing but memory and MXCSR, so theirs may fault last, as on processors.
+        if memory.write && (memory.read || !matches!(unit, Unit::Sse | Unit::Avx)) {
+            core.probe_write(address, memory.size, Rights::Current)?;
+        }
+        Ok(address)
+    });
+    let address = match target {
+        Ok(address) => address,
+        Err(fault) if unit == Unit::X87 && memory.write && !memory.read => {
+            return x87_store_that_faults(core, io, insn, stub, memory, fault);
+        }
+        Err(fault) => {
+            if insn.mnemonic() == Mnemonic::Vcvtps2ph {
+                // The only store that computes: its exceptions come before the memory operand's.
+                stub.run(core, 0)?;
+            }
+            return Err(fault);
+        }
+    };
     let mut copy = [0; BOUNCE_SIZE];
     let copy = &mut copy[..memory.size];
     // An x87 store that raises an unmasked exception stores nothing: what is written back then is what was
     // there.
-    if memory.read || unit_of(insn) == Unit::X87 {
+    if memory.read || unit == Unit::X87 {
         core.read(io, address, copy, Rights::Current)?;
     }
     let at = (address & 63) as usize;
@@ -230,6 +247,37 @@ fn run_on_memory(
         core.write(io, address, copy, Rights::Current)?;
     }
     Ok(())
+}
+
+/// An x87 store whose memory operand raises `fault`. An unmasked exception of its own (invalid operand,
+/// overflow, ...) keeps it from storing: then that exception is pending, and the instruction is complete.
+/// Otherwise it faults, and the x87 state stays as it was.
+fn x87_store_that_faults(
+    core: &mut Core,
+    io: &dyn GuestIo,
+    insn: &Instruction,
+    stub: &Stub,
+    memory: MemoryOperand,
+    fault: Exception,
+) -> Result<(), Exception> {
+    const UNTOUCHED: u8 = 0xa5;
+    let mut state = [0u8; 108];
+    // SAFETY: FNSAVE writes 108 bytes and initializes the unit; FRSTOR brings the guest's state back.
+    unsafe { std::arch::asm!("fnsave [{s}]", "frstor [{s}]", s = in(reg) state.as_mut_ptr(), options(nostack)) };
+    core.bounce.0[..memory.size].fill(UNTOUCHED);
+    stub.run(core, 0)?;
+    if core.bounce.0[..memory.size].iter().all(|byte| *byte == UNTOUCHED) {
+        return Ok(());
+    }
+    // SAFETY: FNINIT clears what is pending, so that FRSTOR of the state saved above cannot fault.
+    unsafe { std::arch::asm!("fninit", "frstor [{s}]", s = in(reg) state.as_ptr(), options(nostack)) };
+    if memory.size == 10 {
+        // Processors store ten bytes as eight and two; the first part may have been done.
+        let first = MemoryOperand { size: 8, ..memory };
+        let low: [u8; 8] = core.bounce.0[..8].try_into().expect("8 bytes");
+        let _ = address_of(core, insn, first, true).and_then(|to| core.write(io, to, &low, Rights::Current));
+    }
+    Err(fault)
 }
 
 /// Clears the x87 instruction and data pointers, which are the host's, in a stored environment (SDM vol. 1

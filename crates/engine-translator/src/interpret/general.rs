@@ -141,6 +141,11 @@ fn mov(x: &mut Exec) -> Outcome {
     if to == OpKind::Register && memory::gpr_part(x.insn.op0_register()).is_none() {
         return system::execute(x.core, x.io, x.insn);
     }
+    if from == OpKind::Register && x.insn.op1_register().is_segment_register() {
+        // Always 16 bits to memory; zero-extended to a wider register.
+        let selector = x.core.cpu.seg[x.insn.op1_register() as usize - Register::ES as usize].selector;
+        return x.write(0, if x.is_memory(0) { 2 } else { x.operand_size(0) }, u64::from(selector));
+    }
     if from == OpKind::Register && memory::gpr_part(x.insn.op1_register()).is_none() {
         return system::execute(x.core, x.io, x.insn);
     }

@@ -102,8 +102,8 @@ impl Exec<'_> {
     /// A repeated instruction: some iterations, or all that are left.
     fn repeat(&mut self, op: &StringOp) -> Result<(), Exception> {
         let mut count = self.gpr(RCX, op.address_size);
+        self.truncate_registers(op);
         if count == 0 {
-            self.truncate_registers(op);
             return Ok(());
         }
         let compares = matches!(op.operation, Operation::Cmps | Operation::Scas);
@@ -135,11 +135,15 @@ impl Exec<'_> {
         Ok(())
     }
 
-    /// A repeated MOVS or STOS with a 32-bit address size and a count of zero still writes its registers, on
-    /// Intel processors, which clears their upper halves.
+    /// With a 32-bit address size the count register is written first of all on Intel processors, even if it
+    /// is zero or the first iteration faults, which clears its upper half; MOVS and STOS do so with their
+    /// address registers too.
     fn truncate_registers(&mut self, op: &StringOp) {
-        if op.address_size == 4 && matches!(op.operation, Operation::Movs | Operation::Stos) {
-            self.set_gpr(RCX, 4, 0);
+        if op.address_size != 4 {
+            return;
+        }
+        self.set_gpr(RCX, 4, self.gpr(RCX, 4));
+        if matches!(op.operation, Operation::Movs | Operation::Stos) {
             self.set_gpr(RDI, 4, self.gpr(RDI, 4));
             if op.operation == Operation::Movs {
                 self.set_gpr(RSI, 4, self.gpr(RSI, 4));
@@ -157,8 +161,8 @@ impl Exec<'_> {
         match op.operation {
             Operation::Movs => {
                 let from = self.element(op.source, si, size, false)?;
-                let to = self.element(index::ES, di, size, true)?;
                 let value = load(self.core, self.io, from, size)?;
+                let to = self.element(index::ES, di, size, true)?;
                 store(self.core, self.io, to, size, value)?;
             }
             Operation::Stos => {
@@ -174,10 +178,11 @@ impl Exec<'_> {
                 moves_destination = false;
             }
             Operation::Cmps => {
-                let from = self.element(op.source, si, size, false)?;
+                // The destination first, as Intel processors do.
                 let to = self.element(index::ES, di, size, false)?;
-                let a = load(self.core, self.io, from, size)?;
                 let b = load(self.core, self.io, to, size)?;
+                let from = self.element(op.source, si, size, false)?;
+                let a = load(self.core, self.io, from, size)?;
                 flags = Some(alu::sub(size, a, b, false).1);
             }
             Operation::Scas => {

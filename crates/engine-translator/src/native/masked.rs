@@ -11,6 +11,7 @@ use crate::interpret::memory::{
 use crate::mmu::Rights;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
+use anyvisor_x86::exception::vector;
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
 /// Executes a gather or masked move; `false` if `insn` is none.
@@ -70,11 +71,12 @@ fn gather(
     let count = (destination.size() / size).min(index.size() / index_size);
     let base = effective_address(&core.cpu, insn);
     let segment = operand_segment(&core.cpu, insn);
-    for n in 0..count {
+    let width = destination.size().max(index.size());
+    for n in 0..width / size {
         let all = if selected(core, mask, n, size) { u64::MAX } else { 0 };
         set_element(core, mask, n, size, all);
     }
-    core.cpu.ymm[mask.number()].0[count * size..].fill(0);
+    core.cpu.ymm[mask.number()].0[width..].fill(0);
     for n in 0..count {
         if !selected(core, mask, n, size) {
             continue;
@@ -86,6 +88,7 @@ fn gather(
         let address = linear(core, segment, address, size as u64, false)?;
         let value = load(core, io, address, size as u32)?;
         set_element(core, destination, n, size, value);
+        core.cpu.ymm[destination.number()].0[width..].fill(0);
         set_element(core, mask, n, size, 0);
     }
     core.cpu.ymm[mask.number()].0.fill(0);
@@ -109,8 +112,10 @@ fn masked_move(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, size: usiz
         }
     }
     if stores {
+        let start = linear(core, segment, base, 1, true).unwrap_or(base);
+        let last = chosen.last().map_or(start, |(_, address)| address + size as u64 - 1);
         for (_, address) in &chosen {
-            core.probe_write(*address, size, Rights::Current)?;
+            core.probe_write(*address, size, Rights::Current).map_err(|fault| report_last(fault, start, last))?;
         }
         for (n, address) in chosen {
             store(core, io, address, size as u32, element(core, register, n, size))?;
@@ -124,6 +129,14 @@ fn masked_move(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, size: usiz
     }
     core.cpu.ymm[register.number()].0 = loaded;
     Ok(())
+}
+
+/// Where a masked store's page fault is: one in the second page is reported at the last byte stored.
+fn report_last(mut fault: Exception, start: u64, last: u64) -> Exception {
+    if fault.vector == vector::PF && fault.payload & !0xfff != start & !0xfff {
+        fault.payload = last;
+    }
+    fault
 }
 
 /// MASKMOVQ and MASKMOVDQU: bytes to DS:rDI.
