@@ -15,6 +15,7 @@ mod terminal;
 
 use anyvisor_vmm::Error;
 use clap::Parser;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 /// Exit code for a user's mistake.
@@ -49,5 +50,10 @@ fn init_log(verbosity: u8) {
     let default = ["warn", "info", "debug", "trace"][usize::from(verbosity.min(3))];
     let filter = tracing_subscriber::EnvFilter::try_from_env("ANYVISOR_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(terminal::log_writer).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(terminal::log_writer)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
 }

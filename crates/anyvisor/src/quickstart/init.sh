@@ -67,7 +67,11 @@ processes() {
         [ "$(tail -n 1 /tmp/squares$i)" = 250000 ] || return 1
     done
 }
-fractions() { [ "$(awk 'BEGIN { printf "%.9f %.6f", atan2(1, 1) * 4, exp(1) * sqrt(2) }')" = "3.141592654 3.844231" ]; }
+fractions() {
+    # The thousandth harmonic number.
+    sum=$(awk 'BEGIN { for (i = 1; i <= 1000; i++) sum += 1 / i; printf "%.9f", sum }')
+    [ "$sum" = 7.485470861 ]
+}
 signals() {
     timeout 1 sleep 30
     [ $? = 143 ]

@@ -93,28 +93,19 @@ fn read_header<F: Image>(boot: &Boot, kernel: &mut F) -> Result<setup_header> {
     Ok(header)
 }
 
-/// Where to load: where the kernel prefers or, if it is relocatable and that does not fit, lower.
+/// Where to load: where the kernel prefers. Lower would not save memory, because a relocatable kernel then
+/// moves itself up to there before it unpacks (boot.rst, `pref_address`).
 fn choose_address(boot: &Boot, header: &setup_header) -> Result<u64> {
     let low_ram = boot.ram.min(layout::LOW_RAM_LIMIT);
-    let size = u64::from(header.init_size);
-    let alignment = u64::from(header.kernel_alignment);
-    let preferred = header.pref_address;
-    if size == 0 || preferred == 0 || preferred >= 1 << 32 {
+    let start = header.pref_address;
+    if header.init_size == 0 || !(layout::HIGH_START..1 << 32).contains(&start) {
         return Err(damaged(boot, "its header has impossible sizes"));
     }
-    let fits = |start: u64| start >= layout::HIGH_START && start + size <= low_ram;
-    if fits(preferred) {
-        return Ok(preferred);
+    let end = start + u64::from(header.init_size);
+    if end > low_ram {
+        return Err(too_little_memory(boot, end));
     }
-    let mut needed = preferred.max(layout::HIGH_START) + size;
-    if header.relocatable_kernel != 0 && alignment.is_power_of_two() {
-        let lowest = layout::HIGH_START.next_multiple_of(alignment);
-        if fits(lowest) {
-            return Ok(lowest);
-        }
-        needed = lowest + size;
-    }
-    Err(too_little_memory(boot, needed))
+    Ok(start)
 }
 
 /// A `setup_data` node with 32 random bytes, which Linux 6.0 and later mix into their pool: a CPU model
