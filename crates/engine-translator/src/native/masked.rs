@@ -112,8 +112,8 @@ fn masked_move(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, size: usiz
         }
     }
     if stores {
-        let start = linear(core, segment, base, 1, true).unwrap_or(base);
-        let last = chosen.last().map_or(start, |(_, address)| address + size as u64 - 1);
+        let start = chosen.first().map_or(0, |(_, address)| *address);
+        let last = chosen.last().map_or(0, |(_, address)| address.wrapping_add(size as u64 - 1));
         for (_, address) in &chosen {
             core.probe_write(*address, size, Rights::Current).map_err(|fault| report_last(fault, start, last))?;
         }
@@ -131,7 +131,7 @@ fn masked_move(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, size: usiz
     Ok(())
 }
 
-/// Where a masked store's page fault is: one in the second page is reported at the last byte stored.
+/// Where a masked store's page fault is: in the second page of a store to two, at the last byte stored.
 fn report_last(mut fault: Exception, start: u64, last: u64) -> Exception {
     if fault.vector == vector::PF && fault.payload & !0xfff != start & !0xfff {
         fault.payload = last;
