@@ -1,1 +1,106 @@
-fn main() {}
+//! The project's own commands, called as `cargo xtask COMMAND`.
+//!
+//! - `test`: everything the tests need, and all tests; what CI runs.
+//! - `tidy`: the rules of ARCHITECTURE.md that a compiler does not check.
+//! - `bench`: guestbench natively, in QEMU's TCG and in anyvisor, into docs/performance.md.
+//! - `fuzz-insn`: the per-instruction differential fuzzer.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod chart;
+mod measure;
+mod report;
+mod test;
+mod tidy;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's own commands")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Installs what the tests need, and runs all tests
+    Test(test::Options),
+    /// Checks dependencies, quarantines, headers and sizes
+    Tidy,
+    /// Compares native, QEMU and anyvisor; writes docs/performance.md and its chart
+    Bench(bench::Options),
+    /// Compares random instructions on the host CPU, the interpreter and the translator
+    FuzzInsn {
+        /// Options of the fuzzer; `--help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Task::Test(options) => test::test(&options),
+        Task::Tidy => tidy::tidy(),
+        Task::Bench(options) => bench::bench(&options),
+        Task::FuzzInsn { options } => fuzz_insn(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn fuzz_insn(options: &[String]) -> Result<()> {
+    let mut command = cargo();
+    command.args(["run", "--quiet", "--release", "--package", "anyvisor-insn-fuzz", "--"]).args(options);
+    run(&mut command)
+}
+
+/// The repository's root folder.
+fn root() -> PathBuf {
+    anyvisor_tests::assets::root()
+}
+
+/// Cargo, in the repository.
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// Runs a command with its output shown.
+fn run(command: &mut Command) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let status = command.status().with_context(|| format!("starting {name}"))?;
+    if !status.success() {
+        let arguments: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
+        bail!("{name} {} failed ({status})", arguments.join(" "));
+    }
+    Ok(())
+}
+
+/// Installs Debian packages when a program they bring is missing: as root only, since nobody else can.
+fn install(program: &str, packages: &[&str]) -> Result<()> {
+    let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output().context("starting sh")?;
+    if found.status.success() {
+        return Ok(());
+    }
+    eprintln!("xtask: installing {}", packages.join(", "));
+    let apt = |arguments: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive").args(arguments);
+        anyvisor_tests::assets::run(&mut command)
+    };
+    let mut arguments = vec!["install", "--yes", "--no-install-recommends"];
+    arguments.extend_from_slice(packages);
+    apt(&arguments)
+        .or_else(|_| apt(&["update"]).and_then(|()| apt(&arguments)))
+        .with_context(|| format!("{program} is missing; install {} (as root)", packages.join(" ")))
+}

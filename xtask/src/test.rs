@@ -1,0 +1,72 @@
+//! `cargo xtask test`: installs what the tests need, checks format, lints and the rules of `tidy`, then
+//! runs every test of the workspace in one `cargo test`, whose lines come last.
+
+use crate::{cargo, install, run, tidy};
+use anyhow::{Context, Result};
+use anyvisor_tests::assets;
+use std::time::{Duration, Instant};
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Only the tests, without format, lints and tidy
+    #[arg(long)]
+    only_tests: bool,
+}
+
+/// Runs everything; stops at the first stage that fails.
+///
+/// # Errors
+/// The stage that failed.
+pub fn test(options: &Options) -> Result<()> {
+    let mut times = Vec::new();
+    let mut stage = |name: &'static str, action: &dyn Fn() -> Result<()>| {
+        eprintln!("xtask: {name}");
+        let began = Instant::now();
+        let result = action().context(name);
+        times.push((name, began.elapsed()));
+        result
+    };
+    stage("what the tests need", &prepare)?;
+    if !options.only_tests {
+        stage("format", &|| run(cargo().args(["fmt", "--all", "--check"])))?;
+        stage("tidy", &tidy::tidy)?;
+        stage("lints", &|| {
+            run(cargo().args([
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--all-targets",
+                "--release",
+                "--",
+                "-D",
+                "warnings",
+            ]))
+        })?;
+    }
+    stage("build", &|| run(cargo().args(["build", "--quiet", "--release", "--workspace", "--all-targets"])))?;
+    print_times(&times);
+    let began = Instant::now();
+    let result = run(cargo().args(["test", "--release", "--workspace", "--no-fail-fast"]));
+    eprintln!("xtask: tests took {}", seconds(began.elapsed()));
+    result
+}
+
+/// Programs, a kernel and a shell for the guests.
+fn prepare() -> Result<()> {
+    install("gcc", &["gcc", "libc6-dev"])?;
+    install("dpkg-deb", &["dpkg"])?;
+    let kernel = assets::kernel()?;
+    let busybox = assets::busybox()?;
+    eprintln!("xtask: guests are {} and {}", kernel.display(), busybox.display());
+    Ok(())
+}
+
+fn print_times(times: &[(&str, Duration)]) {
+    for (name, took) in times {
+        eprintln!("xtask: {name}: {}", seconds(*took));
+    }
+}
+
+fn seconds(duration: Duration) -> String {
+    format!("{:.1} s", duration.as_secs_f64())
+}
