@@ -244,9 +244,9 @@ mod tests {
     fn frequency_leaf_is_exact_or_absent() {
         for khz in [2_300_000, 2_299_998, 3_000_000, 2_100_500] {
             let [(_, ratio), _] = frequency_leaves(khz);
-            if ratio.eax != 0 {
-                let product = ratio.ecx / 1000 * ratio.ebx;
-                assert_eq!(u64::from(product / ratio.eax), khz);
+            let product = ratio.ecx / 1000 * ratio.ebx;
+            if let Some(said) = product.checked_div(ratio.eax) {
+                assert_eq!(u64::from(said), khz);
             }
         }
         assert_ne!(frequency_leaves(2_300_000)[0].1.eax, 0);

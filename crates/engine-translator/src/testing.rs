@@ -16,7 +16,7 @@ use anyvisor_x86::cpuid::CpuModel;
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, DescriptorTable, Segment};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Instant;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -178,7 +178,9 @@ impl TestVm {
         let core = Core::new(vm.clone(), shared, cpu, cpuid());
         let translator =
             (method == Method::Translate).then(|| Translator::new(&cpuid()).expect("the host gives code memory"));
-        let vcpu = TranslatorVcpu::new(core, translator).expect("the reset state is valid");
+        let mut vcpu = TranslatorVcpu::new(core, translator).expect("the reset state is valid");
+        // Single steps do not look at events unless a test makes one.
+        vcpu.core().cpu.pending.store(0, Ordering::SeqCst);
         TestVm { vcpu, vm, io: MockIo::default() }
     }
 

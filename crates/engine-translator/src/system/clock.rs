@@ -26,7 +26,7 @@ impl TscScale {
         let hz = u128::from(khz) * 1000;
         let mut shift = 0i8;
         // multiplier = 10^9 * 2^(32 - shift) / hz, wanted in 2^31 .. 2^32.
-        let scaled = |shift: i8| (1_000_000_000u128 << (64 - i32::from(shift))) / hz >> 32;
+        let scaled = |shift: i8| ((1_000_000_000u128 << (64 - i32::from(shift))) / hz) >> 32;
         while scaled(shift) >> 32 != 0 {
             shift += 1;
         }

@@ -90,6 +90,10 @@ pub fn deliver_exception(core: &mut Core, io: &dyn GuestIo, exception: Exception
         set_payload(core, &current);
         let event = Event { vector: current.vector, error_code: current.error_code, source: Source::Exception };
         let Err(second) = deliver(core, io, event) else { return Step::Done };
+        if second.vector == vector::PF {
+            // Also where the second fault becomes a double fault.
+            core.cpu.cr2 = second.payload;
+        }
         let Some(next) = combine(&current, second) else { return Step::Shutdown };
         current = next;
     }
@@ -188,7 +192,7 @@ fn read_gate(core: &mut Core, io: &dyn GuestIo, event: Event, size: u64) -> Resu
     let kind = (raw >> 40) as u32 & 0x1f;
     let valid = match kind {
         0xe | 0xf => true,
-        5 | 6 | 7 => size == 8,
+        5..=7 => size == 8,
         _ => false,
     };
     if !valid {

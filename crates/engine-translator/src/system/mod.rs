@@ -28,6 +28,8 @@ mod io;
 pub mod msr;
 mod operand;
 mod task;
+#[cfg(test)]
+mod tests;
 mod transfer;
 
 pub use control::write_cr0;

@@ -1,0 +1,199 @@
+//! Control registers, MSRs, CPUID, kvmclock, TLB invalidation.
+
+use crate::testing::{TestVm, handler, place};
+use anyvisor_x86::bits::{cr0, cr4, efer, gpr, xcr0};
+use anyvisor_x86::exception::vector;
+use anyvisor_x86::{cpuid, msr};
+
+fn kernel(code: &[u8]) -> TestVm {
+    TestVm::long_mode(code, 0)
+}
+
+/// Executes one instruction with RAX = `value`; whether it raised #GP.
+fn gp_with(mut test: TestVm, value: u64) -> (bool, TestVm) {
+    test.core().cpu.gpr[gpr::RAX] = value;
+    test.steps(1);
+    let gp = test.rip() == handler(vector::GP);
+    (gp, test)
+}
+
+#[test]
+fn cr0_combinations() {
+    let load = |value| gp_with(kernel(&[0x0f, 0x22, 0xc0]), value);
+    let base = cr0::PE | cr0::PG | cr0::NE | cr0::WP;
+    assert!(!load(base).0);
+    assert!(load(base & !cr0::PE).0, "PG without PE");
+    assert!(load(base | cr0::NW).0, "NW without CD");
+    assert!(load(base | 1 << 32).0, "reserved");
+    assert!(load(base & !cr0::PG).0, "paging off in 64-bit mode");
+    let (_, mut test) = load(base | 1 << 6);
+    assert_eq!(test.core().cpu.cr0, base | cr0::ET, "undefined bits do not stick, ET does");
+}
+
+#[test]
+fn cr3_and_cr4_bits() {
+    let cr3 = |value| gp_with(kernel(&[0x0f, 0x22, 0xd8]), value).0;
+    assert!(!cr3(place::PML4) && cr3(place::PML4 | 1 << 63) && cr3(1 << 52));
+    let mut test = kernel(&[0x0f, 0x22, 0xd8]);
+    test.core().cpu.cr4 |= cr4::PCIDE;
+    let (gp, mut test) = gp_with(test, place::PML4 | 5 | 1 << 63);
+    assert!(!gp && test.core().cpu.cr3 == place::PML4 | 5, "bit 63 is not kept");
+    let cr4 = |value| gp_with(kernel(&[0x0f, 0x22, 0xe0]), value).0;
+    assert!(!cr4(cr4::PAE | cr4::SMEP | cr4::SMAP | cr4::UMIP | cr4::PCIDE | cr4::FSGSBASE));
+    assert!(cr4(0), "PAE off in long mode");
+    assert!(cr4(cr4::PAE | cr4::LA57) && cr4(cr4::PAE | cr4::PKE) && cr4(cr4::PAE | 1 << 13));
+    // PCIDE needs CR3 bits 11:0 clear.
+    let mut test = kernel(&[0x0f, 0x22, 0xe0]);
+    test.core().cpu.cr3 |= 0x18;
+    assert!(gp_with(test, cr4::PAE | cr4::PCIDE).0);
+    assert!(gp_with(kernel(&[0x44, 0x0f, 0x22, 0xc0]), 16).0, "CR8");
+}
+
+#[test]
+fn msr_values() {
+    let write = |number: u32, value: u64| {
+        let mut test = kernel(&[0x0f, 0x30]);
+        let cpu = &mut test.core().cpu;
+        cpu.gpr[gpr::RCX] = number.into();
+        cpu.gpr[gpr::RDX] = value >> 32;
+        gp_with(test, value & 0xffff_ffff).0
+    };
+    assert!(write(0x1234_5678, 0), "unknown");
+    for number in [msr::LSTAR, msr::CSTAR, msr::FS_BASE, msr::GS_BASE, msr::KERNEL_GS_BASE, msr::SYSENTER_EIP] {
+        assert!(write(number, 1 << 47) && !write(number, !0 << 47), "{number:#x}");
+    }
+    assert!(write(msr::EFER, efer::LME | efer::LMA | 1 << 1), "reserved bit of EFER");
+    assert!(write(msr::EFER, efer::SCE), "LME while paging");
+    assert!(write(msr::IA32_PAT, 2) && write(msr::IA32_PAT, 8) && !write(msr::IA32_PAT, 0x0007_0406_0107_0406));
+    assert!(write(msr::MTRR_DEF_TYPE, 2) && !write(msr::MTRR_DEF_TYPE, 0xc06));
+    assert!(write(msr::TSC_AUX, 1 << 32) && write(msr::IA32_SPEC_CTRL, 1 << 3) && !write(msr::IA32_PRED_CMD, 1));
+    assert!(write(msr::IA32_ARCH_CAPABILITIES, 0), "read-only");
+    assert!(write(msr::KVM_STEAL_TIME, 1), "not advertised");
+    let mut test = kernel(&[0x0f, 0x32]);
+    test.core().cpu.gpr[gpr::RCX] = msr::IA32_ARCH_CAPABILITIES.into();
+    test.steps(1);
+    let cpu = &test.core().cpu;
+    assert_eq!(cpu.gpr[gpr::RAX] | cpu.gpr[gpr::RDX] << 32, cpuid::ARCH_CAPABILITIES);
+}
+
+#[test]
+fn the_tsc_can_be_set() {
+    let mut test = kernel(&[0x0f, 0x30, 0x0f, 0x31]); // wrmsr; rdtsc
+    let cpu = &mut test.core().cpu;
+    (cpu.gpr[gpr::RCX], cpu.gpr[gpr::RAX], cpu.gpr[gpr::RDX]) = (msr::IA32_TSC.into(), 0, 0x1000);
+    test.steps(2);
+    let cpu = &test.core().cpu;
+    assert_eq!(cpu.gpr[gpr::RDX], 0x1000);
+    assert_ne!(cpu.tsc_adjust, 0);
+}
+
+#[test]
+fn cpuid_follows_the_state() {
+    let mut test = kernel(&[0x0f, 0xa2, 0x0f, 0xa2]);
+    test.core().cpu.gpr[gpr::RAX] = 1;
+    test.steps(1);
+    assert_ne!(test.core().cpu.gpr[gpr::RCX] & 1 << 27, 0, "OSXSAVE");
+    test.core().cpu.cr4 &= !cr4::OSXSAVE;
+    test.core().cpu.gpr[gpr::RAX] = 1;
+    test.steps(1);
+    assert_eq!(test.core().cpu.gpr[gpr::RCX] & 1 << 27, 0);
+    let size = |value: u64| {
+        let mut test = kernel(&[0x0f, 0xa2]);
+        test.core().cpu.xcr0 = value;
+        test.core().cpu.gpr[gpr::RAX] = 0xd;
+        test.core().cpu.gpr[gpr::RCX] = 0;
+        test.steps(1);
+        test.core().cpu.gpr[gpr::RBX]
+    };
+    assert_eq!(size(xcr0::X87 | xcr0::SSE), 576);
+    if std::arch::is_x86_feature_detected!("avx") {
+        assert_eq!(size(xcr0::X87 | xcr0::SSE | xcr0::AVX), 832);
+    }
+}
+
+#[test]
+fn xsetbv_checks() {
+    let set = |index: u64, value: u64| {
+        let mut test = kernel(&[0x0f, 0x01, 0xd1]);
+        test.core().cpu.gpr[gpr::RCX] = index;
+        test.core().cpu.gpr[gpr::RDX] = 0;
+        gp_with(test, value).0
+    };
+    assert!(!set(0, 1) && !set(0, 3));
+    assert!(set(0, 0) && set(0, 5) && set(0, 0x203) && set(1, 1));
+}
+
+#[test]
+fn invlpg_drops_a_translation_and_only_then() {
+    // mov rax, [rdi]; invlpg [rdi]; mov rax, [rdi]
+    let mut test = kernel(&[0x48, 0x8b, 0x07, 0x0f, 0x01, 0x3f, 0x48, 0x8b, 0x07]);
+    test.core().cpu.gpr[gpr::RDI] = place::DATA;
+    test.load(place::DATA, &1u64.to_le_bytes());
+    test.load(place::DATA + 0x1000, &2u64.to_le_bytes());
+    test.steps(1);
+    assert_eq!(test.core().cpu.gpr[gpr::RAX], 1);
+    test.load(place::PT + 8 * (place::DATA >> 12), &((place::DATA + 0x1000) | 7).to_le_bytes());
+    test.steps(2);
+    assert_eq!(test.core().cpu.gpr[gpr::RAX], 2);
+}
+
+#[test]
+fn invpcid_checks_its_descriptor() {
+    let run = |kind: u64, pcid: u64, address: u64| {
+        let mut test = kernel(&[0x66, 0x0f, 0x38, 0x82, 0x07]); // invpcid rax, [rdi]
+        test.core().cpu.gpr[gpr::RDI] = place::DATA;
+        test.load(place::DATA, &pcid.to_le_bytes());
+        test.load(place::DATA + 8, &address.to_le_bytes());
+        gp_with(test, kind).0
+    };
+    assert!(!run(0, 0, place::DATA) && !run(1, 0, 0) && !run(2, !0, !0) && !run(3, !0, !0));
+    assert!(run(4, 0, 0) && run(0, 1 << 12, 0) && run(0, 0, 1 << 47) && run(0, 5, 0));
+}
+
+#[test]
+fn kvmclock_tells_the_time() {
+    let mut test = kernel(&[0x0f, 0x30, 0x0f, 0x30]);
+    let cpu = &mut test.core().cpu;
+    (cpu.gpr[gpr::RCX], cpu.gpr[gpr::RAX], cpu.gpr[gpr::RDX]) = (msr::KVM_SYSTEM_TIME_NEW.into(), place::DATA | 1, 0);
+    test.steps(1);
+    let version = test.read_u64(place::DATA) as u32;
+    assert!(version != 0 && version.is_multiple_of(2));
+    // The guest's arithmetic (pvclock-abi.h): ns = system_time + ((tsc - timestamp) << shift) * mul >> 32.
+    let (timestamp, system_time) = (test.read_u64(place::DATA + 8), test.read_u64(place::DATA + 16));
+    let scale = test.read_u64(place::DATA + 24);
+    let (mul, shift, flags) = (scale as u32, (scale >> 32) as i8, (scale >> 40) as u8);
+    assert_eq!(flags, 1, "stable");
+    let before = test.core().now_ns();
+    let delta = test.core().tsc().wrapping_sub(timestamp);
+    let after = test.core().now_ns();
+    let delta = if shift < 0 { delta >> -shift } else { delta << shift };
+    let ns = system_time + ((u128::from(delta) * u128::from(mul)) >> 32) as u64;
+    let slack = 1_000_000;
+    assert!(ns + slack >= before && ns <= after + slack, "{before} {ns} {after}");
+    let cpu = &mut test.core().cpu;
+    (cpu.gpr[gpr::RCX], cpu.gpr[gpr::RAX]) = (msr::KVM_WALL_CLOCK_NEW.into(), place::DATA + 64);
+    test.steps(1);
+    let seconds = test.read_u64(place::DATA + 68) as u32;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    assert!(now.abs_diff(seconds.into()) < 5);
+}
+
+#[test]
+fn hypercalls_are_unknown_ones() {
+    let mut test = kernel(&[0x0f, 0x01, 0xc1]);
+    test.core().cpu.gpr[gpr::RAX] = 5;
+    test.steps(1);
+    assert_eq!(test.core().cpu.gpr[gpr::RAX] as i64, -1000);
+    let mut test = TestVm::long_mode(&[0x0f, 0x01, 0xd9], 3);
+    test.steps(1);
+    assert_eq!(test.core().cpu.gpr[gpr::RAX] as i64, -1, "not at CPL 3");
+}
+
+#[test]
+fn dr7_and_dr6_reserved_bits() {
+    let mut test = kernel(&[0x0f, 0x23, 0xf8, 0x0f, 0x21, 0xf8]);
+    test.core().cpu.gpr[gpr::RAX] = 0xffff_dfff;
+    test.steps(2);
+    assert_eq!(test.core().cpu.gpr[gpr::RAX], 0xffff_07ff);
+    assert!(gp_with(kernel(&[0x0f, 0x23, 0xf8]), 1 << 32).0);
+}
