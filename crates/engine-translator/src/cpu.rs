@@ -32,6 +32,9 @@ pub enum JumpContext {
 
 pub const JUMP_CONTEXTS: usize = 4;
 
+/// Groups of accesses that a block can have.
+pub const DELTAS: usize = 16;
+
 /// Whose rights a TLB holds: a block knows statically which one its accesses use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
@@ -57,8 +60,8 @@ pub struct TlbEntry {
     pub write: u64,
     /// Host address of the page.
     pub host: u64,
-    /// Guest-physical address of the page, bit 0: global.
-    pub gpa: u64,
+    /// Host address minus linear address.
+    pub delta: u64,
 }
 
 /// The tag that never matches in entry `index`: the negated address of a page that belongs elsewhere.
@@ -118,6 +121,8 @@ pub struct Cpu {
     pub code_generation: u32,
     /// Scratch of generated code.
     pub scratch: [u64; 8],
+    /// Deltas that the accesses of a block share.
+    pub deltas: [u64; DELTAS],
     /// The host's stack pointer while translated code runs.
     pub host_rsp: u64,
     pub host_mxcsr: u32,

@@ -8,7 +8,9 @@
 //! code was made from the page.
 
 use crate::core::Core;
-use crate::cpu::{JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, invalid_tag};
+use crate::cpu::{
+    JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, invalid_tag,
+};
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
@@ -34,12 +36,17 @@ pub enum Rights {
 pub enum Fill {
     /// The entry is there: look again.
     Ready,
-    /// Interpret the instruction: it faults, crosses a page, touches a device or translated code.
+    /// Interpret the instruction: it faults, or touches a device.
     Interpret,
+    /// Interpret it, because it (or the group it leads) crosses a page or writes to a page with translated
+    /// code: this is likely to happen again.
+    Misfit,
 }
 
 /// Bookkeeping behind the TLB arrays.
 pub struct Mmu {
+    /// Guest-physical page addresses of TLB entries, bit 0: global.
+    pages: Box<[[u64; TLB_ENTRIES]; TLB_CONTEXTS]>,
     /// Indices filled since the last flush, per context.
     journal: [Vec<u16>; TLB_CONTEXTS],
     /// Indices in the kernel TLB whose pages are not global.
@@ -62,6 +69,7 @@ unsafe impl Send for Mmu {}
 impl Mmu {
     pub fn new() -> Mmu {
         Mmu {
+            pages: vec![[0; TLB_ENTRIES]; TLB_CONTEXTS].into_boxed_slice().try_into().expect("as many as contexts"),
             journal: Default::default(),
             kernel_local: Vec::new(),
             large: HashSet::new(),
@@ -120,10 +128,14 @@ impl Core {
         let entry = &self.cpu.tlb[context as usize][tlb_index(gva)];
         let tag = if write { entry.write } else { entry.read };
         if tag == 0u64.wrapping_sub(gva & !0xfff) {
-            return Fill::Interpret;
+            return Fill::Misfit;
         }
         match self.fill_page(context, gva, write) {
             Ok(true) => Fill::Ready,
+            // Present after all, but not for writing.
+            Ok(false) if self.cpu.tlb[context as usize][tlb_index(gva)].read == 0u64.wrapping_sub(gva & !0xfff) => {
+                Fill::Misfit
+            }
             Ok(false) | Err(_) => Fill::Interpret,
         }
     }
@@ -151,7 +163,8 @@ impl Core {
         entry.read = tag;
         entry.write = if write_tag { tag } else { invalid_tag(index) };
         entry.host = host as u64;
-        entry.gpa = gpa | u64::from(mapping.global);
+        entry.delta = (host as u64).wrapping_sub(gva & !0xfff);
+        self.mmu.pages[context as usize][index] = gpa | u64::from(mapping.global);
         self.mmu.journal[context as usize].push(index as u16);
         if context == TlbContext::Kernel && !mapping.global {
             self.mmu.kernel_local.push(index as u16);
@@ -218,7 +231,7 @@ impl Core {
         let mut local = std::mem::take(&mut self.mmu.kernel_local);
         for &index in &local {
             let index = index as usize;
-            if self.cpu.tlb[TlbContext::Kernel as usize][index].gpa & 1 == 0 {
+            if self.mmu.pages[TlbContext::Kernel as usize][index] & 1 == 0 {
                 self.drop_entry(TlbContext::Kernel as usize, index);
             }
         }
@@ -272,7 +285,7 @@ impl Core {
         for context in 0..TLB_CONTEXTS {
             for &index in &self.mmu.journal[context] {
                 let index = index as usize;
-                if self.cpu.tlb[context][index].gpa & !0xfff == gpa {
+                if self.mmu.pages[context][index] & !0xfff == gpa {
                     self.cpu.tlb[context][index].write = invalid_tag(index);
                 }
             }

@@ -6,11 +6,21 @@
 //! they wait in AX meanwhile.
 
 use super::assembler::*;
+use super::coalesce::{Access, Role};
 use super::block::{Builder, SAVED_RAX, Thunk, host_register, scratch, slot};
 use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry};
 use anyvisor_x86::segment::{Segment, index};
 use iced_x86::{Instruction, Register};
 use std::mem::offset_of;
+
+fn delta(slot: u8) -> Rm {
+    Rm::Gs((offset_of!(Cpu, deltas) + 8 * slot as usize) as i32)
+}
+
+fn segment_base(segment: u8) -> Rm {
+    let base = offset_of!(Cpu, seg) + segment as usize * size_of::<Segment>() + offset_of!(Segment, base);
+    Rm::Gs(base as i32)
+}
 
 /// log2 of the size of a TLB entry.
 const ENTRY_BITS: u8 = 5;
@@ -20,17 +30,17 @@ const _: () = assert!(size_of::<TlbEntry>() == 1 << ENTRY_BITS);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ea {
     /// Guest register numbers.
-    base: Option<u8>,
-    index: Option<u8>,
-    scale: u8,
-    displacement: i64,
+    pub base: Option<u8>,
+    pub index: Option<u8>,
+    pub scale: u8,
+    pub displacement: i64,
     /// FS or GS; other segments are flat.
-    segment: Option<u8>,
+    pub segment: Option<u8>,
     /// The offset is 32 bits wide.
-    narrow: bool,
+    pub narrow: bool,
     /// The operand is the element of a bit string that holds the bit numbered by this guest register;
     /// and the element's size in bytes, 4 or 8.
-    bit: Option<(u8, u8)>,
+    pub bit: Option<(u8, u8)>,
 }
 
 impl Ea {
@@ -92,7 +102,7 @@ impl Ea {
         Ea { bit: Some((register, size as u8)), ..self }
     }
 
-    fn constant(&self) -> Option<u64> {
+    pub fn constant(&self) -> Option<u64> {
         let plain = self.segment.is_none() && self.bit.is_none();
         (plain && self.base.is_none() && self.index.is_none()).then_some(self.displacement as u64)
     }
@@ -105,6 +115,8 @@ pub struct Miss {
     flags: bool,
     write: bool,
     offset: u16,
+    /// What was added to the address for the range of a group.
+    low: i32,
 }
 
 impl Builder<'_> {
@@ -140,13 +152,55 @@ impl Builder<'_> {
         }
     }
 
-    /// Probes the TLB for `size` bytes at `ea`. Returns the operand to use: `[rsi]` if RDI is to be left
-    /// free (`keep_rdi`), else `[rsi + rdi]`. `flags`: the status flags are alive.
+    /// Makes `size` bytes at `ea` accessible: by a probe of the TLB, or by the delta that a leader of the
+    /// same group has found. Returns the operand to use, which leaves RDI free if `keep_rdi`. `flags`: the
+    /// status flags are alive.
     pub(super) fn access(&mut self, ea: &Ea, size: usize, write: bool, flags: bool, keep_rdi: bool) -> Rm {
+        let (planned, role) = self.planned.next().expect("every access is planned");
+        assert_eq!(planned, Access { ea: *ea, size, write }, "accesses are emitted as planned");
+        let (slot, low, high) = match role {
+            Role::Follower { slot } => {
+                self.a.load(RSI, delta(slot));
+                return self.operand(ea, keep_rdi);
+            }
+            Role::Leader { slot, low: 0, high: 0 } => (Some(slot), 0, size as i32),
+            Role::Leader { slot, low, high } => (Some(slot), low, high),
+            Role::Single => (None, 0, size as i32),
+        };
+        let table = self.table();
+        self.probe(ea, write, flags, low, high);
+        match slot {
+            Some(slot) => {
+                self.a.load(RSI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, delta) as i32));
+                self.a.store(delta(slot), RSI);
+            }
+            None if keep_rdi => self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, host) as i32)),
+            None => self.a.load(RDI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, host) as i32)),
+        }
+        if let Some((register, size)) = ea.bit {
+            self.load_bit_number(register, size);
+            self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), i32::from(size) * 8 - 1);
+        }
+        if flags {
+            self.restore_flags();
+        }
+        match slot {
+            Some(_) => self.operand(ea, keep_rdi),
+            None if keep_rdi => Rm::Base(RSI, 0),
+            None => Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 },
+        }
+    }
+
+    fn table(&self) -> i32 {
         let tlb = self.source.context.tlb as usize;
-        let table = (offset_of!(Cpu, tlb) + tlb * size_of::<[TlbEntry; TLB_ENTRIES]>()) as i32;
+        (offset_of!(Cpu, tlb) + tlb * size_of::<[TlbEntry; TLB_ENTRIES]>()) as i32
+    }
+
+    /// Probes for `low..high` around `ea`. Leaves the offset in the page in RSI, the entry's offset in RDI,
+    /// and live flags in AX.
+    fn probe(&mut self, ea: &Ea, write: bool, flags: bool, low: i32, high: i32) {
+        let table = self.table();
         let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
-        let host = offset_of!(TlbEntry, host) as i32;
         let retry = self.a.position();
         self.effective_address(ea);
         if flags {
@@ -156,8 +210,7 @@ impl Builder<'_> {
         }
         self.flags_in_ax = flags;
         if let Some(segment) = ea.segment {
-            let base = offset_of!(Cpu, seg) + segment as usize * size_of::<Segment>() + offset_of!(Segment, base);
-            self.a.alu(Alu::Add, RSI, Rm::Gs(base as i32));
+            self.a.alu(Alu::Add, RSI, segment_base(segment));
             if self.bits() == 32 {
                 self.a.mov32(RSI, RSI);
             }
@@ -183,22 +236,77 @@ impl Builder<'_> {
             }
         }
         self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + tag));
-        self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - size as i32);
+        if low != 0 {
+            self.a.alu_imm(Alu::Add, true, Rm::Reg(RSI), low);
+        }
+        self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - (high - low));
         let hole = self.a.jcc(cc::A);
-        self.misses.push(Miss { hole, retry, flags, write, offset: self.at });
-        if keep_rdi {
-            self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + host));
-        } else {
-            self.a.load(RDI, Rm::GsBase(RDI, table + host));
+        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low });
+    }
+
+    /// The operand at `ea` when RSI holds the delta of its page. Leaves flags alone, and RDI free if
+    /// `keep_rdi`.
+    fn operand(&mut self, ea: &Ea, keep_rdi: bool) -> Rm {
+        let displacement = ea.displacement as i32;
+        if let Some(address) = ea.constant() {
+            if address as i64 == i64::from(displacement) {
+                return Rm::Base(RSI, displacement);
+            }
+            self.a.mov_imm(RDI, address);
+            return self.sum(RDI, 0, 0, keep_rdi);
         }
-        if let Some((register, size)) = ea.bit {
-            self.load_bit_number(register, size);
-            self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), i32::from(size) * 8 - 1);
+        if let Some(segment) = ea.segment {
+            self.a.load(RDI, segment_base(segment));
+            return self.sum(RDI, 0, displacement, keep_rdi);
         }
-        if flags {
-            self.restore_flags();
+        let (last, scale) = match (ea.base, ea.index) {
+            (Some(base), None) => (base, 0),
+            (None, Some(index)) => (index, ea.scale),
+            (Some(base), Some(index)) => {
+                let base = self.guest_register(base);
+                self.a.lea(RSI, Rm::Indexed { base: RSI, index: base, scale: 0, displacement: 0 });
+                (index, ea.scale)
+            }
+            (None, None) => unreachable!("constant or segment-relative"),
+        };
+        let register = self.guest_register(last);
+        self.sum(register, scale, displacement, keep_rdi && register == RDI)
+    }
+
+    /// `[rsi + register × 2^scale + displacement]`, computed into RSI if the register must not be used.
+    fn sum(&mut self, register: u8, scale: u8, displacement: i32, compute: bool) -> Rm {
+        let rm = Rm::Indexed { base: RSI, index: register, scale, displacement };
+        if compute {
+            self.a.lea(RSI, rm);
+            return Rm::Base(RSI, 0);
         }
-        if keep_rdi { Rm::Base(RSI, 0) } else { Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 } }
+        rm
+    }
+
+    /// The host register with a guest register's value: its own, or RDI.
+    fn guest_register(&mut self, number: u8) -> u8 {
+        host_register(number as usize).unwrap_or_else(|| {
+            self.a.load(RDI, slot(number as usize));
+            RDI
+        })
+    }
+
+    /// The address as one operand, if no scratch register and no segment base is needed for it.
+    pub(super) fn plain_address(&self, ea: &Ea) -> Option<Rm> {
+        let displacement = ea.displacement as i32;
+        match (ea.base, ea.index) {
+            (None, None) => None,
+            (Some(base), None) => Some(Rm::Base(host_register(base as usize)?, displacement)),
+            (None, Some(index)) => {
+                Some(Rm::Scaled { index: host_register(index as usize)?, scale: ea.scale, displacement })
+            }
+            (Some(base), Some(index)) => Some(Rm::Indexed {
+                base: host_register(base as usize)?,
+                index: host_register(index as usize)?,
+                scale: ea.scale,
+                displacement,
+            }),
+        }
     }
 
     /// Loads guest register `number`, sign-extended from `size` bytes, into RDI. While flags wait in AX,
@@ -228,6 +336,9 @@ impl Builder<'_> {
         for miss in std::mem::take(&mut self.misses) {
             self.a.bind(miss.hole);
             self.map.push((self.a.position() as u32, miss.offset));
+            if miss.low != 0 {
+                self.a.lea(RSI, Rm::Base(RSI, -miss.low));
+            }
             if miss.flags {
                 self.restore_flags();
             }

@@ -14,6 +14,7 @@
 
 use super::access::{Ea, Miss};
 use super::assembler::*;
+use super::coalesce::{Access, Coalescer, Role};
 use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
 use super::control::FarJump;
 use super::sensitive::OddSyscall;
@@ -94,6 +95,8 @@ pub struct Translation {
     pub peeked: Vec<(u16, u16)>,
     /// The only instruction runs over the page's end, and its other bytes were not given.
     pub incomplete: bool,
+    /// Some accesses share a probe.
+    pub coalesced: bool,
 }
 
 /// Shared code that blocks jump to or call.
@@ -122,6 +125,8 @@ pub mod word {
     pub const TARGET: usize = 3;
     /// Host address that faulted or missed.
     pub const FAULT: usize = 4;
+    /// 1 if the last miss was a [`Fill::Misfit`](crate::mmu::Fill::Misfit).
+    pub const MISFIT: usize = 5;
 }
 
 /// Offset of word `index`.
@@ -161,7 +166,7 @@ pub(super) struct Insn {
     pub(super) instruction: Instruction,
     offset: u16,
     length: u8,
-    kind: Kind,
+    pub(super) kind: Kind,
     /// Status flags alive before it, at the point where it may miss or fault.
     pub(super) live_in: u32,
     pub(super) live_out: u32,
@@ -186,6 +191,8 @@ pub struct Source<'a> {
     pub features: &'a Features,
     /// Number that the first exit of this block gets.
     pub first_exit: u32,
+    /// Let accesses share probes.
+    pub coalesce: bool,
 }
 
 pub struct Builder<'a> {
@@ -203,6 +210,9 @@ pub struct Builder<'a> {
     pub(super) at: u16,
     /// A probe is being emitted whose flags wait in AX.
     pub(super) flags_in_ax: bool,
+    /// The accesses to come, with their roles.
+    pub(super) planned: std::vec::IntoIter<(Access, Role)>,
+    coalesced: bool,
     incomplete: bool,
 }
 
@@ -221,9 +231,12 @@ pub fn translate(source: &Source) -> Translation {
         peeked: Vec::new(),
         at: 0,
         flags_in_ax: false,
+        planned: Vec::new().into_iter(),
+        coalesced: false,
         incomplete: false,
     };
     let insns = builder.decode();
+    builder.plan_accesses(&insns);
     builder.body(&insns);
     builder.finish(&insns)
 }
@@ -387,7 +400,68 @@ impl<'a> Builder<'a> {
         live | undecided
     }
 
-    // Pass 2: emission.
+    // Pass 2: which accesses share probes.
+
+    fn plan_accesses(&mut self, insns: &[Insn]) {
+        let mut coalescer = Coalescer::new();
+        let mut accesses = Vec::new();
+        let share = self.source.coalesce && self.bits() == 64;
+        for insn in insns {
+            for access in self.accesses(insn).into_iter().flatten() {
+                coalescer.access(&access);
+                accesses.push(access);
+            }
+            coalescer.execute(insn);
+        }
+        let roles = if share { coalescer.roles() } else { vec![Role::Single; accesses.len()] };
+        self.coalesced = roles.iter().any(|r| *r != Role::Single);
+        self.planned = accesses.into_iter().zip(roles).collect::<Vec<_>>().into_iter();
+    }
+
+    /// The memory accesses that emitting `insn` will make, in order.
+    fn accesses(&mut self, insn: &Insn) -> [Option<Access>; 2] {
+        let instruction = &insn.instruction;
+        let word = self.word() as usize;
+        let bits = self.bits();
+        let ea = || Ea::of(instruction, bits);
+        let push = Some(Access { ea: self.stack(-(word as i64)), size: word, write: true });
+        let pop = Some(Access { ea: self.stack(0), size: word, write: false });
+        let operand = || ea().map(|ea| Access { ea, size: word, write: false });
+        match insn.kind {
+            Kind::Memory | Kind::BitString => {
+                let info = self.info.info_options(instruction, InstructionInfoOptions::NO_REGISTER_USAGE);
+                let number = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
+                let access = number.map_or(OpAccess::NoMemAccess, |n| info.op_access(n));
+                if access == OpAccess::NoMemAccess {
+                    return [None, None];
+                }
+                let (_, write) = reads_writes(access);
+                let size = instruction.memory_size().size();
+                let ea = ea().map(|ea| match insn.kind {
+                    Kind::BitString => self.bit_string_ea(instruction, ea),
+                    _ => ea,
+                });
+                let write = if insn.kind == Kind::BitString { instruction.mnemonic() != iced_x86::Mnemonic::Bt } else { write };
+                [ea.map(|ea| Access { ea, size, write }), None]
+            }
+            Kind::Push if instruction.op0_kind() == OpKind::Memory => [operand(), push],
+            Kind::Push | Kind::CallDirect => [push, None],
+            Kind::Pop | Kind::Return => [pop, None],
+            Kind::Leave => [Some(Access { ea: Ea::register(RBP, bits), size: word, write: false }), None],
+            Kind::CallIndirect if instruction.op0_kind() == OpKind::Memory => [operand(), push],
+            Kind::CallIndirect => [push, None],
+            Kind::JumpIndirect if instruction.op0_kind() == OpKind::Memory => [operand(), None],
+            Kind::String => self.string_accesses(instruction),
+            Kind::Sensitive => match instruction.mnemonic() {
+                iced_x86::Mnemonic::Pushfq => [push, None],
+                iced_x86::Mnemonic::Popfq => [pop, None],
+                _ => [None, None],
+            },
+            _ => [None, None],
+        }
+    }
+
+    // Pass 3: emission.
 
     fn body(&mut self, insns: &[Insn]) {
         if let Some(generation) = self.source.crossing {
@@ -585,14 +659,18 @@ impl<'a> Builder<'a> {
         let start = insn.offset as usize;
         let bytes = &self.source.bytes[start..start + insn.length as usize];
         let Some(layout) = Layout::parse(bytes, self.bits()) else { return false };
-        let register = instruction.op1_register();
-        let index = (register.full_register() as usize - Register::RAX as usize) as u8;
         let size = instruction.memory_size().size();
         let write = instruction.mnemonic() != iced_x86::Mnemonic::Bt;
-        let rm = self.access(&ea.with_bit(index, size), size, write, insn.live_in != 0, true);
+        let rm = self.access(&self.bit_string_ea(instruction, ea), size, write, insn.live_in != 0, true);
         let fields = Fields { reg: RDI, ..Fields::default() };
         layout.emit(&mut self.a, &fields, rm, false);
         true
+    }
+
+    fn bit_string_ea(&self, instruction: &Instruction, ea: Ea) -> Ea {
+        let register = instruction.op1_register();
+        let index = (register.full_register() as usize - Register::RAX as usize) as u8;
+        ea.with_bit(index, instruction.memory_size().size())
     }
 
     /// `[register]` for a guest register.
@@ -605,6 +683,14 @@ impl<'a> Builder<'a> {
         let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
         let register = instruction.op0_register();
         let index = register.full_register() as usize - Register::RAX as usize;
+        if let (8 | 4, Some(host), Some(rm)) = (register.size(), host_register(index), self.plain_address(&ea)) {
+            if register.size() == 4 || ea.narrow {
+                self.a.lea32(host, rm);
+            } else {
+                self.a.lea(host, rm);
+            }
+            return true;
+        }
         self.effective_address(&ea);
         match (register.size(), host_register(index)) {
             (8, Some(host)) => self.a.mov(host, RSI),
@@ -768,6 +854,7 @@ impl<'a> Builder<'a> {
             length: last.offset + u16::from(last.length),
             peeked: self.peeked,
             incomplete: self.incomplete,
+            coalesced: self.coalesced,
         }
     }
 }

@@ -219,8 +219,7 @@ unsafe extern "sysv64" fn tlb_miss(core: *mut Core, gva: u64, how: u64) -> u64 {
         1 => TlbContext::KernelAc,
         _ => TlbContext::User,
     };
-    match core.fill(context, gva, how & 1 != 0) {
-        Fill::Ready => 0,
-        Fill::Interpret => 1,
-    }
+    let fill = core.fill(context, gva, how & 1 != 0);
+    core.cpu.translated[word::MISFIT] = u64::from(fill == Fill::Misfit);
+    u64::from(fill != Fill::Ready)
 }

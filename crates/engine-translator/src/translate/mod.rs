@@ -11,6 +11,7 @@ mod access;
 mod assembler;
 mod block;
 mod classify;
+mod coalesce;
 mod control;
 mod encoding;
 mod enter;
@@ -32,7 +33,7 @@ use anyvisor_x86::{Cpuid, Exception};
 use block::{Context, ExitKind, Source, Thunk, word};
 use classify::Features;
 use enter::{EXIT_FAULT, Thunks};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::Ordering;
 
@@ -42,6 +43,8 @@ const CODE_SIZE: usize = 32 << 20;
 const CODE_RESERVE: usize = 64 << 10;
 /// Code is tracked for writes in granules of this many bytes, 64 to a page.
 const GRANULE: u64 = 64;
+/// Misfits of a block with shared probes after which it is translated without.
+const MAX_MISFITS: u8 = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
@@ -62,6 +65,9 @@ struct Block {
     /// Exits of blocks that are linked to this one.
     incoming: Vec<u32>,
     alive: bool,
+    /// Some accesses share a probe; and how often such a probe has been in vain.
+    coalesced: bool,
+    misfits: u8,
 }
 
 struct Exit {
@@ -129,6 +135,8 @@ pub struct Translator {
     exits: Vec<Exit>,
     index: AddressMap<Key, u32>,
     pages: AddressMap<u64, CodePage>,
+    /// Blocks in which shared probes did not pay.
+    uncoalesced: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     /// Counts the times everything was dropped.
     generation: u64,
     statistics: Statistics,
@@ -156,6 +164,7 @@ impl Translator {
             exits: Vec::new(),
             index: AddressMap::default(),
             pages: AddressMap::default(),
+            uncoalesced: HashSet::default(),
             generation: 0,
             statistics: Statistics::default(),
             count: tracing::enabled!(tracing::Level::DEBUG),
@@ -204,8 +213,13 @@ impl Translator {
             let exit = self.enter(core, next);
             self.statistics.exits += 1;
             if exit == EXIT_FAULT {
-                core.cpu.rip = self.guest_position(core.cpu.translated[word::FAULT]);
+                let (block, rip) = self.guest_position(core.cpu.translated[word::FAULT]);
+                core.cpu.rip = rip;
                 self.statistics.faults += 1;
+                if core.cpu.translated[word::MISFIT] != 0 {
+                    core.cpu.translated[word::MISFIT] = 0;
+                    self.misfit(core, block);
+                }
                 return self.interpret(core, io);
             }
             match self.exits[exit as usize].kind {
@@ -326,6 +340,7 @@ impl Translator {
             context: key.context,
             features: &self.features,
             first_exit,
+            coalesce: !self.uncoalesced.contains(&key),
         };
         let mut translation = block::translate(&source);
         let mut next_page = None;
@@ -417,6 +432,8 @@ impl Translator {
             exits: first_exit..self.exits.len() as u32,
             incoming: Vec::new(),
             alive: true,
+            coalesced: translation.coalesced,
+            misfits: 0,
         });
         self.index.insert(key, id);
         self.statistics.blocks += 1;
@@ -451,14 +468,28 @@ impl Translator {
         self.code.write(site as usize, &displacement.to_le_bytes());
     }
 
-    /// The guest address of the instruction that host address `at` belongs to.
-    fn guest_position(&self, at: u64) -> u64 {
+    /// Counts an access that is not served by its probe; too many, and the block's accesses go alone.
+    fn misfit(&mut self, core: &mut Core, id: u32) {
+        let block = &mut self.blocks[id as usize];
+        if !block.coalesced || !block.alive {
+            return;
+        }
+        block.misfits += 1;
+        if block.misfits >= MAX_MISFITS {
+            let key = block.key;
+            self.uncoalesced.insert(key);
+            self.kill(core, id);
+        }
+    }
+
+    /// The block and the guest address of the instruction that host address `at` belongs to.
+    fn guest_position(&self, at: u64) -> (u32, u64) {
         let offset = self.code.offset_of(at).expect("a fault in translated code") as u32;
         let i = self.blocks.partition_point(|b| b.start <= offset);
         let block = &self.blocks[i.checked_sub(1).expect("a fault in a block, not in a thunk")];
         assert!(offset <= block.start + block.length, "a fault between blocks");
         let j = block.map.partition_point(|&(host, _)| host <= offset - block.start);
-        block.key.rip + u64::from(block.map[j - 1].1)
+        (i as u32 - 1, block.key.rip + u64::from(block.map[j - 1].1))
     }
 
     /// The guest (or a device) wrote to a page with translated code.
@@ -512,6 +543,7 @@ impl Translator {
         self.blocks.clear();
         self.exits.clear();
         self.index.clear();
+        self.uncoalesced.clear();
         for page in std::mem::take(&mut self.pages).into_keys() {
             core.unprotect_code_page(page << 12);
         }

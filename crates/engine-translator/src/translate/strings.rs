@@ -3,6 +3,7 @@
 
 use super::assembler::*;
 use super::block::*;
+use super::coalesce::Access;
 use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry};
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 use std::mem::offset_of;
@@ -40,6 +41,22 @@ pub fn translatable(instruction: &Instruction) -> Option<u8> {
 }
 
 impl Builder<'_> {
+    /// The accesses of a string instruction that is not repeated.
+    pub(super) fn string_accesses(&self, instruction: &Instruction) -> [Option<Access>; 2] {
+        let Some(log) = translatable(instruction) else { return [None, None] };
+        if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
+            return [None, None];
+        }
+        let size = 1 << log;
+        let source = Some(Access { ea: self.at_register(6), size, write: false });
+        let destination = Some(Access { ea: self.at_register(7), size, write: true });
+        match instruction.mnemonic() {
+            M::Movsb | M::Movsw | M::Movsd | M::Movsq => [source, destination],
+            M::Stosb | M::Stosw | M::Stosd | M::Stosq => [destination, None],
+            _ => [source, None],
+        }
+    }
+
     pub(super) fn string(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
         let Some(log) = translatable(instruction) else { return false };

@@ -1,0 +1,235 @@
+//! Sharing TLB probes between the memory accesses of a block.
+//!
+//! Accesses whose addresses differ by constants known at translation time form a group. The first, the
+//! leader, checks that the whole range of the group lies in its page, and keeps the page's *delta* (host
+//! address minus linear address) in the vCPU block; the others only add that delta to their own address.
+//! A group never mixes a write into a leader that only reads, so no dirty bit is set for a write that may
+//! not happen. The delta stays right to the block's end: whatever changes a mapping ends the block.
+//!
+//! A leader whose range leaves the page is interpreted. A block where that happens often is translated
+//! again without groups.
+
+use super::access::Ea;
+use super::block::Insn;
+use crate::cpu::DELTAS;
+use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind, Register};
+
+/// The widest range of a group, in bytes: a wider one leaves its page more often.
+const RANGE: i64 = 384;
+
+/// What an access does about its probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Probes for itself.
+    Single,
+    /// Probes for `low..high` around its address and keeps the delta in `slot`.
+    Leader { slot: u8, low: i32, high: i32 },
+    /// Uses the delta in `slot`.
+    Follower { slot: u8 },
+}
+
+/// One memory access, in the order of emission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    pub ea: Ea,
+    pub size: usize,
+    pub write: bool,
+}
+
+/// A register's value, as a constant distance from some unknown value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Value {
+    origin: u32,
+    offset: i64,
+}
+
+/// The part of an address that groups share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    Page(u64),
+    Segment { segment: u8, version: u32 },
+    Registers { base: Option<u32>, index: Option<(u32, u8)> },
+}
+
+struct Group {
+    origin: Origin,
+    write: bool,
+    low: i64,
+    high: i64,
+    members: Vec<(usize, i64)>,
+}
+
+/// Tracks register values through a block.
+pub struct Coalescer {
+    values: [Value; 16],
+    next: u32,
+    segments: u32,
+    groups: Vec<Group>,
+    count: usize,
+    info: InstructionInfoFactory,
+}
+
+impl Coalescer {
+    pub fn new() -> Coalescer {
+        Coalescer {
+            values: std::array::from_fn(|i| Value { origin: i as u32, offset: 0 }),
+            next: 16,
+            segments: 0,
+            groups: Vec::new(),
+            count: 0,
+            info: InstructionInfoFactory::new(),
+        }
+    }
+
+    /// Notes the next access of the block; the registers are as before its instruction but for what
+    /// [`Self::adjust`] has told.
+    pub fn access(&mut self, access: &Access) {
+        let number = self.count;
+        self.count += 1;
+        let Some((origin, offset)) = self.address(&access.ea) else { return };
+        if matches!(origin, Origin::Page(_)) && offset + access.size as i64 > 4096 {
+            return;
+        }
+        let end = offset + access.size as i64;
+        let fits = |g: &&mut Group| {
+            g.origin == origin
+                && (g.write || !access.write)
+                && g.high.max(end) - g.low.min(offset) <= RANGE
+        };
+        if let Some(group) = self.groups.iter_mut().rev().find(fits) {
+            group.low = group.low.min(offset);
+            group.high = group.high.max(end);
+            group.members.push((number, offset));
+        } else {
+            let members = vec![(number, offset)];
+            self.groups.push(Group { origin, write: access.write, low: offset, high: end, members });
+        }
+    }
+
+    /// The shared part of an address, and the distance from it.
+    fn address(&self, ea: &Ea) -> Option<(Origin, i64)> {
+        if ea.narrow || ea.bit.is_some() {
+            return None;
+        }
+        if let Some(segment) = ea.segment {
+            let plain = ea.base.is_none() && ea.index.is_none();
+            return plain.then_some((Origin::Segment { segment, version: self.segments }, ea.displacement));
+        }
+        if let Some(address) = ea.constant() {
+            return Some((Origin::Page(address >> 12), (address & 0xfff) as i64));
+        }
+        let base = ea.base.map(|r| self.values[r as usize]);
+        let index = ea.index.map(|r| self.values[r as usize]);
+        let offset = base.map_or(0, |v| v.offset)
+            .wrapping_add(index.map_or(0, |v| v.offset << ea.scale))
+            .wrapping_add(ea.displacement);
+        let origin =
+            Origin::Registers { base: base.map(|v| v.origin), index: index.map(|v| (v.origin, ea.scale)) };
+        // Far-off offsets cannot share a page with others; keep the arithmetic of ranges small.
+        (offset.unsigned_abs() < 1 << 40).then_some((origin, offset))
+    }
+
+    /// Notes that an instruction being looked at has moved the stack pointer, between its accesses.
+    pub fn adjust(&mut self, register: usize, by: i64) {
+        self.values[register].offset = self.values[register].offset.wrapping_add(by);
+    }
+
+    fn forget(&mut self, register: usize) {
+        self.values[register] = Value { origin: self.next, offset: 0 };
+        self.next += 1;
+    }
+
+    /// Notes what `insn`, in 64-bit code, does to registers.
+    pub fn execute(&mut self, insn: &Insn) {
+        let instruction = &insn.instruction;
+        let wide = |i: u32| {
+            (instruction.op_kind(i) == OpKind::Register && instruction.op_register(i).is_gpr64())
+                .then(|| instruction.op_register(i) as usize - Register::RAX as usize)
+        };
+        match instruction.mnemonic() {
+            M::Push => return self.adjust(4, -8),
+            M::Pop => {
+                self.adjust(4, 8);
+                match wide(0) {
+                    Some(r) => self.forget(r),
+                    None => self.forget(4),
+                }
+                return;
+            }
+            M::Leave => {
+                self.values[4] = self.values[5];
+                self.adjust(4, 8);
+                return self.forget(5);
+            }
+            M::Swapgs => self.segments += 1,
+            M::Add | M::Sub if instruction.op1_kind() != OpKind::Register && instruction.op1_kind() != OpKind::Memory => {
+                if let Some(r) = wide(0) {
+                    let by = instruction.immediate(1) as i64;
+                    return self.adjust(r, if instruction.mnemonic() == M::Add { by } else { by.wrapping_neg() });
+                }
+            }
+            M::Inc | M::Dec => {
+                if let Some(r) = wide(0) {
+                    return self.adjust(r, if instruction.mnemonic() == M::Inc { 1 } else { -1 });
+                }
+            }
+            M::Mov => {
+                if let (Some(to), Some(from)) = (wide(0), wide(1)) {
+                    self.values[to] = self.values[from];
+                    return;
+                }
+            }
+            M::Lea => {
+                if let (Some(to), Some(value)) = (wide(0), self.lea(instruction)) {
+                    self.values[to] = value;
+                    return;
+                }
+            }
+            _ => {}
+        }
+        self.forget_written(instruction);
+    }
+
+    fn lea(&self, instruction: &Instruction) -> Option<Value> {
+        let base = instruction.memory_base();
+        if instruction.memory_index() != Register::None || !base.is_gpr64() {
+            return None;
+        }
+        let value = self.values[base as usize - Register::RAX as usize];
+        Some(Value { offset: value.offset.wrapping_add(instruction.memory_displacement64() as i64), ..value })
+    }
+
+    fn forget_written(&mut self, instruction: &Instruction) {
+        let mut written = 0u16;
+        let info = self.info.info_options(instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
+        for used in info.used_registers() {
+            let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+            if writes && used.register().is_gpr() {
+                written |= 1 << (used.register().full_register() as usize - Register::RAX as usize);
+            }
+        }
+        for register in (0..16).filter(|r| written & (1 << r) != 0) {
+            self.forget(register);
+        }
+    }
+
+    /// The role of each access, in order.
+    pub fn roles(self) -> Vec<Role> {
+        let mut roles = vec![Role::Single; self.count];
+        let shared = self.groups.iter().filter(|g| g.members.len() > 1).take(DELTAS);
+        for (slot, group) in shared.enumerate() {
+            let slot = slot as u8;
+            let (leader, at) = group.members[0];
+            // A constant address's page is known: its own bytes are all there is to check.
+            let (low, high) = match group.origin {
+                Origin::Page(_) => (0, 0),
+                _ => ((group.low - at) as i32, (group.high - at) as i32),
+            };
+            roles[leader] = Role::Leader { slot, low, high };
+            for &(member, _) in &group.members[1..] {
+                roles[member] = Role::Follower { slot };
+            }
+        }
+        roles
+    }
+}
