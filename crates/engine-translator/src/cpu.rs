@@ -125,6 +125,9 @@ pub struct Cpu {
     pub deltas: [u64; DELTAS],
     /// The host's stack pointer while translated code runs.
     pub host_rsp: u64,
+    /// The return stack's pointer while translated code does not run, and where it is empty.
+    pub return_stack: u64,
+    pub return_stack_base: u64,
     pub host_mxcsr: u32,
     pub mxcsr: u32,
 

@@ -353,6 +353,7 @@ impl Core {
 
     fn forget_code_pages(&mut self) {
         self.mmu.code_page = None;
+        self.cpu.return_stack = self.cpu.return_stack_base;
         self.cpu.code_generation = self.cpu.code_generation.wrapping_add(1);
     }
 

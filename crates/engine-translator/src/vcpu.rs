@@ -71,8 +71,8 @@ impl TranslatorVcpu {
             self.timer = Some(ThreadTimer::new()?);
         }
         host::set_gs_base(std::ptr::from_ref::<Cpu>(&self.core.cpu) as u64)?;
-        if let Some(translator) = &self.translator {
-            translator.attach(&mut self.core);
+        if let Some(translator) = &mut self.translator {
+            translator.attach(&mut self.core)?;
         }
         // SAFETY: the block outlives `run`, and `leave_thread` takes the address back.
         unsafe { timer::set_running(self.core.cpu.pending.as_ptr().cast()) };

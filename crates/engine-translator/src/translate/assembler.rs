@@ -243,6 +243,11 @@ impl Assembler {
         self.op(false, &[0xc1], 5, Rm::Reg(reg));
         self.byte(count);
     }
+    /// `shl r64, count`
+    pub fn shl64(&mut self, reg: u8, count: u8) {
+        self.op(true, &[0xc1], 4, Rm::Reg(reg));
+        self.byte(count);
+    }
     /// `shr r64, count`
     pub fn shr64(&mut self, reg: u8, count: u8) {
         self.op(true, &[0xc1], 5, Rm::Reg(reg));
@@ -309,6 +314,11 @@ impl Assembler {
             self.byte(0x41);
         }
         self.byte(0x50 | (reg & 7));
+    }
+    /// `push imm32`, sign-extended.
+    pub fn push_imm(&mut self, value: i32) {
+        self.byte(0x68);
+        self.imm32(value);
     }
     pub fn pop(&mut self, reg: u8) {
         if reg >= 8 {

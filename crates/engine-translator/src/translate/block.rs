@@ -44,7 +44,7 @@ pub struct Context {
     pub avx: bool,
     /// SMAP is enabled, so that RFLAGS.AC chooses the TLB.
     pub smap: bool,
-    /// RDTSC may run as it is: the guest's TSC is the host's and CR4.TSD allows it.
+    /// CR4.TSD allows RDTSC.
     pub tsc: bool,
 }
 
@@ -496,7 +496,7 @@ impl<'a> Builder<'a> {
             Kind::Leave => self.leave(insn),
             Kind::CallDirect => {
                 self.push_return_address(insn);
-                self.direct(instruction.near_branch_target(), insn.live_out != 0, false);
+                self.call_direct(instruction.near_branch_target(), instruction.next_ip(), insn.live_out != 0);
                 true
             }
             Kind::CallIndirect => self.call_indirect(insn),
@@ -514,10 +514,7 @@ impl<'a> Builder<'a> {
             }
             Kind::LoopJump => self.loop_jump(insn),
             Kind::ReadTsc => {
-                self.a.bytes(&[0x0f, 0x31]);
-                if instruction.mnemonic() == iced_x86::Mnemonic::Rdtscp {
-                    self.a.load32(RCX, Rm::Gs(offset_of!(Cpu, tsc_aux) as i32));
-                }
+                self.read_tsc(insn);
                 true
             }
             Kind::Sensitive => self.sensitive(insn),
@@ -650,6 +647,35 @@ impl<'a> Builder<'a> {
         let rm = self.access(&ea, size, write, insn.live_in != 0, keep_rdi);
         self.emit_plan(&Plan { rm, ..plan });
         true
+    }
+
+    /// RDTSC and RDTSCP with the guest's offset. RAX and RDX are overwritten anyway, so live flags wait in
+    /// a copy of AX.
+    fn read_tsc(&mut self, insn: &Insn) {
+        let live = insn.live_in != 0;
+        if live {
+            self.a.lahf();
+            self.a.bytes(&[0x0f, 0x90, 0xc0]); // seto al
+            self.a.mov32(RSI, RAX);
+        }
+        if insn.instruction.mnemonic() == iced_x86::Mnemonic::Rdtscp {
+            self.a.bytes(&[0x0f, 0xae, 0xe8]); // lfence: RDTSCP waits for earlier instructions
+            self.a.load32(RCX, Rm::Gs(offset_of!(Cpu, tsc_aux) as i32));
+        }
+        self.a.bytes(&[0x0f, 0x31]);
+        self.a.shl64(RDX, 32);
+        self.a.alu(Alu::Or, RAX, Rm::Reg(RDX));
+        self.a.alu(Alu::Add, RAX, Rm::Gs(offset_of!(Cpu, tsc_offset) as i32));
+        self.a.mov(RDX, RAX);
+        self.a.shr64(RDX, 32);
+        self.a.mov32(RAX, RAX);
+        if live {
+            self.a.mov32(RDI, RAX);
+            self.a.mov32(RAX, RSI);
+            self.a.bytes(&[0x04, 0x7f]); // add al, 0x7f
+            self.a.sahf();
+            self.a.mov32(RAX, RDI);
+        }
     }
 
     /// BT, BTS, BTR or BTC of a register's bit in a string of bits in memory.
@@ -819,7 +845,7 @@ impl<'a> Builder<'a> {
         self.a.store(scratch(VALUE), RSI);
         self.push_return_address(insn);
         self.a.load(RSI, scratch(VALUE));
-        self.indirect(insn.live_out != 0);
+        self.call_indirect_to(insn.instruction.next_ip(), insn.live_out != 0);
         true
     }
 
@@ -836,7 +862,7 @@ impl<'a> Builder<'a> {
         let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
         self.load_word(RSI, rm);
         self.adjust_stack(self.word() as i32 + extra);
-        self.indirect(insn.live_out != 0);
+        self.return_to(insn.live_out != 0);
         true
     }
 

@@ -68,6 +68,78 @@ impl Builder<'_> {
         self.a.mov(RCX, RSI);
     }
 
+    /// Whether calls and returns of this context use the return stack. Contexts whose addresses do not tell
+    /// them apart from another's do not.
+    fn uses_return_stack(&self) -> bool {
+        matches!(self.source.context.jumps, JumpContext::Kernel | JumpContext::User)
+    }
+
+    /// Pushes the entry of a call that returns to `next`; may use RSI.
+    fn push_entry(&mut self, next: u64) {
+        let key = next.wrapping_neg();
+        if key as i64 == i64::from(key as i32) {
+            self.a.push_imm(key as i32);
+        } else {
+            self.a.mov_imm(RSI, key);
+            self.a.push(RSI);
+        }
+    }
+
+    /// Where the return of a call comes back: drops the entry and goes on at `next`.
+    fn returned(&mut self, next: u64) {
+        self.a.lea(RSP, Rm::Base(RSP, 8));
+        self.direct(next, true, false);
+    }
+
+    /// Calls `target`, to return to `next`; the guest's return address is pushed already.
+    pub(super) fn call_direct(&mut self, target: u64, next: u64, flags: bool) {
+        let poll = target <= next;
+        if !self.uses_return_stack() {
+            return self.direct(target, flags, poll);
+        }
+        if poll {
+            self.poll(target, flags);
+        }
+        if self.same_page(target) {
+            self.push_entry(next);
+            let hole = self.a.call();
+            self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
+        } else {
+            let host = self.far_probe(self.source.context.jumps, target, flags);
+            self.push_entry(next);
+            self.a.call_rm(host);
+        }
+        self.returned(next);
+    }
+
+    /// Returns to the guest address in RSI.
+    pub(super) fn return_to(&mut self, flags: bool) {
+        if !self.uses_return_stack() {
+            return self.indirect(flags);
+        }
+        let key = Rm::Base(RSP, 8);
+        if flags {
+            self.a.mov(RDI, RCX);
+            self.a.load(RCX, key);
+            self.a.lea(RCX, Rm::Indexed { base: RCX, index: RSI, scale: 0, displacement: 0 });
+            let hit = self.a.short(0xe3);
+            self.a.mov(RCX, RDI);
+            let miss = self.a.jmp();
+            self.a.bind_short(hit);
+            self.a.mov(RCX, RDI);
+            self.a.ret();
+            self.a.bind(miss);
+        } else {
+            self.a.load(RDI, key);
+            self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
+            let miss = self.a.jcc(cc::NE);
+            self.a.ret();
+            self.a.bind(miss);
+        }
+        self.a.load(RSP, Rm::Gs(offset_of!(Cpu, return_stack_base) as i32));
+        self.indirect(flags);
+    }
+
     /// A jump to another page: its mapping can change, so it goes through the jump cache's one entry.
     fn far(&mut self, target: u64, flags: bool, poll: bool) {
         self.far_in(self.source.context.jumps, target, flags, poll);
@@ -78,6 +150,12 @@ impl Builder<'_> {
         if poll {
             self.poll(target, flags);
         }
+        let host = self.far_probe(context, target, flags);
+        self.a.jmp_rm(host);
+    }
+
+    /// Looks for `target` in the jump cache, leaving if it is not there; returns where its host address is.
+    fn far_probe(&mut self, context: JumpContext, target: u64, flags: bool) -> Rm {
         let entry = self.jump_table(context) + ((target as usize & (JUMP_CACHE_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
         let (key, host) = (Rm::Gs(entry), Rm::Gs(entry + 8));
         let hole = if flags {
@@ -100,17 +178,24 @@ impl Builder<'_> {
             self.a.alu(Alu::Cmp, RSI, key);
             self.a.jcc(cc::NE)
         };
-        self.a.jmp_rm(host);
         self.exits.push(PendingExit { hole, kind: ExitKind::Far { target } });
+        host
     }
 
     /// Jumps to the guest address in RSI through the jump cache.
     pub(super) fn indirect(&mut self, flags: bool) {
-        self.indirect_in(self.source.context.jumps, flags);
+        self.indirect_in(self.source.context.jumps, None, flags);
+    }
+
+    /// Calls the guest address in RSI through the jump cache, to return to `next`.
+    pub(super) fn call_indirect_to(&mut self, next: u64, flags: bool) {
+        let next = self.uses_return_stack().then_some(next);
+        self.indirect_in(self.source.context.jumps, next, flags);
     }
 
     /// As `indirect`, to code that runs in another context.
-    pub(super) fn indirect_in(&mut self, context: JumpContext, flags: bool) {
+    /// With `call` it is a call that returns there.
+    pub(super) fn indirect_in(&mut self, context: JumpContext, call: Option<u64>, flags: bool) {
         let table = self.jump_table(context);
         self.a.movzx16(RDI, RSI);
         self.a.lea32(RDI, Rm::Indexed { base: RDI, index: RDI, scale: 0, displacement: 0 });
@@ -130,17 +215,28 @@ impl Builder<'_> {
             self.indirect_miss();
             self.a.bind_short(hit);
             self.a.load(RCX, scratch(SAVED_RCX));
-            self.a.jmp_rm(host);
+            self.found(host, call);
         } else {
             self.a.alu_imm(Alu::Cmp, false, pending(), 0);
             let poll = self.a.jcc(cc::NE);
             self.a.alu(Alu::Add, RSI, key);
             let miss = self.a.jcc(cc::NE);
-            self.a.jmp_rm(host);
+            self.found(host, call);
             self.a.bind(miss);
             self.a.alu(Alu::Sub, RSI, key);
             self.a.bind(poll);
             self.indirect_miss();
+        }
+    }
+
+    fn found(&mut self, host: Rm, call: Option<u64>) {
+        match call {
+            None => self.a.jmp_rm(host),
+            Some(next) => {
+                self.push_entry(next);
+                self.a.call_rm(host);
+                self.returned(next);
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 //!   when translated code jumps to `exit`, with the number of the exit taken.
 //! - `fill`, one for each kind of access: a TLB miss calls it, it calls [`tlb_miss`] and returns to the
 //!   probe, or leaves through `exit` when the instruction has to be interpreted.
+//! - `no_return`: where a guest return that matches nothing on the return stack goes.
 //! - `fault`: where the signal handler sends a host fault in translated code.
 
 use super::assembler::*;
@@ -14,6 +15,9 @@ use crate::cpu::{Cpu, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, TlbEntry, Ymm};
 use crate::mmu::Fill;
 use anyvisor_x86::bits::rflags;
 use std::mem::offset_of;
+
+/// The exit number that means: go on at [`word::TARGET`].
+pub const EXIT_INDIRECT: u32 = u32::MAX - 1;
 
 /// The exit number that means: interpret the instruction that [`word::FAULT`] belongs to.
 pub const EXIT_FAULT: u32 = u32::MAX;
@@ -26,6 +30,8 @@ pub struct Thunks {
     pub enter: usize,
     pub exit: usize,
     pub fault: usize,
+    /// What a return finds on an empty return stack.
+    pub no_return: usize,
     /// By context, write, flags.
     pub fill: [[[usize; 2]; 2]; TLB_CONTEXTS],
     /// By context, MOVS, log2 of the size.
@@ -42,6 +48,12 @@ pub fn generate() -> (Vec<u8>, Thunks) {
     exit(&mut a, avx);
     thunks.fault = a.position();
     a.store32_imm(Rm::Gs(word_offset(word::EXIT)), EXIT_FAULT);
+    let to_exit = a.jmp();
+    a.bind_to(to_exit, thunks.exit);
+    thunks.no_return = a.position();
+    a.load(RSP, Rm::Gs(offset_of!(Cpu, return_stack_base) as i32));
+    a.store(Rm::Gs(word_offset(word::TARGET)), RSI);
+    a.store32_imm(Rm::Gs(word_offset(word::EXIT)), EXIT_INDIRECT);
     let to_exit = a.jmp();
     a.bind_to(to_exit, thunks.exit);
     for context in 0..TLB_CONTEXTS {
@@ -78,6 +90,7 @@ fn enter(a: &mut Assembler, avx: bool) {
     a.alu_imm(Alu::And, false, Rm::Reg(RAX), STATUS);
     a.push(RAX);
     a.popfq();
+    a.load(RSP, Rm::Gs(offset_of!(Cpu, return_stack) as i32));
     for (guest, host) in mapped() {
         a.load(host, slot(guest));
     }
@@ -88,6 +101,8 @@ fn exit(a: &mut Assembler, avx: bool) {
     for (guest, host) in mapped() {
         a.store(slot(guest), host);
     }
+    a.store(Rm::Gs(offset_of!(Cpu, return_stack) as i32), RSP);
+    a.load(RSP, Rm::Gs(offset_of!(Cpu, host_rsp) as i32));
     a.pushfq();
     a.pop(RAX);
     let rflags = Rm::Gs(offset_of!(Cpu, rflags) as i32);
@@ -99,7 +114,6 @@ fn exit(a: &mut Assembler, avx: bool) {
     save_vectors(a, avx);
     a.mxcsr(3, Rm::Gs(offset_of!(Cpu, mxcsr) as i32));
     a.mxcsr(2, Rm::Gs(offset_of!(Cpu, host_mxcsr) as i32));
-    a.load(RSP, Rm::Gs(offset_of!(Cpu, host_rsp) as i32));
     a.alu_imm(Alu::Add, true, Rm::Reg(RSP), 8);
     for r in CALLEE_SAVED.into_iter().rev() {
         a.pop(r);
@@ -114,20 +128,23 @@ fn fill(a: &mut Assembler, avx: bool, context: usize, write: bool, flags: bool, 
     for &(guest, host) in &caller_saved {
         a.store(slot(guest), host);
     }
-    // Both ways the stack is 16-byte aligned for the call.
     if flags {
         a.pushfq();
     } else {
         a.push(RAX);
     }
+    // Rust runs on its own stack.
+    a.store(Rm::Gs(offset_of!(Cpu, return_stack) as i32), RSP);
     let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
     let table = offset_of!(Cpu, tlb) + context * size_of::<[TlbEntry; TLB_ENTRIES]>() + tag;
     a.alu(Alu::Sub, RSI, Rm::GsBase(RDI, table as i32));
     save_vectors(a, avx);
     a.mov_imm(RDX, (context * 2 + usize::from(write)) as u64);
     a.load(RDI, Rm::Gs(word_offset(word::CORE)));
+    a.load(RSP, Rm::Gs(offset_of!(Cpu, host_rsp) as i32));
     a.mov_imm(RAX, tlb_miss as *const () as u64);
     a.call_rm(Rm::Reg(RAX));
+    a.load(RSP, Rm::Gs(offset_of!(Cpu, return_stack) as i32));
     a.mov(RSI, RAX);
     load_vectors(a, avx);
     for &(guest, host) in &caller_saved {

@@ -15,6 +15,9 @@ pub struct Running {
     pub code_end: u64,
     pub fault: u64,
     pub cpu: *mut Cpu,
+    /// The guard of the return stack.
+    pub guard_start: u64,
+    pub guard_end: u64,
 }
 
 thread_local! {
@@ -37,6 +40,14 @@ pub unsafe fn on_signal(context: *mut libc::c_void) -> bool {
     let rip = registers[libc::REG_RIP as usize] as u64;
     if rip < running.code_start || rip >= running.code_end {
         return false;
+    }
+    let address = registers[libc::REG_CR2 as usize] as u64;
+    let is_page_fault = registers[libc::REG_TRAPNO as usize] == 14;
+    if is_page_fault && address >= running.guard_start && address < running.guard_end {
+        let rsp = registers[libc::REG_RSP as usize] as u64;
+        // SAFETY: the vCPU that runs on this thread has its return stack attached, and it is full.
+        registers[libc::REG_RSP as usize] = unsafe { super::return_stack::rescue(&*running.cpu, rsp) } as i64;
+        return true;
     }
     // SAFETY: the block of the vCPU that runs on this thread; it is in translated code, so no Rust code
     // holds a reference that is in use.

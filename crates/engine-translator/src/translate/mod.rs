@@ -15,6 +15,7 @@ mod coalesce;
 mod control;
 mod encoding;
 mod enter;
+mod return_stack;
 mod sensitive;
 mod strings;
 pub mod fault;
@@ -32,7 +33,8 @@ use anyvisor_x86::segment::index;
 use anyvisor_x86::{Cpuid, Exception};
 use block::{Context, ExitKind, Source, Thunk, word};
 use classify::Features;
-use enter::{EXIT_FAULT, Thunks};
+use enter::{EXIT_FAULT, EXIT_INDIRECT, Thunks};
+use return_stack::ReturnStack;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::Ordering;
@@ -130,6 +132,7 @@ pub struct Translator {
     used: usize,
     thunks: Thunks,
     thunk_bytes: usize,
+    return_stack: ReturnStack,
     features: Features,
     blocks: Vec<Block>,
     exits: Vec<Exit>,
@@ -159,6 +162,7 @@ impl Translator {
             used: thunk_bytes,
             thunks,
             thunk_bytes,
+            return_stack: ReturnStack::new()?,
             features: Features::new(cpuid),
             blocks: Vec::new(),
             exits: Vec::new(),
@@ -173,14 +177,22 @@ impl Translator {
 
     /// Tells the signal handler about this translator for as long as this thread runs it. GS must already
     /// point at the vCPU block.
-    pub fn attach(&self, core: &mut Core) {
+    ///
+    /// # Errors
+    /// When the host refuses a signal stack.
+    pub fn attach(&mut self, core: &mut Core) -> Result<()> {
         let code_start = self.code.address(0);
+        self.return_stack.attach(&mut core.cpu, return_stack::no_return(code_start, &self.thunks))?;
+        let guard = self.return_stack.guard();
         fault::set_running(Some(fault::Running {
             code_start,
             code_end: code_start + self.code.length() as u64,
             fault: self.code.address(self.thunks.fault),
             cpu: std::ptr::from_mut::<Cpu>(&mut core.cpu),
+            guard_start: guard.start,
+            guard_end: guard.end,
         }));
+        Ok(())
     }
 
     /// Undoes [`Self::attach`].
@@ -221,6 +233,10 @@ impl Translator {
                     self.misfit(core, block);
                 }
                 return self.interpret(core, io);
+            }
+            if exit == EXIT_INDIRECT {
+                core.cpu.rip = core.cpu.translated[word::TARGET];
+                return Step::Done;
             }
             match self.exits[exit as usize].kind {
                 ExitKind::Interpret { rip } => {
@@ -535,6 +551,7 @@ impl Translator {
             }
         }
         self.index.remove(&key);
+        core.cpu.return_stack = core.cpu.return_stack_base;
         core.remove_jump(key.context.jumps, key.rip, self.code.address(start as usize));
     }
 
@@ -618,7 +635,7 @@ fn translatable(core: &Core) -> Option<Context> {
     let fpu = cpu.cr0 & (cr0::TS | cr0::EM) == 0 && cpu.cr4 & cr4::OSFXSR != 0;
     let avx_states = xcr0::SSE | xcr0::AVX;
     let avx = fpu && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & avx_states == avx_states;
-    let tsc = cpu.tsc_offset == 0 && (cpu.cpl == 0 || cpu.cr4 & cr4::TSD == 0);
+    let tsc = cpu.cpl == 0 || cpu.cr4 & cr4::TSD == 0;
     let smap = cpu.cr4 & cr4::SMAP != 0;
     Some(Context { jumps, tlb: tlb as u8, fpu, avx, smap, tsc })
 }

@@ -216,7 +216,7 @@ impl Builder<'_> {
         self.a.mov_imm(RSI, 0);
         self.a.alu_imm(Alu::Add, false, Rm::Reg(RSI), 1);
         self.a.load(RSI, field(offset_of!(Cpu, lstar)));
-        self.indirect_in(JumpContext::Kernel, true);
+        self.indirect_in(JumpContext::Kernel, None, true);
     }
 
     /// Out of line: give the flags back and interpret.
@@ -259,7 +259,7 @@ impl Builder<'_> {
         self.a.push(RDI);
         self.a.popfq();
         self.a.mov(RSI, RCX);
-        self.indirect_in(JumpContext::User, true);
+        self.indirect_in(JumpContext::User, None, true);
     }
 }
 

@@ -96,7 +96,7 @@ fn run_translated(core: &mut Core, end: u64) -> Translator {
         libc::syscall(libc::SYS_arch_prctl, 0x1001, std::ptr::from_mut::<Cpu>(&mut core.cpu)) // ARCH_SET_GS
     };
     assert_eq!(result, 0);
-    translator.attach(core);
+    translator.attach(core).unwrap();
     core.cpu.pending.store(pending::KICK, Ordering::Relaxed);
     for _ in 0..100_000 {
         if core.cpu.rip == end {
