@@ -3,7 +3,7 @@
 //! A [`Config`] says what to build; [`boot`] puts a kernel and what it wants to know into guest memory;
 //! [`acpi`] describes the machine to it; [`machine`] wires memory, chips and vCPUs together, runs them and
 //! reports how the guest ended. No module names a concrete engine: the binary hands one in.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod acpi;
 pub mod boot;
@@ -12,6 +12,7 @@ pub mod console;
 pub mod dump;
 pub mod layout;
 pub mod machine;
+pub mod memory;
 
 pub use anyvisor_devices::power::debug_exit_code;
 pub use config::Config;

@@ -20,14 +20,14 @@ mod vcpu;
 
 use crate::config::{OnReboot, show_size};
 use crate::console::{Input, Output};
-use crate::{Config, Error, Result, acpi, boot, layout};
+use crate::{Config, Error, Result, acpi, boot, memory};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Vcpu, VcpuId};
 use board::Board;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::time::Duration;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 /// How a VM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,7 +175,7 @@ impl Machine {
     ) -> Result<Machine> {
         let supported = engine.supported_cpuid();
         let table = |cpu| config.cpu_model.table(&supported, config.cpus, cpu).map_err(|e| Error::user(e.to_string()));
-        let memory = allocate(config.memory)?;
+        let memory = memory::allocate(config.memory)?;
         let rsdp = acpi::write(&memory, config.cpus);
         let entry = boot::load(
             &memory,
@@ -247,14 +247,6 @@ fn next_end(control: &Control, generation: u32) -> End {
             Event::Vm { .. } => {}
         }
     }
-}
-
-fn allocate(ram: u64) -> Result<GuestMemoryMmap> {
-    let pieces: Vec<_> =
-        layout::ram_pieces(ram).into_iter().map(|(start, size)| (GuestAddress(start), size as usize)).collect();
-    GuestMemoryMmap::from_ranges(&pieces).map_err(|error| {
-        Error::user(format!("the host cannot give {} of memory ({error}); use a smaller --memory", show_size(ram)))
-    })
 }
 
 /// Every lock here guards data that stays valid if its holder panics, and the panic itself ends the VM.

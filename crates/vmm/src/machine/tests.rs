@@ -7,7 +7,7 @@ use anyvisor_x86::{Msi, VcpuState};
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Condvar;
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestAddress};
 
 type Guest = Arc<dyn Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync>;
 
@@ -386,7 +386,7 @@ fn random_accesses_harm_nobody() {
                 io.pio_write(port, &data[..size.min(4)]);
             }
             io.pio_read(port, &mut data[..size.min(4)]);
-            let bases = [0xfec0_0000u64, layout::ECAM, layout::PCI_WINDOW, u64::MAX - 4];
+            let bases = [0xfec0_0000u64, crate::layout::ECAM, crate::layout::PCI_WINDOW, u64::MAX - 4];
             let gpa = bases[(next() % 4) as usize].wrapping_add(next() % 0x60);
             io.mmio_write(gpa, &data[..size]);
             io.mmio_read(gpa, &mut data[..size]);
