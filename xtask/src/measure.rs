@@ -13,7 +13,7 @@ const WATCHED: f64 = 10.0;
 /// An idle VM's cost.
 #[derive(Clone, Copy, Debug)]
 pub struct Footprint {
-    /// Resident memory of the process that is not guest RAM, in KiB; the translation cache is in it.
+    /// Memory of the process that is not guest RAM, in KiB; the translation cache is in it.
     pub overhead_kib: u64,
     /// Share of one host CPU that a guest at a shell prompt uses.
     pub idle_cpu: f64,
@@ -43,14 +43,17 @@ pub fn footprint() -> Result<Footprint> {
     Ok(Footprint { overhead_kib, idle_cpu })
 }
 
-/// Resident KiB of all mappings but the guest's RAM: the ones as large as it is, together or alone.
+/// KiB of all mappings but the guest's RAM, by proportional share: translated code is mapped twice. The kernel
+/// may merge the RAM's mapping with a neighbour; what is larger than the RAM counts then.
 fn overhead(smaps: &str) -> u64 {
+    let ram = MEMORY_MIB * 1024;
     let (mut total, mut size) = (0, 0);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         match (words.next(), words.next().and_then(|w| w.parse::<u64>().ok())) {
             (Some("Size:"), Some(kib)) => size = kib,
-            (Some("Rss:"), Some(kib)) if size != MEMORY_MIB * 1024 => total += kib,
+            (Some("Pss:"), Some(kib)) if size >= ram => total += kib.min(size - ram),
+            (Some("Pss:"), Some(kib)) => total += kib,
             _ => (),
         }
     }
@@ -74,10 +77,10 @@ mod tests {
     #[test]
     fn guest_ram_is_not_overhead() {
         let smaps = format!(
-            "1000-2000 r-xp\nSize: 4 kB\nRss: 3 kB\n3000-4000 rw-p\nSize: {} kB\nRss: 90000 kB\n5000 rw\nSize: 9 kB\nRss: 5 kB\n",
-            MEMORY_MIB * 1024
+            "1000-2000 r-xp\nSize: 4 kB\nPss: 3 kB\n3000-4000 rw-p\nSize: {} kB\nPss: 90000 kB\n5000 rw\nSize: 9 kB\nPss: 5 kB\n",
+            MEMORY_MIB * 1024 + 7
         );
-        assert_eq!(overhead(&smaps), 8);
+        assert_eq!(overhead(&smaps), 15);
     }
 
     #[test]

@@ -210,6 +210,12 @@ pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(&Finding)) -> 
     tally
 }
 
+/// The case that a run with these options has for `seed`.
+pub fn case_of_seed(options: Options, seed: u64) -> Case {
+    let memory = seed / CASES_PER_IMAGE;
+    Generator::new(options).case(seed, memory, &image(memory))
+}
+
 /// What makes two findings the same bug, mostly: executor, instructions, and the first thing that differs.
 pub fn signature(finding: &Finding) -> String {
     let mut text = format!("{:?}", finding.executor);

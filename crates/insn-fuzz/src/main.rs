@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail};
 use anyvisor_insn_fuzz::case::Case;
 use anyvisor_insn_fuzz::forms::Class;
-use anyvisor_insn_fuzz::fuzz::{Bench, Plan, Tally, describe, run};
+use anyvisor_insn_fuzz::fuzz::{Bench, Plan, Tally, case_of_seed, describe, run};
 use anyvisor_insn_fuzz::guest::Executor;
 use clap::Parser;
 use std::path::PathBuf;
@@ -39,6 +39,9 @@ struct Args {
     /// Run the cases of this file (a line each, `#` comments) instead of random ones.
     #[arg(long)]
     replay: Option<PathBuf>,
+    /// Print the case with number --seed instead of running it.
+    #[arg(long)]
+    print: bool,
     /// Run this one case, as a report shows it.
     #[arg(long)]
     case: Option<String>,
@@ -81,6 +84,10 @@ fn start(args: &Args) -> Result<bool> {
     }
     let mut options = bench.options();
     options.class = args.class;
+    if args.print {
+        println!("{}", case_of_seed(options, args.seed).to_line());
+        return Ok(true);
+    }
     let began = Instant::now();
     let plan = Plan {
         seed: args.seed,

@@ -3,7 +3,6 @@
 //! The manual leaves some flags of some instructions undefined (SDM vol. 1 appendix A); the decoder's
 //! tables say which. A case whose later instructions read such a flag is not generated.
 
-use crate::layout::CODE;
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 /// The bits of RFLAGS for the decoder's set of flags.
@@ -64,12 +63,11 @@ pub fn undefined(code: &[u8], rip: u64, end: u64) -> Undefined {
     result
 }
 
-/// [`undefined`] for a case that stopped with RIP at `stopped`: what comes after did not run.
+/// [`undefined`] for a case that stopped with RIP at `stopped`. All jumps go forward, so an instruction that
+/// faulted had only earlier ones before it.
 pub fn at_stop(code: &[u8], rip: u64, stopped: u64) -> u64 {
     let inside = stopped >= rip && stopped < rip + code.len() as u64;
-    // A case may also stop at the target of a jump, anywhere: then any of its instructions may have run.
-    let end = if inside && !jumps(code, rip) { stopped } else { CODE + (1 << 30) };
-    undefined(code, rip, end).flags
+    undefined(code, rip, if inside { stopped } else { u64::MAX }).flags
 }
 
 /// Status flags that the code from `fault` on overwrites before it reads them: dead at the fault. The
@@ -92,15 +90,10 @@ pub fn dead(code: &[u8], rip: u64, fault: u64) -> u64 {
     dead
 }
 
-fn jumps(code: &[u8], rip: u64) -> bool {
-    Decoder::with_ip(64, code, rip, DecoderOptions::NONE)
-        .into_iter()
-        .any(|i| !matches!(i.flow_control(), FlowControl::Next | FlowControl::Exception | FlowControl::Interrupt))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::CODE;
 
     const ALL: u64 = u64::MAX;
     const AF: u64 = 1 << 4;
