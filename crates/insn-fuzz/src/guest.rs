@@ -150,7 +150,7 @@ impl Guest {
             }),
             Some(translator) => {
                 host::set_gs_base(std::ptr::from_ref(&*core.cpu) as u64);
-                translator.attach(core);
+                translator.attach(core).expect("the host lets this thread run translated code");
                 let after = with_x87(x87, || {
                     // An interrupt that nobody sent may have left a request to look; ignore all but kicks.
                     while !core.cpu.halted && core.cpu.pending.load(Ordering::Relaxed) & pending::KICK == 0 {

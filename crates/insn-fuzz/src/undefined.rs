@@ -70,24 +70,29 @@ pub fn at_stop(code: &[u8], rip: u64, stopped: u64) -> u64 {
     undefined(code, rip, if inside { stopped } else { u64::MAX }).flags
 }
 
-/// Status flags that the code from `fault` on overwrites before it reads them: dead at the fault. The
-/// translator does not keep them across an access that faults, because the restarted instruction and what
-/// follows cannot see them.
+const STATUS: u64 = 0x8d5;
+
+/// Status flags that the code from `fault` on overwrites before it reads them, whichever way its jumps go:
+/// dead at the fault. The translator does not keep them across an access that faults, because the restarted
+/// instruction and what follows cannot see them.
 pub fn dead(code: &[u8], rip: u64, fault: u64) -> u64 {
-    let (mut dead, mut read) = (0, 0);
-    for instruction in Decoder::with_ip(64, code, rip, DecoderOptions::NONE).into_iter().filter(|i| i.ip() >= fault) {
-        if instruction.is_invalid() {
-            break;
-        }
-        read |= rflags(instruction.rflags_read());
-        if !may_do_nothing(&instruction) {
-            dead |= rflags(instruction.rflags_modified()) & !read;
-        }
-        if instruction.flow_control() != FlowControl::Next {
-            break;
-        }
+    let instructions: Vec<_> = Decoder::with_ip(64, code, rip, DecoderOptions::NONE).into_iter().collect();
+    // What is live before each instruction, and at the end, where the INT3 shows all.
+    let mut live = vec![STATUS; instructions.len() + 1];
+    for (i, instruction) in instructions.iter().enumerate().rev() {
+        let at = |ip: u64| instructions.iter().position(|other| other.ip() == ip).unwrap_or(instructions.len());
+        let jump = matches!(instruction.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
+        let after = match instruction.flow_control() {
+            FlowControl::Next => live[i + 1],
+            FlowControl::ConditionalBranch => live[i + 1] | live[at(instruction.near_branch64())],
+            FlowControl::UnconditionalBranch | FlowControl::Call if jump => live[at(instruction.near_branch64())],
+            _ => STATUS,
+        };
+        let written = if may_do_nothing(instruction) { 0 } else { rflags(instruction.rflags_modified()) };
+        live[i] = rflags(instruction.rflags_read()) | after & !written;
     }
-    dead
+    let at = instructions.iter().position(|i| i.ip() == fault).unwrap_or(instructions.len());
+    STATUS & !live[at]
 }
 
 #[cfg(test)]
@@ -118,6 +123,8 @@ mod tests {
         assert_eq!(dead(&code, CODE, CODE), 0x8d5);
         // The adc reads CF.
         assert_eq!(dead(&code, CODE, CODE + 4), 0x8d4);
+        // mov eax, [rcx]; jrcxz over the and; and eax, ecx: live on one way.
+        assert_eq!(dead(&[0x8b, 0x01, 0xe3, 0x02, 0x21, 0xc8], CODE, CODE), 0);
     }
 
     #[test]

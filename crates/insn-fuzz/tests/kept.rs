@@ -1,0 +1,35 @@
+//! Cases that once differed, replayed; and a bounded run of new ones.
+//!
+//! The host executor owns this process's signals, so everything is one test, in a process of its own.
+
+use anyvisor_insn_fuzz::case::Case;
+use anyvisor_insn_fuzz::fuzz::{Bench, Plan, describe, run};
+use anyvisor_insn_fuzz::guest::Executor;
+
+const KEPT: &str = include_str!("../cases/kept.txt");
+
+/// New cases on each test run, a few seconds' worth.
+const CASES: u64 = 200_000;
+
+#[test]
+fn kept_and_random_cases_do_not_differ() {
+    let mut bench = Bench::new(&[Executor::Interpreter, Executor::Translator]).unwrap();
+    let mut reports = Vec::new();
+    let mut kept = 0;
+    for line in KEPT.lines().filter(|l| !l.starts_with('#') && !l.trim().is_empty()) {
+        let case = Case::from_line(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+        kept += 1;
+        reports.extend(bench.check(&case).1.as_ref().map(describe));
+    }
+    assert!(kept >= 20, "{kept} kept cases");
+    let plan = Plan { seed: 1, cases: CASES, options: bench.options(), findings: 10, deadline: None };
+    let tally = run(&mut bench, &plan, |finding| reports.push(describe(finding)));
+    assert!(reports.is_empty(), "{} differences\n{}", reports.len(), reports.join("\n"));
+    assert_eq!(tally.cases, CASES);
+    // The cases are worth something: most run to their end, and every common kind of fault occurs.
+    let stopped_by = |vector: u8| tally.stops.get(&vector).copied().unwrap_or(0);
+    assert!(stopped_by(3) > CASES / 2, "{tally:?}");
+    for vector in [0, 6, 12, 13, 14, 16, 19] {
+        assert!(stopped_by(vector) > 0, "no case raised exception {vector}: {tally:?}");
+    }
+}
