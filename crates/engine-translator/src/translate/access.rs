@@ -209,18 +209,18 @@ impl Builder<'_> {
             self.a.bytes(&[0x0f, 0x90, 0xc0]); // seto al
         }
         self.flags_in_ax = flags;
-        if let Some(segment) = ea.segment {
-            self.a.alu(Alu::Add, RSI, segment_base(segment));
-            if self.bits() == 32 {
-                self.a.mov32(RSI, RSI);
-            }
-        }
         if let Some((register, size)) = ea.bit {
             self.load_bit_number(register, size);
             self.a.sar64(RDI, if size == 8 { 6 } else { 5 });
             let scale = if size == 8 { 3 } else { 2 };
             self.a.lea(RSI, Rm::Indexed { base: RSI, index: RDI, scale, displacement: 0 });
             if ea.narrow {
+                self.a.mov32(RSI, RSI);
+            }
+        }
+        if let Some(segment) = ea.segment {
+            self.a.alu(Alu::Add, RSI, segment_base(segment));
+            if self.bits() == 32 {
                 self.a.mov32(RSI, RSI);
             }
         }

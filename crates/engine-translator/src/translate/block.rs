@@ -68,8 +68,9 @@ pub enum ExitKind {
     /// The meaning of linear addresses may have changed since this instruction, which runs over the end of
     /// the page, was last checked. The generation it was checked at is the 32-bit immediate at `patch`.
     Recheck { patch: u32 },
-    /// Go on at the address in [`word::TARGET`].
-    Indirect,
+    /// Go on at the address in [`word::TARGET`]. Should it not be canonical, the branch at `rip` has to be
+    /// interpreted with RSP moved back by `stack`.
+    Indirect { rip: u64, stack: i32 },
 }
 
 /// A way out: the jump to patch (for `Direct`) and the stub it jumps to while unlinked.
@@ -214,6 +215,8 @@ pub struct Builder<'a> {
     pub(super) planned: std::vec::IntoIter<(Access, Role)>,
     coalesced: bool,
     incomplete: bool,
+    /// Address of the indirect branch being emitted, and what undoes its change of RSP.
+    pub(super) origin: (u64, i32),
 }
 
 /// Translates the code at `source`. At least one instruction is covered, if only by interpretation.
@@ -234,6 +237,7 @@ pub fn translate(source: &Source) -> Translation {
         planned: Vec::new().into_iter(),
         coalesced: false,
         incomplete: false,
+        origin: (source.rip, 0),
     };
     let insns = builder.decode();
     builder.plan_accesses(&insns);
@@ -556,6 +560,8 @@ impl<'a> Builder<'a> {
         for pass in 0..2 {
             for operand in &operands {
                 let (reads, writes) = reads_writes(access[operand.operand as usize]);
+                // The second operand of XOR r, r and its kin counts as unused; here its value matters.
+                let reads = reads || !writes;
                 let partial = operand.register.size() < 4;
                 let reads = reads || (writes && partial);
                 if reads != (pass == 0) {
@@ -609,7 +615,7 @@ impl<'a> Builder<'a> {
             widen = Some(fields.reg);
             fields.reg = RSI;
         }
-        Some(Plan { layout, fields, rm, spills, force_rex: low_byte, widen })
+        Some(Plan { layout, fields, rm, spills, force_rex: low_byte, high_byte, widen })
     }
 
     fn emit_plan(&mut self, plan: &Plan) {
@@ -644,7 +650,12 @@ impl<'a> Builder<'a> {
         let Some(plan) = self.plan(insn, Some(Rm::Base(RSI, 0))) else { return false };
         let keep_rdi = plan.spills.used().next().is_some();
         let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
-        let rm = self.access(&ea, size, write, insn.live_in != 0, keep_rdi);
+        let mut rm = self.access(&ea, size, write, insn.live_in != 0, keep_rdi);
+        if plan.high_byte && rm.extension_bits() != (0, 0) {
+            // AH–BH cannot be named next to a REX prefix.
+            self.a.lea(RSI, rm);
+            rm = Rm::Base(RSI, 0);
+        }
         self.emit_plan(&Plan { rm, ..plan });
         true
     }
@@ -845,6 +856,7 @@ impl<'a> Builder<'a> {
         self.a.store(scratch(VALUE), RSI);
         self.push_return_address(insn);
         self.a.load(RSI, scratch(VALUE));
+        self.origin = (insn.instruction.ip(), 8);
         self.call_indirect_to(insn.instruction.next_ip(), insn.live_out != 0);
         true
     }
@@ -853,6 +865,7 @@ impl<'a> Builder<'a> {
         if !self.indirect_target(insn) {
             return false;
         }
+        self.origin = (insn.instruction.ip(), 0);
         self.indirect(insn.live_out != 0);
         true
     }
@@ -862,6 +875,7 @@ impl<'a> Builder<'a> {
         let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
         self.load_word(RSI, rm);
         self.adjust_stack(self.word() as i32 + extra);
+        self.origin = (insn.instruction.ip(), -(self.word() as i32 + extra));
         self.return_to(insn.live_out != 0);
         true
     }
@@ -959,6 +973,8 @@ struct Plan {
     rm: Rm,
     spills: Spills,
     force_rex: bool,
+    /// AH, CH, DH or BH is an operand.
+    high_byte: bool,
     /// The result of a MOVZX or MOVSX from AH–BH goes through RSI to this register.
     widen: Option<u8>,
 }

@@ -243,7 +243,8 @@ impl Builder<'_> {
     fn indirect_miss(&mut self) {
         self.a.store(Rm::Gs(word_offset(word::TARGET)), RSI);
         let hole = self.a.jmp();
-        self.exits.push(PendingExit { hole, kind: ExitKind::Indirect });
+        let (rip, stack) = self.origin;
+        self.exits.push(PendingExit { hole, kind: ExitKind::Indirect { rip, stack } });
     }
 
     pub(super) fn jump_if(&mut self, insn: &Insn) {

@@ -72,6 +72,7 @@ impl Layout {
         };
         let mut at = 0;
         let mut address_size = false;
+        let mut rex = 0;
         loop {
             match *bytes.get(at)? {
                 0x66 => layout.operand_size = true,
@@ -79,23 +80,24 @@ impl Layout {
                 p @ (0xf2 | 0xf3) => layout.repeat = Some(p),
                 0xf0 => layout.lock = true,
                 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 => {}
+                // A REX prefix counts only right before the opcode (SDM vol. 2A 2.2.1).
+                p @ 0x40..=0x4f if bits == 64 => {
+                    rex = p;
+                    at += 1;
+                    continue;
+                }
                 _ => break,
             }
+            rex = 0;
             at += 1;
         }
         if address_size && bits != 64 {
             return None;
         }
-        let (mut r, mut b) = (0, 0);
-        let mut byte = *bytes.get(at)?;
-        if bits == 64 && byte & 0xf0 == 0x40 {
-            layout.has_rex = true;
-            layout.w = byte & 8 != 0;
-            r = (byte & 4) << 1;
-            b = (byte & 1) << 3;
-            at += 1;
-            byte = *bytes.get(at)?;
-        }
+        let (mut r, mut b) = ((rex & 4) << 1, (rex & 1) << 3);
+        layout.has_rex = rex != 0;
+        layout.w = rex & 8 != 0;
+        let byte = *bytes.get(at)?;
         at += 1;
         let next = *bytes.get(at).unwrap_or(&0);
         if (byte == 0xc4 || byte == 0xc5) && (bits == 64 || next >= 0xc0) {

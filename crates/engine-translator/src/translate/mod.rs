@@ -28,7 +28,7 @@ use crate::cpu::{Cpu, JumpContext, Mode, TlbContext};
 use crate::interpret::{self, Step};
 use crate::system;
 use anyvisor_engine::{GuestIo, Result};
-use anyvisor_x86::bits::{cr0, cr4, rflags, xcr0};
+use anyvisor_x86::bits::{gpr, cr0, cr4, rflags, xcr0};
 use anyvisor_x86::segment::index;
 use anyvisor_x86::{Cpuid, Exception};
 use block::{Context, ExitKind, Source, Thunk, word};
@@ -252,8 +252,14 @@ impl Translator {
                     return Step::Done;
                 }
                 ExitKind::Far { target } => core.cpu.rip = target,
-                ExitKind::Indirect => {
+                ExitKind::Indirect { rip, stack } => {
                     core.cpu.rip = core.cpu.translated[word::TARGET];
+                    if context.bits() == 64 && !is_canonical(core.cpu.rip) {
+                        core.cpu.rip = rip;
+                        let rsp = &mut core.cpu.gpr[gpr::RSP];
+                        *rsp = rsp.wrapping_add(stack as u64);
+                        return self.interpret(core, io);
+                    }
                     if context.bits() == 32 {
                         core.cpu.rip &= 0xffff_ffff;
                     }
@@ -601,6 +607,10 @@ fn granules(offset: u64, length: u64) -> u64 {
     let first = offset / GRANULE;
     let last = ((offset + length.max(1) - 1) / GRANULE).min(63);
     (u64::MAX >> (63 - last)) & (u64::MAX << first)
+}
+
+fn is_canonical(address: u64) -> bool {
+    (address as i64) << 16 >> 16 == address as i64
 }
 
 /// Whether compatibility-mode code sees one flat 4 GiB segment everywhere but through FS and GS.

@@ -24,8 +24,8 @@ const TOP: usize = 4096;
 const KEPT: usize = 256;
 /// Bytes of the signal stack: the largest signal frames (AMX) and the handler.
 const SIGNAL_STACK: usize = 64 << 10;
-/// The address that an empty stack "returns" to, negated: not canonical, so hardly ever asked for.
-const EMPTY: u64 = 0x8000_0000_0000_0001;
+/// The address that an empty stack "returns" to, negated: not canonical, and nobody's.
+const EMPTY: u64 = 0x8123_4567_89ab_cdef;
 
 /// A vCPU's return stack, with the signal stack its thread needs.
 pub struct ReturnStack {

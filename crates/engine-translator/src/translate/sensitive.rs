@@ -216,6 +216,7 @@ impl Builder<'_> {
         self.a.mov_imm(RSI, 0);
         self.a.alu_imm(Alu::Add, false, Rm::Reg(RSI), 1);
         self.a.load(RSI, field(offset_of!(Cpu, lstar)));
+        self.origin = (insn.instruction.ip(), 0);
         self.indirect_in(JumpContext::Kernel, None, true);
     }
 
@@ -259,6 +260,7 @@ impl Builder<'_> {
         self.a.push(RDI);
         self.a.popfq();
         self.a.mov(RSI, RCX);
+        self.origin = (insn.instruction.ip(), 0);
         self.indirect_in(JumpContext::User, None, true);
     }
 }
