@@ -5,6 +5,7 @@
 
 use super::memory::is_64bit;
 use crate::core::Core;
+use crate::ram::{PAGE_SIZE, copy_from_guest};
 use anyvisor_x86::Exception;
 use anyvisor_x86::segment::index;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
@@ -14,7 +15,7 @@ use std::cell::RefCell;
 const MAX_LENGTH: usize = 15;
 
 /// log2 of the decode cache's entries.
-const CACHE_BITS: u32 = 11;
+const CACHE_BITS: u32 = 13;
 
 /// An instruction with its bytes.
 #[derive(Clone, Copy)]
@@ -50,31 +51,44 @@ pub fn decode_at(core: &mut Core, rip: u64) -> Result<Fetched, Exception> {
         }
         (cs.base.wrapping_add(rip) & 0xffff_ffff, rest)
     };
-    let got = core.fetch(address, &mut bytes[..within_limit])?;
-    bytes[got..].fill(0);
+    let got = fetch(core, address, &mut bytes, within_limit)?;
     let bitness = core.cpu.mode().bits() as u8;
-
+    if got != MAX_LENGTH {
+        // At the end of a page or segment: not for the cache, which compares whole fetches.
+        let instruction = decode(core, &bytes[..got], address, within_limit, bitness, rip)?;
+        return Ok(Fetched { instruction, bytes, bitness });
+    }
     CACHE.with_borrow_mut(|cache| {
         if cache.is_empty() {
             let empty = Fetched { instruction: Instruction::default(), bytes: [0; 16], bitness: 0 };
             cache.resize(1 << CACHE_BITS, empty);
         }
         let slot = &mut cache[(rip ^ rip >> CACHE_BITS) as usize & ((1 << CACHE_BITS) - 1)];
-        // Full fetches only: what an entry was decoded from must be what is there now.
-        if got == MAX_LENGTH && slot.instruction.ip() == rip && slot.bitness == bitness {
-            let length = slot.instruction.len();
-            if slot.bytes[..length] == bytes[..length] {
-                slot.bytes = bytes;
-                return Ok(*slot);
+        if slot.instruction.ip() == rip && slot.bitness == bitness {
+            let counting = u128::MAX >> (128 - 8 * slot.instruction.len());
+            let difference = u128::from_le_bytes(slot.bytes) ^ u128::from_le_bytes(bytes);
+            if difference & counting == 0 {
+                return Ok(Fetched { instruction: slot.instruction, bytes, bitness });
             }
         }
         let instruction = decode(core, &bytes[..got], address, within_limit, bitness, rip)?;
-        let fetched = Fetched { instruction, bytes, bitness };
-        if got == MAX_LENGTH {
-            *slot = fetched;
-        }
-        Ok(fetched)
+        *slot = Fetched { instruction, bytes, bitness };
+        Ok(*slot)
     })
+}
+
+/// Fetches up to 15 bytes, and no more than `within_limit`, from linear address `address`; returns how many.
+fn fetch(core: &mut Core, address: u64, bytes: &mut [u8; 16], within_limit: usize) -> Result<usize, Exception> {
+    if within_limit == MAX_LENGTH
+        && address & (PAGE_SIZE - 1) <= PAGE_SIZE - 16
+        && let (_, Some(host)) = core.fetch_page(address)?
+    {
+        // SAFETY: `host` is in a page of guest RAM with 16 bytes or more to its end.
+        unsafe { copy_from_guest(host, &mut bytes[..]) };
+        bytes[MAX_LENGTH] = 0;
+        return Ok(MAX_LENGTH);
+    }
+    core.fetch(address, &mut bytes[..within_limit])
 }
 
 fn decode(

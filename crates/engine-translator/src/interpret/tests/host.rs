@@ -39,7 +39,7 @@ impl Random {
         }
         if self.below(8) == 0 {
             // VEX with maps 1 to 3.
-            bytes = vec![0xc4, (self.next() as u8) & 0xe0 | 1 + self.below(3) as u8, self.next() as u8 & 0xfb];
+            bytes = vec![0xc4, self.next() as u8 & 0xe0 | (1 + self.below(3)) as u8, self.next() as u8 & 0xfb];
         } else {
             if self.below(2) == 0 {
                 bytes.push(0x40 | self.below(16) as u8);
