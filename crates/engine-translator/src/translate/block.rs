@@ -560,8 +560,9 @@ impl<'a> Builder<'a> {
         for pass in 0..2 {
             for operand in &operands {
                 let (reads, writes) = reads_writes(access[operand.operand as usize]);
-                // The second operand of XOR r, r and its kin counts as unused; here its value matters.
-                let reads = reads || !writes;
+                // XOR r, r and its kin count as reading neither operand; here both matter.
+                let idiom = matches!(instruction.mnemonic(), iced_x86::Mnemonic::Xor | iced_x86::Mnemonic::Sub);
+                let reads = reads || !writes || idiom;
                 let partial = operand.register.size() < 4;
                 let reads = reads || (writes && partial);
                 if reads != (pass == 0) {
