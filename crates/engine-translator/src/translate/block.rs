@@ -557,7 +557,8 @@ impl<'a> Builder<'a> {
         let (mut high_byte, mut low_byte) = (false, false);
         // Reads first: a register that is only written may then share the scratch of one that is read.
         let operands: Vec<_> = gpr_operands(instruction).collect();
-        for pass in 0..2 {
+        let mut placed = 0u32;
+        for pass in 0..3 {
             for operand in &operands {
                 let (reads, writes) = reads_writes(access[operand.operand as usize]);
                 // XOR r, r and its kin count as reading neither operand; here both matter.
@@ -565,10 +566,13 @@ impl<'a> Builder<'a> {
                 let reads = reads || !writes || idiom;
                 let partial = operand.register.size() < 4;
                 let reads = reads || (writes && partial);
-                if reads != (pass == 0) {
+                let index = operand.register.full_register() as usize - Register::RAX as usize;
+                // Then writes to a register that is read too: nothing else may be written to its scratch.
+                let turn = if reads { 0 } else if spills.has(index) { 1 } else { 2 };
+                if turn != pass || (placed & (1 << operand.operand)) != 0 {
                     continue;
                 }
-                let index = operand.register.full_register() as usize - Register::RAX as usize;
+                placed |= 1 << operand.operand;
                 let host = if matches!(operand.register, Register::AH | Register::CH | Register::DH | Register::BH) {
                     high_byte = true;
                     operand.register as u8 - Register::AH as u8 + 4
@@ -1002,6 +1006,10 @@ impl Spills {
 
     fn used(&self) -> impl Iterator<Item = Spill> + '_ {
         self.entries.iter().flatten().copied()
+    }
+
+    fn has(&self, index: usize) -> bool {
+        self.used().any(|e| e.index == index)
     }
 
     /// A scratch for guest register `index`; `None` when there are not enough. Operands that are read come
