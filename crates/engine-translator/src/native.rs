@@ -124,6 +124,12 @@ fn x87_exception_pending() -> bool {
     status & 0x80 != 0
 }
 
+/// Whether [`execute_on_host`] can run it: 64-bit code has an encoding for it.
+#[cfg(test)]
+pub(crate) fn runs_on_host(fetched: &Fetched) -> bool {
+    stub::find(&fetched.bytes, fetched.bitness, &fetched.instruction).is_some()
+}
+
 /// Runs any instruction with at most one memory operand on the host CPU, whatever the CPU model says: the
 /// oracle of the interpreter's tests.
 ///

@@ -124,9 +124,9 @@ impl Exec<'_> {
             self.store_on_stack(rsp, size, value & mask(size))?;
         }
         rsp = rsp.wrapping_sub(u64::from(self.insn.immediate16()));
-        // SDM: the final stack pointer must be writable.
-        let address = memory::stack_address(self.core, rsp, 1, true)?;
-        self.core.probe_write(address, 1, crate::mmu::Rights::Current)?;
+        // A push there must be possible.
+        let address = memory::stack_address(self.core, rsp, size, true)?;
+        self.core.probe_write(address, size as usize, crate::mmu::Rights::Current)?;
         self.set_gpr(RBP, size, frame);
         self.set_gpr(RSP, stack, rsp);
         Ok(())
