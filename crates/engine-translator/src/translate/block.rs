@@ -569,7 +569,7 @@ impl<'a> Builder<'a> {
                 let index = operand.register.full_register() as usize - Register::RAX as usize;
                 // Then writes to a register that is read too: nothing else may be written to its scratch.
                 let turn = if reads { 0 } else if spills.has(index) { 1 } else { 2 };
-                if turn != pass || (placed & (1 << operand.operand)) != 0 {
+                if turn > pass || (placed & (1 << operand.operand)) != 0 {
                     continue;
                 }
                 placed |= 1 << operand.operand;

@@ -212,6 +212,8 @@ impl Translator {
 
     /// Runs translated code once, or interprets one instruction.
     fn advance(&mut self, core: &mut Core, io: &dyn GuestIo) -> Step {
+        // The frame of an interrupt or exception may have gone over code.
+        self.apply_code_writes(core);
         let Some(context) = translatable(core) else {
             return self.interpret(core, io);
         };
@@ -291,12 +293,17 @@ impl Translator {
             self.note_interpreted(core);
         }
         let step = interpret::step(core, io);
+        self.apply_code_writes(core);
+        step
+    }
+
+    /// Drops the translations of code that Rust has written over.
+    fn apply_code_writes(&mut self, core: &mut Core) {
         if !core.code_writes.is_empty() {
             for (gpa, length) in std::mem::take(&mut core.code_writes) {
                 self.code_written(core, gpa, u64::from(length));
             }
         }
-        step
     }
 
     fn note_interpreted(&mut self, core: &mut Core) {
