@@ -383,7 +383,7 @@ impl TestVm {
         panic!("no HLT in {limit} instructions; RIP {:#x}", self.rip());
     }
 
-    /// Runs the vCPU until a write to port 0xf4 or a shutdown; the port's write kicks it.
+    /// Runs the vCPU until an access to port 0xf4 or a shutdown; the access kicks it.
     pub fn run(&mut self) -> Exit {
         let kicker = self.vcpu.kicker();
         let io = KickingIo { inner: &self.io, kicker };
@@ -391,7 +391,7 @@ impl TestVm {
     }
 }
 
-/// Ends [`TestVm::run`] at a write to port 0xf4.
+/// Ends [`TestVm::run`] at an access to port 0xf4.
 struct KickingIo<'a> {
     inner: &'a MockIo,
     kicker: anyvisor_engine::Kicker,
@@ -400,6 +400,9 @@ struct KickingIo<'a> {
 impl GuestIo for KickingIo<'_> {
     fn pio_read(&self, port: u16, data: &mut [u8]) {
         self.inner.pio_read(port, data);
+        if port == 0xf4 {
+            self.kicker.kick();
+        }
     }
     fn pio_write(&self, port: u16, data: &[u8]) {
         self.inner.pio_write(port, data);

@@ -50,7 +50,7 @@ pub(super) fn set_system_time(core: &mut Core, io: &dyn GuestIo, value: u64) {
     if value & ENABLE == 0 {
         return;
     }
-    let gpa = value & !ENABLE;
+    let gpa = value & !ENABLE & physical_mask(core);
     let scale = TscScale::new(core.vm.tsc_khz);
     let tsc = core.vm.tsc_started.wrapping_add(core.cpu.tsc_offset);
     // struct pvclock_vcpu_time_info: version, pad, tsc_timestamp, system_time, tsc_to_system_mul, tsc_shift,
@@ -74,7 +74,12 @@ pub(super) fn set_wall_clock(core: &mut Core, io: &dyn GuestIo, value: u64) {
     data[0..4].copy_from_slice(&2u32.to_le_bytes());
     data[4..8].copy_from_slice(&seconds.to_le_bytes());
     data[8..12].copy_from_slice(&nanoseconds.to_le_bytes());
-    core.write_physical(io, value, &data);
+    let gpa = value & physical_mask(core);
+    core.write_physical(io, gpa, &data);
+}
+
+fn physical_mask(core: &Core) -> u64 {
+    (1 << core.physical_bits) - 1
 }
 
 /// The time of day when guest time was zero.

@@ -156,7 +156,8 @@ fn deliver_real(core: &mut Core, io: &dyn GuestIo, event: Event) -> Result<(), E
     if entry + 3 > u64::from(core.cpu.idtr.limit) {
         return Err(Exception::gp(event.idt_code()));
     }
-    let target = read_uint(core, io, core.cpu.idtr.base + entry, 4, Rights::Implicit)?;
+    let address = core.cpu.idtr.base.wrapping_add(entry) & 0xffff_ffff;
+    let target = read_uint(core, io, address, 4, Rights::Implicit)?;
     let mut stack = Stack::current(core);
     for value in [core.cpu.rflags, u64::from(core.cpu.seg[index::CS].selector), core.cpu.rip] {
         stack.push(core, io, value, 2)?;
@@ -185,7 +186,8 @@ fn read_gate(core: &mut Core, io: &dyn GuestIo, event: Event, size: u64) -> Resu
     if entry + size - 1 > u64::from(core.cpu.idtr.limit) {
         return Err(Exception::gp(event.idt_code()));
     }
-    let address = core.cpu.idtr.base.wrapping_add(entry);
+    let width = if size == 16 { !0 } else { 0xffff_ffff };
+    let address = core.cpu.idtr.base.wrapping_add(entry) & width;
     let raw = read_uint(core, io, address, 8, Rights::Implicit)?;
     let upper = if size == 16 { read_uint(core, io, address.wrapping_add(8), 8, Rights::Implicit)? } else { 0 };
     // Bit 4 of the type byte is S, which gates have clear.
@@ -298,9 +300,9 @@ pub(super) fn tss_stack(core: &mut Core, io: &dyn GuestIo, cpl: u8, ext: u32) ->
     if offset + size + 1 > u64::from(tr.limit) || !tr.is_usable() {
         return Err(Exception::ts(code(tr.selector) | ext));
     }
-    let address = tr.base + offset;
+    let address = tr.base.wrapping_add(offset);
     let pointer = read_uint(core, io, address & 0xffff_ffff, size as usize, Rights::Implicit)?;
-    let selector = read_uint(core, io, (address + size) & 0xffff_ffff, 2, Rights::Implicit)? as u16;
+    let selector = read_uint(core, io, address.wrapping_add(size) & 0xffff_ffff, 2, Rights::Implicit)? as u16;
     let segment = descriptor::stack_segment(core, io, selector, cpl, vector::TS, ext)?;
     Ok((segment, pointer))
 }

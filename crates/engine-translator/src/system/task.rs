@@ -136,6 +136,9 @@ fn check_tss(
 /// Writes the current task's registers into its TSS.
 fn save_state(core: &mut Core, io: &dyn GuestIo, reason: Reason) -> Result<(), Exception> {
     let tr = core.cpu.tr;
+    if !tr.is_usable() || tr.base >> 32 != 0 {
+        return Err(Exception::ts(code(tr.selector)));
+    }
     let layout = layout(&tr);
     let mut flags = core.cpu.rflags;
     if reason == Reason::Return {

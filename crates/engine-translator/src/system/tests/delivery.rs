@@ -1,7 +1,8 @@
 //! Exceptions: which, with which error code, and what is on the handler's stack.
 
 use crate::system::Step;
-use crate::testing::{TestVm, handler, place, selector};
+use crate::testing::{Access, Method, TestVm, handler, place, selector};
+use anyvisor_engine::Exit;
 use anyvisor_x86::bits::{cr0, cr4, dr, gpr, rflags};
 use anyvisor_x86::exception::vector;
 use anyvisor_x86::segment::index;
@@ -367,4 +368,22 @@ fn protected_mode_frames() {
     test.steps(1);
     assert_eq!(test.rip(), handler(vector::UD));
     assert_eq!(test.core().cpu.gpr[gpr::RSP], place::STACK - 12);
+}
+
+#[test]
+fn a_frame_over_translated_code_is_seen() {
+    // mov edi, handler; call rdi; mov esp, handler + 48; mov eax, 0xf4e4; mov ds, eax
+    let at = handler(vector::GP) as u32;
+    let mut code = vec![0xbf];
+    code.extend(at.to_le_bytes());
+    code.extend([0xff, 0xd7, 0xbc]);
+    code.extend((at + 48).to_le_bytes());
+    code.extend([0xb8, 0xe4, 0xf4, 0, 0, 0x8e, 0xd8]);
+    for method in [Method::Interpret, Method::Translate] {
+        let mut test = TestVm::long_mode_by(&code, 0, method);
+        test.load(at.into(), &[0xc3]);
+        // The error code lands on the handler itself, and is `in al, 0xf4`.
+        assert_eq!(test.run(), Exit::Kicked);
+        assert_eq!(test.io.take_log(), [Access::PioRead { port: 0xf4, size: 1 }], "{method:?}");
+    }
 }
