@@ -6,8 +6,9 @@
 //! they wait in AX meanwhile.
 
 use super::assembler::*;
-use super::coalesce::{Access, Role};
 use super::block::{Builder, SAVED_RAX, Thunk, host_register, scratch, slot};
+use super::coalesce::{Access, Role};
+use super::planted::{self, Bug};
 use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry};
 use anyvisor_x86::segment::{Segment, index};
 use iced_x86::{Instruction, Register};
@@ -122,6 +123,7 @@ pub struct Miss {
 impl Builder<'_> {
     /// Computes the offset part of `ea` into RSI (zero-extended if narrow). Uses RDI; leaves flags alone.
     pub(super) fn effective_address(&mut self, ea: &Ea) {
+        let narrow = ea.narrow && !planted::is(Bug::AddressNotTruncated);
         let displacement = ea.displacement as i32;
         let load = |a: &mut Assembler, scratch: u8, number: u8| match host_register(number as usize) {
             Some(host) => host,
@@ -144,10 +146,10 @@ impl Builder<'_> {
             }
         };
         match rm {
-            Rm::Base(base, 0) if ea.narrow => a.mov32(RSI, base),
+            Rm::Base(base, 0) if narrow => a.mov32(RSI, base),
             Rm::Base(RSI, 0) => {}
             Rm::Base(base, 0) => a.mov(RSI, base),
-            rm if ea.narrow => a.lea32(RSI, rm),
+            rm if narrow => a.lea32(RSI, rm),
             rm => a.lea(RSI, rm),
         }
     }
@@ -200,7 +202,9 @@ impl Builder<'_> {
     /// and live flags in AX.
     fn probe(&mut self, ea: &Ea, write: bool, flags: bool, low: i32, high: i32) {
         let table = self.table();
-        let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
+        let for_write = write && !planted::is(Bug::WriteProbesForRead);
+        let tag = if for_write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
+        let high = if planted::is(Bug::PageEndUnchecked) { low + 1 } else { high };
         let retry = self.a.position();
         self.effective_address(ea);
         if flags {

@@ -14,11 +14,12 @@
 
 use super::access::{Ea, Miss};
 use super::assembler::*;
-use super::coalesce::{Access, Coalescer, Role};
 use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
+use super::coalesce::{Access, Coalescer, Role};
 use super::control::FarJump;
-use super::sensitive::OddSyscall;
 use super::encoding::{Fields, Layout, Place, gpr_operands};
+use super::planted::{self, Bug};
+use super::sensitive::OddSyscall;
 use crate::cpu::{Cpu, JumpContext};
 use anyvisor_x86::bits::gpr;
 use iced_x86::{
@@ -111,7 +112,11 @@ pub enum Thunk {
         flags: bool,
     },
     /// REP MOVS (`moves`) or REP STOS of 2^`log` bytes.
-    Repeat { context: u8, moves: bool, log: u8 },
+    Repeat {
+        context: u8,
+        moves: bool,
+        log: u8,
+    },
 }
 
 /// Indices into [`Cpu::translated`].
@@ -445,7 +450,8 @@ impl<'a> Builder<'a> {
                     Kind::BitString => self.bit_string_ea(instruction, ea),
                     _ => ea,
                 });
-                let write = if insn.kind == Kind::BitString { instruction.mnemonic() != iced_x86::Mnemonic::Bt } else { write };
+                let write =
+                    if insn.kind == Kind::BitString { instruction.mnemonic() != iced_x86::Mnemonic::Bt } else { write };
                 [ea.map(|ea| Access { ea, size, write }), None]
             }
             Kind::Push if instruction.op0_kind() == OpKind::Memory => [operand(), push],
@@ -568,7 +574,13 @@ impl<'a> Builder<'a> {
                 let reads = reads || (writes && partial);
                 let index = operand.register.full_register() as usize - Register::RAX as usize;
                 // Then writes to a register that is read too: nothing else may be written to its scratch.
-                let turn = if reads { 0 } else if spills.has(index) { 1 } else { 2 };
+                let turn = if reads {
+                    0
+                } else if spills.has(index) {
+                    1
+                } else {
+                    2
+                };
                 if turn > pass || (placed & (1 << operand.operand)) != 0 {
                     continue;
                 }
@@ -1017,7 +1029,7 @@ impl Spills {
     fn assign(&mut self, index: usize, reads: bool, writes: bool) -> Option<u8> {
         if let Some(entry) = self.entries.iter_mut().flatten().find(|e| e.index == index) {
             entry.reads |= reads;
-            entry.writes |= writes;
+            entry.writes |= writes && !planted::is(Bug::SpillNotStored);
             return Some(entry.host);
         }
         let taken = |host: u8| {

@@ -4,6 +4,7 @@
 //! forgotten instruction is slow, never wrong.
 
 use super::block::Context;
+use super::planted::{self, Bug};
 use anyvisor_x86::Cpuid;
 use iced_x86::{Code, CpuidFeature as F, EncodingKind, FlowControl, Instruction, Mnemonic as M, OpKind, Register};
 
@@ -162,7 +163,10 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
         }
         _ => return integer(Interpret),
     }
-    if instruction.is_string_instruction() && context.bits() == 64 && super::strings::translatable(instruction).is_some() {
+    if instruction.is_string_instruction()
+        && context.bits() == 64
+        && super::strings::translatable(instruction).is_some()
+    {
         return integer(String);
     }
     if instruction.is_privileged() || instruction.is_string_instruction() {
@@ -203,7 +207,11 @@ fn with_operand(instruction: &Instruction) -> Kind {
         None => Kind::Copy,
         Some(_) if instruction.memory_size().size() == 0 => Kind::Interpret,
         Some(_) if is_bit_string(instruction) => {
-            if instruction.memory_size().size() >= 4 { Kind::BitString } else { Kind::Interpret }
+            if instruction.memory_size().size() >= 4 {
+                Kind::BitString
+            } else {
+                Kind::Interpret
+            }
         }
         Some(_) => Kind::Memory,
     }
@@ -407,7 +415,10 @@ pub fn flags(instruction: &Instruction) -> (u32, u32) {
             .iter()
             .fold(0u32, |all, (from, to)| if bits & from != 0 { all | *to as u32 } else { all })
     };
-    let read = convert(instruction.rflags_read());
+    let mut read = convert(instruction.rflags_read());
+    if planted::is(Bug::CarryThoughtDead) {
+        read &= !(r::CF as u32);
+    }
     let written = convert(instruction.rflags_modified());
     if is_shift(instruction.mnemonic()) {
         // A count of zero leaves all flags as they were (SDM vol. 2B, SAL/SAR/SHL/SHR).

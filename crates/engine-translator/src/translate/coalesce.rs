@@ -12,7 +12,9 @@
 use super::access::Ea;
 use super::block::Insn;
 use crate::cpu::DELTAS;
-use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind, Register};
+use iced_x86::{
+    Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind, Register,
+};
 
 /// The widest range of a group, in bytes: a wider one leaves its page more often.
 const RANGE: i64 = 384;
@@ -92,9 +94,7 @@ impl Coalescer {
         }
         let end = offset + access.size as i64;
         let fits = |g: &&mut Group| {
-            g.origin == origin
-                && (g.write || !access.write)
-                && g.high.max(end) - g.low.min(offset) <= RANGE
+            g.origin == origin && (g.write || !access.write) && g.high.max(end) - g.low.min(offset) <= RANGE
         };
         if let Some(group) = self.groups.iter_mut().rev().find(fits) {
             group.low = group.low.min(offset);
@@ -120,11 +120,11 @@ impl Coalescer {
         }
         let base = ea.base.map(|r| self.values[r as usize]);
         let index = ea.index.map(|r| self.values[r as usize]);
-        let offset = base.map_or(0, |v| v.offset)
+        let offset = base
+            .map_or(0, |v| v.offset)
             .wrapping_add(index.map_or(0, |v| v.offset << ea.scale))
             .wrapping_add(ea.displacement);
-        let origin =
-            Origin::Registers { base: base.map(|v| v.origin), index: index.map(|v| (v.origin, ea.scale)) };
+        let origin = Origin::Registers { base: base.map(|v| v.origin), index: index.map(|v| (v.origin, ea.scale)) };
         // Far-off offsets cannot share a page with others; keep the arithmetic of ranges small.
         (offset.unsigned_abs() < 1 << 40).then_some((origin, offset))
     }
@@ -162,7 +162,9 @@ impl Coalescer {
                 return self.forget(5);
             }
             M::Swapgs => self.segments += 1,
-            M::Add | M::Sub if instruction.op1_kind() != OpKind::Register && instruction.op1_kind() != OpKind::Memory => {
+            M::Add | M::Sub
+                if instruction.op1_kind() != OpKind::Register && instruction.op1_kind() != OpKind::Memory =>
+            {
                 if let Some(r) = wide(0) {
                     let by = instruction.immediate(1) as i64;
                     return self.adjust(r, if instruction.mnemonic() == M::Add { by } else { by.wrapping_neg() });

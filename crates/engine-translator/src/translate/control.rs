@@ -156,7 +156,8 @@ impl Builder<'_> {
 
     /// Looks for `target` in the jump cache, leaving if it is not there; returns where its host address is.
     fn far_probe(&mut self, context: JumpContext, target: u64, flags: bool) -> Rm {
-        let entry = self.jump_table(context) + ((target as usize & (JUMP_CACHE_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
+        let entry =
+            self.jump_table(context) + ((target as usize & (JUMP_CACHE_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
         let (key, host) = (Rm::Gs(entry), Rm::Gs(entry + 8));
         let hole = if flags {
             self.a.mov(RSI, RCX);

@@ -15,10 +15,11 @@ mod coalesce;
 mod control;
 mod encoding;
 mod enter;
+pub mod fault;
+pub mod planted;
 mod return_stack;
 mod sensitive;
 mod strings;
-pub mod fault;
 #[cfg(test)]
 mod tests;
 
@@ -28,12 +29,13 @@ use crate::cpu::{Cpu, JumpContext, Mode, TlbContext};
 use crate::interpret::{self, Step};
 use crate::system;
 use anyvisor_engine::{GuestIo, Result};
-use anyvisor_x86::bits::{gpr, cr0, cr4, rflags, xcr0};
+use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::segment::index;
 use anyvisor_x86::{Cpuid, Exception};
 use block::{Context, ExitKind, Source, Thunk, word};
 use classify::Features;
 use enter::{EXIT_FAULT, EXIT_INDIRECT, Thunks};
+use planted::Bug;
 use return_stack::ReturnStack;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -523,6 +525,9 @@ impl Translator {
 
     /// The guest (or a device) wrote to a page with translated code.
     pub fn code_written(&mut self, core: &mut Core, gpa: u64, length: u64) {
+        if planted::is(Bug::StaleCode) {
+            return;
+        }
         let first = gpa >> 12;
         let last = (gpa + length - 1) >> 12;
         for page in first..=last {

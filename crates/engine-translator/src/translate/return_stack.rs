@@ -44,8 +44,7 @@ impl ReturnStack {
         unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
             let length = GUARD + SIZE + TOP;
-            let mapping =
-                libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            let mapping = libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
             if mapping == libc::MAP_FAILED || libc::mprotect(mapping, GUARD, libc::PROT_NONE) != 0 {
                 return Err(Error::last_os("mapping the return stack"));
             }
@@ -69,11 +68,8 @@ impl ReturnStack {
             let mut old: libc::stack_t = std::mem::zeroed();
             libc::sigaltstack(std::ptr::null(), &raw mut old);
             if old.ss_flags & libc::SS_DISABLE != 0 || old.ss_size < SIGNAL_STACK {
-                let stack = libc::stack_t {
-                    ss_sp: self.signal_stack.as_mut_ptr().cast(),
-                    ss_flags: 0,
-                    ss_size: SIGNAL_STACK,
-                };
+                let stack =
+                    libc::stack_t { ss_sp: self.signal_stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: SIGNAL_STACK };
                 if libc::sigaltstack(&raw const stack, std::ptr::null_mut()) != 0 {
                     return Err(Error::last_os("sigaltstack for a vCPU thread"));
                 }

@@ -35,7 +35,9 @@ fn base_of(segment: usize) -> Rm {
 pub fn kind(mnemonic: M, context: &Context) -> Option<Kind> {
     let kernel = matches!(context.jumps, JumpContext::Kernel | JumpContext::KernelAc);
     let known = match mnemonic {
-        M::Cli | M::Sti | M::Swapgs | M::Stac | M::Clac | M::Sysretq | M::Popfq | M::Cld => kernel || mnemonic == M::Cld,
+        M::Cli | M::Sti | M::Swapgs | M::Stac | M::Clac | M::Sysretq | M::Popfq | M::Cld => {
+            kernel || mnemonic == M::Cld
+        }
         M::Syscall => context.jumps == JumpContext::User,
         M::Pushfq => context.bits() == 64,
         _ => false,

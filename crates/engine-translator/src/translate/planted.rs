@@ -1,0 +1,58 @@
+//! Bugs planted on purpose, so that a test can show that the instruction fuzzer finds such bugs.
+//!
+//! Each is one that somebody could write: a check forgotten, a flag or register thought dead, code that
+//! outlives what it was made from. Without the feature `planted-bugs`, which only that test turns on,
+//! [`is`] is a constant and nothing of this is in the engine. They act when code is translated.
+
+#[cfg(feature = "planted-bugs")]
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// A bug of the translator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Bug {
+    /// A probe checks its first byte only: accesses may run over the end of the page.
+    PageEndUnchecked = 1,
+    /// A write needs only the right to read.
+    WriteProbesForRead,
+    /// 32-bit addresses keep the upper half of their registers.
+    AddressNotTruncated,
+    /// ADC, SBB, conditional jumps and the like are not counted as readers of the carry flag.
+    CarryThoughtDead,
+    /// A register without a host register that is read and then written by one instruction keeps its value.
+    SpillNotStored,
+    /// Writes to translated code do not drop it.
+    StaleCode,
+}
+
+/// All of them.
+#[cfg(feature = "planted-bugs")]
+pub const ALL: [Bug; 6] = [
+    Bug::PageEndUnchecked,
+    Bug::WriteProbesForRead,
+    Bug::AddressNotTruncated,
+    Bug::CarryThoughtDead,
+    Bug::SpillNotStored,
+    Bug::StaleCode,
+];
+
+#[cfg(feature = "planted-bugs")]
+static PLANTED: AtomicU8 = AtomicU8::new(0);
+
+/// Code translated from now on has `bug`, in every translator of the process.
+#[cfg(feature = "planted-bugs")]
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.store(bug.map_or(0, |b| b as u8), Ordering::SeqCst);
+}
+
+/// Whether `bug` is planted.
+#[cfg(feature = "planted-bugs")]
+pub(super) fn is(bug: Bug) -> bool {
+    PLANTED.load(Ordering::Relaxed) == bug as u8
+}
+
+/// Whether `bug` is planted: never.
+#[cfg(not(feature = "planted-bugs"))]
+pub(super) const fn is(_: Bug) -> bool {
+    false
+}
