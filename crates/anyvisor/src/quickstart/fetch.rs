@@ -206,8 +206,9 @@ impl Apt {
         command
     }
 
+    /// Whether apt could download `package`. (`apt-cache show` also shows what is merely installed.)
     fn knows(&self, package: &str) -> bool {
-        let output = self.command("apt-cache").args(["show", "--no-all-versions", package]).output();
+        let output = self.command("apt-get").args(["download", "--print-uris", package]).output();
         output.is_ok_and(|output| output.status.success() && !output.stdout.is_empty())
     }
 
