@@ -6,4 +6,5 @@ mod delivery;
 mod interrupts;
 mod modes;
 mod ports;
+mod random;
 mod transfers;
