@@ -159,7 +159,7 @@ fn random_offset(value: u64) -> u64 {
 }
 
 fn random_bool(value: u64) -> bool {
-    value.count_ones() % 2 == 0
+    value.count_ones().is_multiple_of(2)
 }
 
 /// Runs a guest for a while; events arrive in between.
