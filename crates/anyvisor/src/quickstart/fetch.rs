@@ -83,7 +83,10 @@ pub fn kernel(cache: &Cache) -> Result<PathBuf> {
     }
     let apt = Apt::new(cache)?;
     let package = KERNEL_PACKAGES.iter().find_map(|meta| apt.kernel_behind(meta)).ok_or_else(|| {
-        Error::user(format!("apt knows no kernel package (tried {}); {WITHOUT_APT}", KERNEL_PACKAGES.join(", ")))
+        Error::user(format!(
+            "apt knows no kernel package (tried {}); check its sources, or {WITHOUT_APT}",
+            KERNEL_PACKAGES.join(", ")
+        ))
     })?;
     let work = WorkFolder::new(cache)?;
     let file = apt.fetch(&package, "boot/vmlinuz-*", &work)?;
@@ -174,7 +177,8 @@ impl Apt {
         let private = Apt::private(&cache.0.join("apt"))?;
         if !private.knows("busybox-static") {
             progress("fetching package lists (apt-get update, into the cache folder)");
-            run(private.command("apt-get").arg("update"), "fetch package lists")?;
+            let update = ["-o", "APT::Update::Error-Mode=any", "update"];
+            run(private.command("apt-get").args(update), "fetch package lists")?;
         }
         Ok(private)
     }
