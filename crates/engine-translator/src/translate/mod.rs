@@ -47,14 +47,18 @@ const CODE_SIZE: usize = 32 << 20;
 const CODE_RESERVE: usize = 64 << 10;
 /// Code is tracked for writes in granules of this many bytes, 64 to a page.
 const GRANULE: u64 = 64;
-/// Misfits of a block with shared probes after which it is translated without.
-const MAX_MISFITS: u8 = 8;
+/// Misfits of a block with shared probes after which it is translated without ...
+const MAX_MISFITS: u8 = 64;
+/// ... if they come faster than one in this many TSC ticks; rarer ones cost less than shared probes save.
+const MISFIT_TICKS: u64 = 2_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     gpa: u64,
     rip: u64,
     context: Context,
+    /// Every access has a probe of its own: for going on where a shared probe does not fit.
+    alone: bool,
 }
 
 struct Block {
@@ -72,6 +76,8 @@ struct Block {
     /// Some accesses share a probe; and how often such a probe has been in vain.
     coalesced: bool,
     misfits: u8,
+    /// The TSC at the first of them.
+    first_misfit: u64,
 }
 
 struct Exit {
@@ -219,7 +225,7 @@ impl Translator {
         let Some(context) = translatable(core) else {
             return self.interpret(core, io);
         };
-        let block = match self.find(core, context) {
+        let block = match self.find(core, context, false) {
             Ok(Some(block)) => block,
             Ok(None) => return self.interpret(core, io),
             Err(exception) => return system::deliver_exception(core, io, exception),
@@ -232,9 +238,14 @@ impl Translator {
                 let (block, rip) = self.guest_position(core.cpu.translated[word::FAULT]);
                 core.cpu.rip = rip;
                 self.statistics.faults += 1;
-                if core.cpu.translated[word::MISFIT] != 0 {
-                    core.cpu.translated[word::MISFIT] = 0;
+                let misfit = std::mem::take(&mut core.cpu.translated[word::MISFIT]) != 0;
+                if misfit
+                    && self.blocks[block as usize].coalesced
+                    && let Ok(Some(found)) = self.find(core, context, true)
+                {
                     self.misfit(core, block);
+                    next = found;
+                    continue;
                 }
                 return self.interpret(core, io);
             }
@@ -276,7 +287,7 @@ impl Translator {
             // The exit may have led to other rights: SYSCALL, SYSRET, STAC.
             let Some(context) = translatable(core) else { return Step::Done };
             let generation = self.generation;
-            match self.find(core, context) {
+            match self.find(core, context, false) {
                 Ok(Some(found)) => {
                     if self.generation == generation {
                         self.link(exit, found);
@@ -335,12 +346,13 @@ impl Translator {
         }
     }
 
-    /// The block for the current RIP, made if need be. `None` if the code there is not in RAM.
-    fn find(&mut self, core: &mut Core, context: Context) -> std::result::Result<Option<u32>, Exception> {
+    /// The block for the current RIP, made if need be; `alone` without shared probes. `None` if the code
+    /// there is not in RAM.
+    fn find(&mut self, core: &mut Core, context: Context, alone: bool) -> std::result::Result<Option<u32>, Exception> {
         let rip = core.cpu.rip;
         let (gpa, host) = core.fetch_page(rip)?;
         let Some(host) = host else { return Ok(None) };
-        let key = Key { gpa, rip, context };
+        let key = Key { gpa, rip, context, alone };
         let block = match self.index.get(&key) {
             Some(&block) => block,
             None => {
@@ -353,7 +365,9 @@ impl Translator {
             }
         };
         let address = self.code.address(self.blocks[block as usize].start as usize);
-        core.add_jump(context.jumps, rip, address);
+        if !alone {
+            core.add_jump(context.jumps, rip, address);
+        }
         Ok(Some(block))
     }
 
@@ -371,7 +385,7 @@ impl Translator {
             context: key.context,
             features: &self.features,
             first_exit,
-            coalesce: !self.uncoalesced.contains(&key),
+            coalesce: !key.alone && !self.uncoalesced.contains(&key),
         };
         let mut translation = block::translate(&source);
         let mut next_page = None;
@@ -465,12 +479,13 @@ impl Translator {
             alive: true,
             coalesced: translation.coalesced,
             misfits: 0,
+            first_misfit: 0,
         });
         self.index.insert(key, id);
         self.statistics.blocks += 1;
         for exit in first_exit..self.exits.len() as u32 {
             if let ExitKind::Direct { target } = self.exits[exit as usize].kind {
-                let target_key = Key { gpa: (key.gpa & !0xfff) | (target & 0xfff), rip: target, context: key.context };
+                let target_key = Key { gpa: (key.gpa & !0xfff) | (target & 0xfff), rip: target, context: key.context, alone: false };
                 if let Some(&found) = self.index.get(&target_key) {
                     self.link(exit, found);
                 }
@@ -499,14 +514,23 @@ impl Translator {
         self.code.write(site as usize, &displacement.to_le_bytes());
     }
 
-    /// Counts an access that is not served by its probe; too many, and the block's accesses go alone.
+    /// Counts an access that a shared probe did not serve; too many too fast, and the block's accesses
+    /// probe alone from now on.
     fn misfit(&mut self, core: &mut Core, id: u32) {
+        let now = core.tsc();
         let block = &mut self.blocks[id as usize];
-        if !block.coalesced || !block.alive {
+        if !block.alive {
             return;
         }
+        if block.misfits == 0 {
+            block.first_misfit = now;
+        }
         block.misfits += 1;
-        if block.misfits >= MAX_MISFITS {
+        if block.misfits < MAX_MISFITS {
+            return;
+        }
+        block.misfits = 0;
+        if now.wrapping_sub(block.first_misfit) < u64::from(MAX_MISFITS) * MISFIT_TICKS {
             let key = block.key;
             self.uncoalesced.insert(key);
             self.kill(core, id);
