@@ -13,6 +13,7 @@ use std::time::Instant;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 mod host;
+mod random_guests;
 mod vector_units;
 
 /// Bytes of RAM at address 0.

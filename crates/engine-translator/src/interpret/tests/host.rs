@@ -6,22 +6,22 @@ use crate::native;
 use iced_x86::{EncodingKind, FlowControl, OpKind, Register, RflagsBits};
 
 /// A small generator (xorshift64*): the tests want the same cases on each run.
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    fn below(&mut self, n: u64) -> u64 {
+    pub fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 
     /// A value as arithmetic likes it: small, all ones, a power of two, or anything.
-    fn operand(&mut self) -> u64 {
+    pub fn operand(&mut self) -> u64 {
         match self.below(6) {
             0 => self.below(4),
             1 => u64::MAX - self.below(3),
