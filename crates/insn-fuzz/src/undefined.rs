@@ -91,8 +91,11 @@ pub fn dead(code: &[u8], rip: u64, fault: u64) -> u64 {
         let written = if may_do_nothing(instruction) { 0 } else { rflags(instruction.rflags_modified()) };
         live[i] = rflags(instruction.rflags_read()) | after & !written;
     }
-    let at = instructions.iter().position(|i| i.ip() == fault).unwrap_or(instructions.len());
-    STATUS & !live[at]
+    match instructions.iter().position(|i| i.ip() == fault) {
+        Some(at) => STATUS & !live[at],
+        // A jump to somewhere else, which only minimised cases have: nothing is known.
+        None => STATUS,
+    }
 }
 
 #[cfg(test)]
