@@ -19,7 +19,7 @@ use super::coalesce::{Access, Coalescer, Role};
 use super::control::FarJump;
 use super::encoding::{Fields, Layout, Place, gpr_operands};
 use super::planted::{self, Bug};
-use super::sensitive::OddSyscall;
+use super::sensitive::{OddBase, OddSyscall};
 use crate::cpu::{Cpu, JumpContext};
 use anyvisor_x86::bits::gpr;
 use iced_x86::{
@@ -45,6 +45,8 @@ pub struct Context {
     pub avx: bool,
     /// SMAP is enabled, so that RFLAGS.AC chooses the TLB.
     pub smap: bool,
+    /// CR4.FSGSBASE is set.
+    pub fsgsbase: bool,
     /// CR4.TSD allows RDTSC.
     pub tsc: bool,
 }
@@ -210,6 +212,7 @@ pub struct Builder<'a> {
     pub(super) far_jumps: Vec<FarJump>,
     pub(super) exits: Vec<PendingExit>,
     pub(super) syscalls: Vec<OddSyscall>,
+    pub(super) odd_bases: Vec<OddBase>,
     pub(super) thunk_calls: Vec<(u32, Thunk)>,
     peeked: Vec<(u16, u16)>,
     /// Offset of the instruction being emitted.
@@ -235,6 +238,7 @@ pub fn translate(source: &Source) -> Translation {
         far_jumps: Vec::new(),
         exits: Vec::new(),
         syscalls: Vec::new(),
+        odd_bases: Vec::new(),
         thunk_calls: Vec::new(),
         peeked: Vec::new(),
         at: 0,
@@ -465,6 +469,7 @@ impl<'a> Builder<'a> {
             Kind::Sensitive => match instruction.mnemonic() {
                 iced_x86::Mnemonic::Pushfq => [push, None],
                 iced_x86::Mnemonic::Popfq => [pop, None],
+                iced_x86::Mnemonic::Iretq => [pop.map(|access| Access { size: 40, ..access }), None],
                 _ => [None, None],
             },
             _ => [None, None],
@@ -523,6 +528,7 @@ impl<'a> Builder<'a> {
                 true
             }
             Kind::LoopJump => self.loop_jump(insn),
+            Kind::ReadSelector => self.read_selector(insn),
             Kind::ReadTsc => {
                 self.read_tsc(insn);
                 true
@@ -674,6 +680,26 @@ impl<'a> Builder<'a> {
             rm = Rm::Base(RSI, 0);
         }
         self.emit_plan(&Plan { rm, ..plan });
+        true
+    }
+
+    /// MOV of a segment register's selector to a register.
+    fn read_selector(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        let segment = instruction.op1_register() as usize - Register::ES as usize;
+        let register = instruction.op0_register();
+        let index = register.full_register() as usize - Register::RAX as usize;
+        if register.size() == 2 {
+            return false;
+        }
+        let offset = offset_of!(Cpu, seg)
+            + segment * size_of::<anyvisor_x86::Segment>()
+            + offset_of!(anyvisor_x86::Segment, selector);
+        self.a.load_sized(1, RSI, Rm::Gs(offset as i32));
+        match host_register(index) {
+            Some(host) => self.a.mov(host, RSI),
+            None => self.a.store(slot(index), RSI),
+        }
         true
     }
 
@@ -901,6 +927,7 @@ impl<'a> Builder<'a> {
         self.misses();
         self.far_jumps();
         self.odd_syscalls();
+        self.odd_bases();
         let exits = self.exit_stubs();
         let last = insns.last().expect("a block has an instruction");
         Translation {
@@ -919,7 +946,7 @@ impl<'a> Builder<'a> {
 fn ends_block(instruction: &Instruction, kind: Kind) -> bool {
     use iced_x86::Mnemonic as M;
     if kind == Kind::Sensitive {
-        return matches!(instruction.mnemonic(), M::Syscall | M::Sysretq | M::Stac | M::Clac);
+        return matches!(instruction.mnemonic(), M::Syscall | M::Sysretq | M::Iretq | M::Stac | M::Clac);
     }
     matches!(
         kind,
@@ -932,7 +959,7 @@ fn needs_flags(insn: &Insn) -> bool {
     use iced_x86::Mnemonic as M;
     match insn.kind {
         Kind::Interpret => true,
-        Kind::Sensitive => !matches!(insn.instruction.mnemonic(), M::Popfq | M::Sysretq),
+        Kind::Sensitive => !matches!(insn.instruction.mnemonic(), M::Popfq | M::Sysretq | M::Iretq),
         _ => false,
     }
 }

@@ -31,6 +31,8 @@ pub enum Kind {
     /// LOOP and JRCXZ.
     LoopJump,
     ReadTsc,
+    /// MOV from a segment register to a general one.
+    ReadSelector,
     /// See `sensitive`.
     Sensitive,
     /// See `strings`.
@@ -171,6 +173,13 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
     }
     if instruction.is_privileged() || instruction.is_string_instruction() {
         return integer(Interpret);
+    }
+    if instruction.mnemonic() == M::Mov
+        && instruction.op_kind(0) == OpKind::Register
+        && instruction.op_kind(1) == OpKind::Register
+        && instruction.op1_register().is_segment_register()
+    {
+        return integer(ReadSelector);
     }
     for operand in 0..instruction.op_count() {
         let kind = instruction.op_kind(operand);

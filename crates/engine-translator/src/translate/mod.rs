@@ -150,6 +150,9 @@ pub struct Translator {
     uncoalesced: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     /// Counts the times everything was dropped.
     generation: u64,
+    /// What of the last context the jump caches do not tell apart: FPU, AVX, SMAP, FSGSBASE; and CR4.TSD.
+    hidden: (bool, bool, bool, bool),
+    tsc_denied: bool,
     statistics: Statistics,
     /// Count interpreted instructions by mnemonic.
     count: bool,
@@ -178,6 +181,8 @@ impl Translator {
             pages: AddressMap::default(),
             uncoalesced: HashSet::default(),
             generation: 0,
+            hidden: (false, false, false, false),
+            tsc_denied: false,
             statistics: Statistics::default(),
             count: tracing::enabled!(tracing::Level::DEBUG),
         })
@@ -222,7 +227,7 @@ impl Translator {
     fn advance(&mut self, core: &mut Core, io: &dyn GuestIo) -> Step {
         // The frame of an interrupt or exception may have gone over code.
         self.apply_code_writes(core);
-        let Some(context) = translatable(core) else {
+        let Some(context) = self.context(core) else {
             return self.interpret(core, io);
         };
         let block = match self.find(core, context, false) {
@@ -285,7 +290,7 @@ impl Translator {
                 return Step::Done;
             }
             // The exit may have led to other rights: SYSCALL, SYSRET, STAC.
-            let Some(context) = translatable(core) else { return Step::Done };
+            let Some(context) = self.context(core) else { return Step::Done };
             let generation = self.generation;
             match self.find(core, context, false) {
                 Ok(Some(found)) => {
@@ -298,6 +303,24 @@ impl Translator {
                 Err(exception) => return system::deliver_exception(core, io, exception),
             }
         }
+    }
+
+    /// The context to translate for. The jump caches know only a part of it, so they are emptied when
+    /// another part changes.
+    fn context(&mut self, core: &mut Core) -> Option<Context> {
+        let context = translatable(core)?;
+        let hidden = (context.fpu, context.avx, context.smap, context.fsgsbase);
+        if hidden != self.hidden {
+            self.hidden = hidden;
+            core.flush_jumps();
+        }
+        // RDTSC depends on CPL too, which the caches do tell apart.
+        let denied = core.cpu.cr4 & cr4::TSD != 0;
+        if denied != self.tsc_denied {
+            self.tsc_denied = denied;
+            core.flush_jumps();
+        }
+        Some(context)
     }
 
     /// Interprets one instruction and acts on what it did to translated code.
@@ -683,5 +706,6 @@ fn translatable(core: &Core) -> Option<Context> {
     let avx = fpu && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & avx_states == avx_states;
     let tsc = cpu.cpl == 0 || cpu.cr4 & cr4::TSD == 0;
     let smap = cpu.cr4 & cr4::SMAP != 0;
-    Some(Context { jumps, tlb: tlb as u8, fpu, avx, smap, tsc })
+    let fsgsbase = cpu.cr4 & cr4::FSGSBASE != 0;
+    Some(Context { jumps, tlb: tlb as u8, fpu, avx, smap, fsgsbase, tsc })
 }

@@ -38,6 +38,8 @@ pub fn kind(mnemonic: M, context: &Context) -> Option<Kind> {
         M::Cli | M::Sti | M::Swapgs | M::Stac | M::Clac | M::Sysretq | M::Popfq | M::Cld => {
             kernel || mnemonic == M::Cld
         }
+        M::Iretq => context.jumps == JumpContext::Kernel,
+        M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => context.bits() == 64 && context.fsgsbase,
         M::Syscall => context.jumps == JumpContext::User,
         M::Pushfq => context.bits() == 64,
         _ => false,
@@ -63,6 +65,11 @@ impl Builder<'_> {
             M::Stac | M::Clac => return self.set_ac(insn),
             M::Pushfq => self.pushfq(insn),
             M::Popfq => self.popfq(insn),
+            M::Iretq => self.iretq(insn),
+            M::Rdfsbase => self.read_base(insn, index::FS),
+            M::Rdgsbase => self.read_base(insn, index::GS),
+            M::Wrfsbase => self.write_base(insn, index::FS),
+            M::Wrgsbase => self.write_base(insn, index::GS),
             M::Syscall => self.syscall(insn),
             M::Sysretq => self.sysret(insn),
             _ => return false,
@@ -144,23 +151,95 @@ impl Builder<'_> {
     fn popfq(&mut self, insn: &Insn) {
         let rm = self.access(&self.stack(0), 8, false, false, false);
         self.a.load(RDI, rm);
-        self.load_rflags(insn);
+        self.check_rflags(insn);
+        self.load_rflags();
         self.adjust_stack(8);
     }
 
-    /// Loads RFLAGS from RDI if only IF and the status flags change, else interprets.
-    fn load_rflags(&mut self, insn: &Insn) {
+    /// To the same privilege level, code and stack segment, whose hidden parts stay as they are.
+    fn iretq(&mut self, insn: &Insn) {
+        let rm = self.access(&self.stack(0), 40, false, false, false);
+        self.a.lea(RSI, rm);
+        self.a.store(scratch(VALUE), RSI);
+        self.a.test8(field(offset_of!(Cpu, nmi_blocked)), 0xff);
+        self.interpret_if(cc::NE, insn);
+        for (segment, offset) in [(index::CS, 8), (index::SS, 32)] {
+            self.a.load_sized(1, RDI, segment_field(segment, offset_of!(Segment, selector)));
+            self.a.alu(Alu::Sub, RDI, Rm::Base(RSI, offset));
+            self.interpret_if(cc::NE, insn);
+        }
+        self.a.load(RDI, Rm::Base(RSI, 16));
+        self.a.alu_imm(Alu::And, true, Rm::Reg(RDI), !(rflags::RF as i32));
+        self.check_rflags(insn);
+        self.load_rflags();
+        self.a.load(RSI, scratch(VALUE));
+        self.a.load(R13, Rm::Base(RSI, 24));
+        self.a.load(RSI, Rm::Base(RSI, 0));
+        self.origin = (insn.instruction.ip(), 0);
+        self.indirect_in(JumpContext::Kernel, None, true);
+    }
+
+    fn read_base(&mut self, insn: &Insn, segment: usize) {
+        let register = insn.instruction.op0_register();
+        let number = register.full_register() as usize - iced_x86::Register::RAX as usize;
+        if register.size() == 4 {
+            self.a.load32(RSI, base_of(segment));
+        } else {
+            self.a.load(RSI, base_of(segment));
+        }
+        match host_register(number) {
+            Some(host) => self.a.mov(host, RSI),
+            None => self.a.store(slot(number), RSI),
+        }
+    }
+
+    fn write_base(&mut self, insn: &Insn, segment: usize) {
+        let register = insn.instruction.op0_register();
+        let number = register.full_register() as usize - iced_x86::Register::RAX as usize;
+        let rm = host_register(number).map_or(slot(number), Rm::Reg);
+        if register.size() == 4 {
+            self.a.load32(RDI, rm);
+        } else {
+            self.a.load(RDI, rm);
+            // Only user addresses here: bits 63:47 zero. Others, canonical or not, are interpreted.
+            let live = insn.live_in != 0;
+            if live {
+                self.a.mov(RSI, RAX);
+                self.a.lahf();
+                self.a.bytes(&[0x0f, 0x90, 0xc0]); // seto al
+                self.a.store(scratch(VALUE), RSI);
+            }
+            self.a.mov(RSI, RDI);
+            self.a.shr64(RSI, 47);
+            let odd = self.a.jcc(cc::NE);
+            if live {
+                self.a.bytes(&[0x04, 0x7f]); // add al, 0x7f
+                self.a.sahf();
+                self.a.load(RAX, scratch(VALUE));
+            }
+            self.odd_bases.push(OddBase { hole: odd, live, rip: insn.instruction.ip() });
+        }
+        self.a.store(base_of(segment), RDI);
+    }
+
+    /// Leaves for the interpreter unless loading RFLAGS from RDI changes only IF and the status flags, and
+    /// opens no window that an interrupt waits for. Uses RSI; flags are dead.
+    fn check_rflags(&mut self, insn: &Insn) {
         let free = STATUS | (rflags::IF | rflags::FIXED) as i32;
         self.a.load(RSI, rflags_field());
         self.a.alu(Alu::Xor, RSI, Rm::Reg(RDI));
         self.a.alu_imm(Alu::And, false, Rm::Reg(RSI), !free);
         self.interpret_if(cc::NE, insn);
-        // IF on while an interrupt waits: (flags >> 9 & 1) & waiting.
+        // (flags >> 9 & 1) & waiting
         self.a.mov32(RSI, RDI);
         self.a.shr32(RSI, 9);
         self.a.alu32(Alu::And, RSI, field(offset_of!(Cpu, irq_waiting)));
         self.a.alu_imm(Alu::And, false, Rm::Reg(RSI), 1);
         self.interpret_if(cc::NE, insn);
+    }
+
+    /// Loads RFLAGS from RDI, which `check_rflags` has passed.
+    fn load_rflags(&mut self) {
         self.a.mov(RSI, RDI);
         self.a.alu_imm(Alu::Or, true, Rm::Reg(RSI), rflags::FIXED as i32);
         self.a.store(rflags_field(), RSI);
@@ -235,6 +314,20 @@ impl Builder<'_> {
         }
     }
 
+    /// Out of line: give the flags back and interpret.
+    pub(super) fn odd_bases(&mut self) {
+        for odd in std::mem::take(&mut self.odd_bases) {
+            self.a.bind(odd.hole);
+            if odd.live {
+                self.a.bytes(&[0x04, 0x7f]); // add al, 0x7f
+                self.a.sahf();
+                self.a.load(RAX, scratch(VALUE));
+            }
+            let hole = self.a.jmp();
+            self.exits.push(PendingExit { hole, kind: ExitKind::Interpret { rip: odd.rip } });
+        }
+    }
+
     fn sysret(&mut self, insn: &Insn) {
         // Canonical: bits 63:47 alike. A user address: all zero.
         self.a.mov(RSI, RCX);
@@ -265,6 +358,13 @@ impl Builder<'_> {
         self.origin = (insn.instruction.ip(), 0);
         self.indirect_in(JumpContext::User, None, true);
     }
+}
+
+/// A write of a segment base that is not a user address.
+pub struct OddBase {
+    hole: Hole,
+    live: bool,
+    rip: u64,
 }
 
 /// A SYSCALL that is not the usual one.
