@@ -72,7 +72,13 @@ pub fn execute(core: &mut Core, io: &dyn GuestIo, fetched: &Fetched) -> Result<(
     }
     let unit = unit_of(insn);
     check_enabled(core, unit)?;
-    if matches!(unit, Unit::X87 | Unit::Mmx) && !is_non_waiting(insn) && x87_exception_pending() {
+    let waits = match unit {
+        Unit::X87 => !is_non_waiting(insn),
+        Unit::Mmx => true,
+        // The two conversions to MMX with an aligned operand.
+        _ => matches!(insn.mnemonic(), Mnemonic::Cvtpd2pi | Mnemonic::Cvttpd2pi),
+    };
+    if waits && x87_exception_pending() {
         // Before anything that the memory operand may raise.
         return Err(Exception::new(vector::MF));
     }
