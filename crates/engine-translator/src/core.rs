@@ -242,9 +242,5 @@ impl Core {
 
 fn lapic_features(cpuid: &Cpuid, physical_bits: u8) -> lapic::Features {
     let leaf = cpuid.get(1, 0).unwrap_or_default();
-    lapic::Features {
-        x2apic: leaf.ecx >> 21 & 1 != 0,
-        tsc_deadline: leaf.ecx >> 24 & 1 != 0,
-        physical_bits,
-    }
+    lapic::Features { x2apic: leaf.ecx >> 21 & 1 != 0, tsc_deadline: leaf.ecx >> 24 & 1 != 0, physical_bits }
 }

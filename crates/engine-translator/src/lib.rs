@@ -49,10 +49,7 @@ impl Translator {
     pub fn new() -> Result<Translator> {
         native::install_signal_handlers();
         code_memory::CodeMemory::new(4096)?;
-        Ok(Translator {
-            tsc_khz: host::tsc_khz(),
-            interpret_only: std::env::var_os(INTERPRET_VARIABLE).is_some(),
-        })
+        Ok(Translator { tsc_khz: host::tsc_khz(), interpret_only: std::env::var_os(INTERPRET_VARIABLE).is_some() })
     }
 
     /// As [`Translator::new`], but vCPUs interpret every instruction.

@@ -7,6 +7,8 @@
 //! A write tag is set only when a write needs no attention: the page's dirty bit is set and no translated
 //! code was made from the page.
 
+mod spaces;
+
 use crate::core::Core;
 use crate::cpu::{
     JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, invalid_tag,
@@ -16,6 +18,7 @@ use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::cr0;
 use anyvisor_x86::paging::{self, Access, AccessKind, Mapping, PagingMode};
+use spaces::Spaces;
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 
@@ -61,6 +64,8 @@ pub struct Mmu {
     jump_journal: [Vec<u16>; JUMP_CONTEXTS],
     /// Kernel code has been fetched from a page that is not global.
     kernel_code_local: bool,
+    /// What other PCIDs have left.
+    spaces: Spaces,
 }
 
 // SAFETY: `code_page`'s pointer is into the VM's RAM, which any thread may address by raw copies.
@@ -78,6 +83,7 @@ impl Mmu {
             jump_filter: Box::new([0; 64]),
             jump_journal: Default::default(),
             kernel_code_local: false,
+            spaces: Spaces::default(),
         }
     }
 }
@@ -213,13 +219,20 @@ impl Core {
             self.mmu.journal[context] = journal;
         }
         self.mmu.kernel_local.clear();
+        self.mmu.spaces.clear();
         self.mmu.large.clear();
         self.mmu.last_large = u64::MAX;
         self.flush_jumps();
     }
 
-    /// Drops the translations that a CR3 load drops: all but global ones.
+    /// Drops all translations but global ones, those of all PCIDs.
     pub fn flush_non_global(&mut self) {
+        self.mmu.spaces.clear();
+        self.flush_current();
+    }
+
+    /// Drops the translations of the current address space but global ones, as a CR3 load does.
+    pub fn flush_current(&mut self) {
         for context in [TlbContext::KernelAc as usize, TlbContext::User as usize] {
             let mut journal = std::mem::take(&mut self.mmu.journal[context]);
             for &index in &journal {
@@ -269,6 +282,8 @@ impl Core {
                 }
             }
         }
+        // `large` is about all address spaces.
+        self.mmu.spaces.clear();
         self.mmu.large.retain(|region| region >> 9 != gva >> 30);
         self.mmu.last_large = u64::MAX;
         self.flush_jumps();
@@ -290,6 +305,7 @@ impl Core {
                 }
             }
         }
+        self.mmu.spaces.protect(gpa);
     }
 
     /// The page at `gpa` holds no translated code any more.
@@ -320,6 +336,7 @@ impl Core {
 
     /// Removes `host` from the jump caches, if it is there as the code for `gva`.
     pub fn remove_jump(&mut self, context: JumpContext, gva: u64, host: u64) {
+        self.mmu.spaces.forget_jumps();
         let index = gva as usize & (JUMP_CACHE_ENTRIES - 1);
         let entry = &mut self.cpu.jump_cache[context as usize][index];
         if entry.host == host {
@@ -332,8 +349,9 @@ impl Core {
         self.mmu.jump_filter[hash / 64] & (1 << (hash % 64)) != 0
     }
 
-    /// Empties the jump caches.
+    /// Empties the jump caches, those of all PCIDs.
     pub fn flush_jumps(&mut self) {
+        self.mmu.spaces.forget_jumps();
         for context in 0..JUMP_CONTEXTS {
             self.flush_jump_context(context);
         }

@@ -121,11 +121,15 @@ fn write_cr3(core: &mut Core, _io: &dyn GuestIo, value: u64) -> Result<(), Excep
         if new >> core.physical_bits != 0 {
             return Err(Exception::gp(0));
         }
-        // Translations are not tagged with PCIDs: those of another address space must go in any case.
-        let keep = no_flush && new == core.cpu.cr3;
+        let old = core.cpu.cr3;
         core.cpu.cr3 = new;
-        if !keep {
+        if !pcid {
             core.flush_non_global();
+        } else if (old ^ new) & 0xfff != 0 {
+            core.switch_address_space((old & 0xfff) as u16, (new & 0xfff) as u16, no_flush);
+        } else if !no_flush || old != new {
+            // With another root and the same PCID, keeping translations would be allowed.
+            core.flush_current();
         }
         return Ok(());
     }
@@ -323,14 +327,13 @@ pub(super) fn invpcid(core: &mut Core, io: &dyn GuestIo, instruction: &Instructi
     if bad {
         return Err(Exception::gp(0));
     }
-    // Translations of other PCIDs are never kept.
     let current = pcid == if pcide { core.cpu.cr3 & 0xfff } else { 0 };
     match kind {
         0 if current => core.invalidate_page(address),
-        1 if current => core.flush_non_global(),
+        1 if current => core.flush_current(),
+        0 | 1 => core.invalidate_pcid(pcid as u16),
         2 => core.flush_all(),
-        3 => core.flush_non_global(),
-        _ => {}
+        _ => core.flush_non_global(),
     }
     Ok(())
 }

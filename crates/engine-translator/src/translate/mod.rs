@@ -47,6 +47,8 @@ const CODE_SIZE: usize = 32 << 20;
 const CODE_RESERVE: usize = 64 << 10;
 /// Code is tracked for writes in granules of this many bytes, 64 to a page.
 const GRANULE: u64 = 64;
+/// Writes to the code of a page after which all of it is dropped, so that further ones are just writes.
+const MAX_CODE_WRITES: u32 = 64;
 /// Misfits of a block with shared probes after which it is translated without ...
 const MAX_MISFITS: u8 = 64;
 /// ... if they come faster than one in this many TSC ticks; rarer ones cost less than shared probes save.
@@ -68,6 +70,8 @@ struct Block {
     length: u32,
     map: Box<[(u32, u16)]>,
     exits: std::ops::Range<u32>,
+    /// Bytes of the page that it was made from: offset and length.
+    ranges: Box<[(u16, u16)]>,
     /// Where the rest of an instruction that runs over the page's end was: guest-physical page.
     next_page: Option<u64>,
     /// Exits of blocks that are linked to this one.
@@ -95,6 +99,8 @@ struct CodePage {
     blocks: Vec<u32>,
     /// Granules that blocks were made from.
     granules: u64,
+    /// Writes that hit them.
+    hits: u32,
 }
 
 /// Multiplicative hashing: keys are addresses, and nobody attacks their own translation cache.
@@ -480,10 +486,11 @@ impl Translator {
                 linked: None,
             });
         }
+        let mut ranges = translation.peeked;
+        ranges.push(((key.gpa & 0xfff) as u16, translation.length.min(0x1000 - (key.gpa & 0xfff) as u16)));
         let code_page = self.pages.entry(key.gpa >> 12).or_default();
         code_page.blocks.push(id);
-        code_page.granules |= granules(key.gpa & 0xfff, u64::from(translation.length));
-        for &(offset, length) in &translation.peeked {
+        for &(offset, length) in &ranges {
             code_page.granules |= granules(u64::from(offset), u64::from(length));
         }
         if let Some(page) = next_page {
@@ -493,6 +500,7 @@ impl Translator {
         }
         self.blocks.push(Block {
             key,
+            ranges: ranges.into_boxed_slice(),
             next_page,
             start: base,
             length: translation.code.len() as u32,
@@ -580,10 +588,45 @@ impl Translator {
         for page in first..=last {
             let start = gpa.max(page << 12) & 0xfff;
             let end = (gpa + length).min((page + 1) << 12) - (page << 12);
-            let Some(code_page) = self.pages.get(&page) else { continue };
-            if code_page.granules & granules(start, end - start) != 0 {
-                self.drop_page(core, page);
+            let Some(code_page) = self.pages.get_mut(&page) else { continue };
+            if code_page.granules & granules(start, end - start) == 0 {
+                continue;
             }
+            code_page.hits += 1;
+            if code_page.hits >= MAX_CODE_WRITES {
+                self.drop_page(core, page);
+            } else {
+                self.drop_written(core, page, start as u16..end as u16);
+            }
+        }
+    }
+
+    /// Drops the blocks made from bytes `written` of a page.
+    fn drop_written(&mut self, core: &mut Core, page: u64, written: std::ops::Range<u16>) {
+        let Some(mut code_page) = self.pages.remove(&page) else { return };
+        code_page.granules = 0;
+        let mut blocks = std::mem::take(&mut code_page.blocks);
+        blocks.retain(|&id| {
+            let block = &self.blocks[id as usize];
+            if !block.alive {
+                return false;
+            }
+            let second = [(0, 15)];
+            let ranges = if block.next_page == Some(page) { &second[..] } else { &block.ranges };
+            if ranges.iter().any(|&(offset, length)| offset < written.end && written.start < offset + length) {
+                self.kill(core, id);
+                return false;
+            }
+            for &(offset, length) in ranges {
+                code_page.granules |= granules(u64::from(offset), u64::from(length));
+            }
+            true
+        });
+        if blocks.is_empty() {
+            core.unprotect_code_page(page << 12);
+        } else {
+            code_page.blocks = blocks;
+            self.pages.insert(page, code_page);
         }
     }
 
@@ -602,6 +645,8 @@ impl Translator {
         }
         self.statistics.invalidated += 1;
         block.alive = false;
+        block.map = Box::default();
+        block.ranges = Box::default();
         let (key, start, exits) = (block.key, block.start, block.exits.clone());
         let incoming = std::mem::take(&mut block.incoming);
         for exit in incoming {

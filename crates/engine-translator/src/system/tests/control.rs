@@ -1,6 +1,7 @@
 //! Control registers, MSRs, CPUID, kvmclock, TLB invalidation.
 
-use crate::testing::{TestVm, handler, place};
+use crate::testing::{Access, Method, TestVm, handler, place};
+use anyvisor_engine::Exit;
 use anyvisor_x86::bits::{cr0, cr4, efer, gpr, xcr0};
 use anyvisor_x86::exception::vector;
 use anyvisor_x86::{cpuid, msr};
@@ -196,4 +197,63 @@ fn dr7_and_dr6_reserved_bits() {
     test.steps(2);
     assert_eq!(test.core().cpu.gpr[gpr::RAX], 0xffff_07ff);
     assert!(gp_with(kernel(&[0x0f, 0x23, 0xf8]), 1 << 32).0);
+}
+
+const NO_FLUSH: u64 = 1 << 63;
+
+/// In PCID 1: reads DATA; in PCID 2: executes `between` and changes DATA's page-table entry; then goes back to
+/// PCID 1 by loading `back` into CR3 and reads DATA again, which this returns. The pages hold 1 and 2.
+fn across_pcids(between: &[u8], back: u64) -> u64 {
+    // mov rax, [rdi]; mov cr3, rbx; `between`; mov [r8], r9; mov cr3, rcx; mov rax, [rdi]; hlt
+    let mut code = vec![0x48, 0x8b, 0x07, 0x0f, 0x22, 0xdb];
+    code.extend(between);
+    code.extend([0x4d, 0x89, 0x08, 0x0f, 0x22, 0xd9, 0x48, 0x8b, 0x07, 0xf4]);
+    let mut test = kernel(&code);
+    test.load(place::DATA, &1u64.to_le_bytes());
+    test.load(place::DATA + 0x1000, &2u64.to_le_bytes());
+    // What `between` finds at [rsi]: INVPCID's descriptor for DATA in PCID 1.
+    test.load(place::DATA + 0x2000, &1u64.to_le_bytes());
+    test.load(place::DATA + 0x2008, &place::DATA.to_le_bytes());
+    let cpu = &mut test.core().cpu;
+    cpu.cr4 |= cr4::PCIDE;
+    cpu.cr3 = place::PML4 | 1;
+    (cpu.gpr[gpr::RDI], cpu.gpr[gpr::RSI]) = (place::DATA, place::DATA + 0x2000);
+    (cpu.gpr[gpr::RBX], cpu.gpr[gpr::RCX]) = (place::PML4 | 2 | NO_FLUSH, back);
+    (cpu.gpr[gpr::R8], cpu.gpr[gpr::R9]) = (place::PT + 8 * (place::DATA >> 12), (place::DATA + 0x1000) | 7);
+    test.step_to_halt(10);
+    test.core().cpu.gpr[gpr::RAX]
+}
+
+#[test]
+fn pcids_keep_translations_if_asked() {
+    let keep = place::PML4 | 1 | NO_FLUSH;
+    assert_eq!(across_pcids(&[], keep), 1, "kept, and so out of date");
+    assert_eq!(across_pcids(&[], place::PML4 | 1), 2, "CR3 without bit 63 drops the PCID's translations");
+    // invpcid r10, [rsi], with R10 = 0 … 3 by mov r10b, n
+    let invpcid = |kind: u8| [0x41, 0xb2, kind, 0x66, 0x44, 0x0f, 0x38, 0x82, 0x16];
+    for kind in 0..=3 {
+        assert_eq!(across_pcids(&invpcid(kind), keep), 2, "INVPCID type {kind}");
+    }
+    // A change of CR4.PGE drops all: mov rax, cr4; xor al, 0x80; mov cr4, rax
+    assert_eq!(across_pcids(&[0x0f, 0x20, 0xe0, 0x34, 0x80, 0x0f, 0x22, 0xe0], keep), 2);
+}
+
+#[test]
+fn a_kept_translation_sees_code_made_meanwhile() {
+    // In PCID 1 a RET is written to DATA, in PCID 2 called, in PCID 1 overwritten with NOP and called again.
+    let code = [
+        0xb0, 0xc3, 0x88, 0x07, 0x0f, 0x22, 0xdb, 0xff, 0xd7, 0x0f, 0x22, 0xd9, 0xc6, 0x07, 0x90, 0xff, 0xd7, 0xb0,
+        0x11, 0xe6, 0xf4,
+    ];
+    for method in [Method::Interpret, Method::Translate] {
+        let mut test = TestVm::long_mode_by(&code, 0, method);
+        test.load(place::DATA, &[0x90, 0xb0, 0x77, 0xe6, 0xf4]); // nop; mov al, 0x77; out 0xf4, al
+        let cpu = &mut test.core().cpu;
+        cpu.cr4 |= cr4::PCIDE;
+        cpu.cr3 = place::PML4 | 1;
+        cpu.gpr[gpr::RDI] = place::DATA;
+        (cpu.gpr[gpr::RBX], cpu.gpr[gpr::RCX]) = (place::PML4 | 2 | NO_FLUSH, place::PML4 | 1 | NO_FLUSH);
+        assert_eq!(test.run(), Exit::Kicked);
+        assert_eq!(test.io.take_log(), [Access::PioWrite { port: 0xf4, data: vec![0x77] }], "{method:?}");
+    }
 }
