@@ -329,9 +329,6 @@ impl Assembler {
     pub fn push_rm(&mut self, rm: Rm) {
         self.op(false, &[0xff], 6, rm);
     }
-    pub fn pop_rm(&mut self, rm: Rm) {
-        self.op(false, &[0x8f], 0, rm);
-    }
     pub fn pushfq(&mut self) {
         self.byte(0x9c);
     }

@@ -17,8 +17,8 @@ use super::assembler::*;
 use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
 use super::coalesce::{Access, Coalescer, Role};
 use super::control::FarJump;
-use super::encoding::{Fields, Layout, Place, gpr_operands};
-use super::planted::{self, Bug};
+use super::encoding::{Fields, Layout};
+use super::rename::Plan;
 use super::sensitive::{OddBase, OddSyscall};
 use crate::cpu::{Cpu, JumpContext};
 use anyvisor_x86::bits::gpr;
@@ -172,8 +172,8 @@ pub(super) fn pending() -> Rm {
 
 pub(super) struct Insn {
     pub(super) instruction: Instruction,
-    offset: u16,
-    length: u8,
+    pub(super) offset: u16,
+    pub(super) length: u8,
     pub(super) kind: Kind,
     /// Status flags alive before it, at the point where it may miss or fault.
     pub(super) live_in: u32,
@@ -206,7 +206,7 @@ pub struct Source<'a> {
 pub struct Builder<'a> {
     pub(super) a: Assembler,
     pub(super) source: &'a Source<'a>,
-    info: InstructionInfoFactory,
+    pub(super) info: InstructionInfoFactory,
     pub(super) map: Vec<(u32, u16)>,
     pub(super) misses: Vec<Miss>,
     pub(super) far_jumps: Vec<FarJump>,
@@ -264,7 +264,7 @@ impl<'a> Builder<'a> {
     }
 
     /// Bytes of a stack slot, and of a near code pointer.
-    fn word(&self) -> i64 {
+    pub(super) fn word(&self) -> i64 {
         i64::from(self.bits() / 8)
     }
 
@@ -281,7 +281,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn load_word(&mut self, reg: u8, rm: Rm) {
+    pub(super) fn load_word(&mut self, reg: u8, rm: Rm) {
         if self.bits() == 64 {
             self.a.load(reg, rm);
         } else {
@@ -289,7 +289,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn store_word(&mut self, rm: Rm, reg: u8) {
+    pub(super) fn store_word(&mut self, rm: Rm, reg: u8) {
         if self.bits() == 64 {
             self.a.store(rm, reg);
         } else {
@@ -297,7 +297,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn store_word_imm(&mut self, rm: Rm, value: i32) {
+    pub(super) fn store_word_imm(&mut self, rm: Rm, value: i32) {
         if self.bits() == 64 {
             self.a.store_imm32(rm, value);
         } else {
@@ -556,108 +556,6 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Decides how the registers of an instruction are renamed, without emitting anything.
-    fn plan(&mut self, insn: &Insn, memory: Option<Rm>) -> Option<Plan> {
-        let instruction = &insn.instruction;
-        let start = insn.offset as usize;
-        let layout = Layout::parse(&self.source.bytes[start..start + insn.length as usize], self.bits())?;
-        let info = self.info.info_options(instruction, InstructionInfoOptions::NO_REGISTER_USAGE);
-        let access: [OpAccess; 5] = std::array::from_fn(|i| info.op_access(i as u32));
-        let mut fields = Fields { reg: layout.reg, vvvv: layout.vex.map_or(0, |v| v.vvvv), ..Fields::default() };
-        let mut rm = memory.unwrap_or(Rm::Reg(layout.rm));
-        let mut spills = Spills::new(memory.is_some());
-        let (mut high_byte, mut low_byte) = (false, false);
-        // Reads first: a register that is only written may then share the scratch of one that is read.
-        let operands: Vec<_> = gpr_operands(instruction).collect();
-        let mut placed = 0u32;
-        for pass in 0..3 {
-            for operand in &operands {
-                let (reads, writes) = reads_writes(access[operand.operand as usize]);
-                // XOR r, r and its kin count as reading neither operand; here both matter.
-                let idiom = matches!(instruction.mnemonic(), iced_x86::Mnemonic::Xor | iced_x86::Mnemonic::Sub);
-                let reads = reads || !writes || idiom;
-                let partial = operand.register.size() < 4;
-                let reads = reads || (writes && partial);
-                let index = operand.register.full_register() as usize - Register::RAX as usize;
-                // Then writes to a register that is read too: nothing else may be written to its scratch.
-                let turn = if reads {
-                    0
-                } else if spills.has(index) {
-                    1
-                } else {
-                    2
-                };
-                if turn > pass || (placed & (1 << operand.operand)) != 0 {
-                    continue;
-                }
-                placed |= 1 << operand.operand;
-                let host = if matches!(operand.register, Register::AH | Register::CH | Register::DH | Register::BH) {
-                    high_byte = true;
-                    operand.register as u8 - Register::AH as u8 + 4
-                } else {
-                    match host_register(index) {
-                        Some(host) => {
-                            low_byte |= operand.register.size() == 1 && (4..8).contains(&host);
-                            host
-                        }
-                        None if operand.or_memory
-                            && memory.is_none()
-                            && in_place(instruction, operand.register, writes) =>
-                        {
-                            rm = slot(index);
-                            continue;
-                        }
-                        None => {
-                            let host = spills.assign(index, reads, writes)?;
-                            low_byte |= operand.register.size() == 1;
-                            host
-                        }
-                    }
-                };
-                match operand.place {
-                    Place::Reg => fields.reg = host,
-                    Place::Vvvv => fields.vvvv = host,
-                    Place::Opcode => {
-                        fields.opcode = host;
-                        fields.opcode_is_register = true;
-                    }
-                    Place::Rm => rm = Rm::Reg(host),
-                }
-            }
-        }
-        // AH–BH cannot be named next to a REX prefix: MOVZX and MOVSX from them go through a scratch.
-        let mut widen = None;
-        if high_byte && (layout.needs_rex(&fields, rm) || low_byte) {
-            use iced_x86::Mnemonic::{Movsx, Movzx};
-            if layout.w || memory.is_some() || !matches!(instruction.mnemonic(), Movzx | Movsx) || fields.reg < 8 {
-                return None;
-            }
-            if layout.operand_size {
-                return None;
-            }
-            widen = Some(fields.reg);
-            fields.reg = RSI;
-        }
-        Some(Plan { layout, fields, rm, spills, force_rex: low_byte, high_byte, widen })
-    }
-
-    fn emit_plan(&mut self, plan: &Plan) {
-        for spill in plan.spills.used() {
-            if spill.reads {
-                self.a.load(spill.host, slot(spill.index));
-            }
-        }
-        plan.layout.emit(&mut self.a, &plan.fields, plan.rm, plan.force_rex);
-        if let Some(host) = plan.widen {
-            self.a.mov32(host, RSI);
-        }
-        for spill in plan.spills.used() {
-            if spill.writes {
-                self.a.store(slot(spill.index), spill.host);
-            }
-        }
-    }
-
     fn memory(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
         let info = self.info.info_options(instruction, InstructionInfoOptions::NO_REGISTER_USAGE);
@@ -792,137 +690,6 @@ impl<'a> Builder<'a> {
         true
     }
 
-    fn push(&mut self, insn: &Insn) -> bool {
-        let instruction = &insn.instruction;
-        let flags = insn.live_in != 0;
-        match instruction.op0_kind() {
-            OpKind::Register => {
-                let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
-                let host = host_register(index);
-                let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, host.is_none());
-                if host.is_none() {
-                    self.a.load(RDI, slot(index));
-                }
-                self.store_word(rm, host.unwrap_or(RDI));
-            }
-            OpKind::Memory => {
-                let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
-                let rm = self.access(&ea, self.word() as usize, false, flags, false);
-                self.load_word(RDI, rm);
-                self.a.store(scratch(VALUE), RDI);
-                let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, true);
-                self.a.load(RDI, scratch(VALUE));
-                self.store_word(rm, RDI);
-            }
-            _ => {
-                let value = instruction.immediate(0) as i64 as i32;
-                let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, false);
-                self.store_word_imm(rm, value);
-            }
-        }
-        self.adjust_stack(-(self.word() as i32));
-        true
-    }
-
-    fn pop(&mut self, insn: &Insn) -> bool {
-        let instruction = &insn.instruction;
-        if instruction.op0_kind() != OpKind::Register {
-            return false;
-        }
-        let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
-        let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
-        match host_register(index) {
-            Some(host) => self.load_word(host, rm),
-            None => {
-                self.a.load(RSI, rm);
-                self.a.store(slot(index), RSI);
-            }
-        }
-        if index != gpr::RSP {
-            self.adjust_stack(self.word() as i32);
-        }
-        true
-    }
-
-    fn leave(&mut self, insn: &Insn) -> bool {
-        let word = self.word() as i32;
-        let rm = self.access(&Ea::register(RBP, self.bits()), word as usize, false, insn.live_in != 0, false);
-        if word == 8 {
-            self.a.lea(R13, Rm::Base(RBP, word));
-        } else {
-            self.a.lea32(R13, Rm::Base(RBP, word));
-        }
-        self.load_word(RBP, rm);
-        true
-    }
-
-    fn push_return_address(&mut self, insn: &Insn) {
-        let address = insn.instruction.next_ip();
-        let short = self.bits() == 32 || address as i64 == i64::from(address as i32);
-        let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, insn.live_in != 0, !short);
-        if short {
-            self.store_word_imm(rm, address as i32);
-        } else {
-            self.a.mov_imm(RDI, address);
-            self.a.store(rm, RDI);
-        }
-        self.adjust_stack(-(self.word() as i32));
-    }
-
-    /// Puts the target of an indirect jump or call into RSI; `false` if it is to be interpreted.
-    fn indirect_target(&mut self, insn: &Insn) -> bool {
-        let instruction = &insn.instruction;
-        match instruction.op0_kind() {
-            OpKind::Register if instruction.op0_register().size() as i64 == self.word() => {
-                let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
-                match host_register(index) {
-                    Some(host) if self.bits() == 32 => self.a.mov32(RSI, host),
-                    Some(host) => self.a.mov(RSI, host),
-                    None => self.a.load(RSI, slot(index)),
-                }
-                true
-            }
-            OpKind::Memory if instruction.memory_size().size() as i64 == self.word() => {
-                let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
-                let rm = self.access(&ea, self.word() as usize, false, insn.live_in != 0, false);
-                self.load_word(RSI, rm);
-                true
-            }
-            _ => false,
-        }
-    }
-
-    fn call_indirect(&mut self, insn: &Insn) -> bool {
-        if !self.indirect_target(insn) {
-            return false;
-        }
-        self.a.store(scratch(VALUE), RSI);
-        self.push_return_address(insn);
-        self.a.load(RSI, scratch(VALUE));
-        self.origin = (insn.instruction.ip(), 8);
-        self.call_indirect_to(insn.instruction.next_ip(), insn.live_out != 0);
-        true
-    }
-
-    fn jump_indirect(&mut self, insn: &Insn) -> bool {
-        if !self.indirect_target(insn) {
-            return false;
-        }
-        self.origin = (insn.instruction.ip(), 0);
-        self.indirect(insn.live_out != 0);
-        true
-    }
-
-    fn ret(&mut self, insn: &Insn) -> bool {
-        let extra = if insn.instruction.op_count() == 1 { i32::from(insn.instruction.immediate16()) } else { 0 };
-        let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
-        self.load_word(RSI, rm);
-        self.adjust_stack(self.word() as i32 + extra);
-        self.origin = (insn.instruction.ip(), -(self.word() as i32 + extra));
-        self.return_to(insn.live_out != 0);
-        true
-    }
-
     fn finish(mut self, insns: &[Insn]) -> Translation {
         self.misses();
         self.far_jumps();
@@ -965,106 +732,11 @@ fn needs_flags(insn: &Insn) -> bool {
 }
 
 /// Whether an access reads, and whether it writes (conditional ones count as both).
-fn reads_writes(access: OpAccess) -> (bool, bool) {
+pub(super) fn reads_writes(access: OpAccess) -> (bool, bool) {
     match access {
         OpAccess::None | OpAccess::NoMemAccess => (false, false),
         OpAccess::Read | OpAccess::CondRead => (true, false),
         OpAccess::Write => (false, true),
         OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite => (true, true),
-    }
-}
-
-/// Whether a register that lives in the vCPU block can be a memory operand right there: when it is only
-/// read, or when writing it in memory does the same as writing the register (64 bits: no zero extension).
-fn in_place(instruction: &Instruction, register: Register, writes: bool) -> bool {
-    use iced_x86::Mnemonic as M;
-    let mnemonic = instruction.mnemonic();
-    if matches!(mnemonic, M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc) {
-        return false;
-    }
-    let plain = matches!(
-        mnemonic,
-        M::Mov
-            | M::Add
-            | M::Or
-            | M::Adc
-            | M::Sbb
-            | M::And
-            | M::Sub
-            | M::Xor
-            | M::Cmp
-            | M::Test
-            | M::Inc
-            | M::Dec
-            | M::Neg
-            | M::Not
-            | M::Shl
-            | M::Sal
-            | M::Shr
-            | M::Sar
-            | M::Imul
-            | M::Movsxd
-            | M::Movzx
-            | M::Movsx
-    );
-    plain && (!writes || register.size() == 8)
-}
-
-/// How an instruction's registers are renamed.
-struct Plan {
-    layout: Layout,
-    fields: Fields,
-    rm: Rm,
-    spills: Spills,
-    force_rex: bool,
-    /// AH, CH, DH or BH is an operand.
-    high_byte: bool,
-    /// The result of a MOVZX or MOVSX from AH–BH goes through RSI to this register.
-    widen: Option<u8>,
-}
-
-/// Scratch registers that stand for guest registers which live in the vCPU block.
-struct Spills {
-    entries: [Option<Spill>; 3],
-    /// RSI holds the memory operand's address.
-    rsi_taken: bool,
-}
-
-#[derive(Clone, Copy)]
-struct Spill {
-    index: usize,
-    host: u8,
-    reads: bool,
-    writes: bool,
-}
-
-impl Spills {
-    fn new(rsi_taken: bool) -> Spills {
-        Spills { entries: [None; 3], rsi_taken }
-    }
-
-    fn used(&self) -> impl Iterator<Item = Spill> + '_ {
-        self.entries.iter().flatten().copied()
-    }
-
-    fn has(&self, index: usize) -> bool {
-        self.used().any(|e| e.index == index)
-    }
-
-    /// A scratch for guest register `index`; `None` when there are not enough. Operands that are read come
-    /// first, so that one only written can take the place of one only read.
-    fn assign(&mut self, index: usize, reads: bool, writes: bool) -> Option<u8> {
-        if let Some(entry) = self.entries.iter_mut().flatten().find(|e| e.index == index) {
-            entry.reads |= reads;
-            entry.writes |= writes && !planted::is(Bug::SpillNotStored);
-            return Some(entry.host);
-        }
-        let taken = |host: u8| {
-            self.used().any(|e| e.host == host && (e.writes || reads)) || (host == RSI && self.rsi_taken && reads)
-        };
-        let host = [RDI, RSI].into_iter().find(|&h| !taken(h))?;
-        let free = self.entries.iter_mut().find(|e| e.is_none())?;
-        *free = Some(Spill { index, host, reads, writes });
-        Some(host)
     }
 }

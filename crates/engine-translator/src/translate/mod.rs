@@ -17,8 +17,10 @@ mod encoding;
 mod enter;
 pub mod fault;
 pub mod planted;
+mod rename;
 mod return_stack;
 mod sensitive;
+mod stack;
 mod strings;
 #[cfg(test)]
 mod tests;
@@ -516,7 +518,8 @@ impl Translator {
         self.statistics.blocks += 1;
         for exit in first_exit..self.exits.len() as u32 {
             if let ExitKind::Direct { target } = self.exits[exit as usize].kind {
-                let target_key = Key { gpa: (key.gpa & !0xfff) | (target & 0xfff), rip: target, context: key.context, alone: false };
+                let target_key =
+                    Key { gpa: (key.gpa & !0xfff) | (target & 0xfff), rip: target, context: key.context, alone: false };
                 if let Some(&found) = self.index.get(&target_key) {
                     self.link(exit, found);
                 }

@@ -35,7 +35,7 @@ fn cpuid() -> Cpuid {
     let mut cpuid = Cpuid::default();
     let leaf = |eax, ebx, ecx, edx| CpuidResult { eax, ebx, ecx, edx };
     cpuid.set(1, None, leaf(0, 0, !0, !0));
-    cpuid.set(7, Some(0), leaf(0, 0xffff_ffff & !(1 << 16), 0, 0));
+    cpuid.set(7, Some(0), leaf(0, !(1 << 16), 0, 0));
     cpuid.set(0x8000_0001, None, leaf(0, 0, !0, !0));
     cpuid.set(0x8000_0008, None, leaf(0x3028, 0, 0, 0));
     cpuid

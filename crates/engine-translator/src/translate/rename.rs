@@ -1,0 +1,209 @@
+//! Renaming the registers of a copied instruction.
+//!
+//! Most guest registers have a host register of their own; the three that live in the vCPU block are used
+//! there where the instruction allows a memory operand, or pass through a scratch register.
+
+use super::assembler::*;
+use super::block::{Builder, Insn, host_register, reads_writes, slot};
+use super::encoding::{Fields, Layout, Place, gpr_operands};
+use super::planted::{self, Bug};
+use iced_x86::{Instruction, InstructionInfoOptions, OpAccess, Register};
+
+impl Builder<'_> {
+    /// Decides how the registers of an instruction are renamed, without emitting anything.
+    pub(super) fn plan(&mut self, insn: &Insn, memory: Option<Rm>) -> Option<Plan> {
+        let instruction = &insn.instruction;
+        let start = insn.offset as usize;
+        let layout = Layout::parse(&self.source.bytes[start..start + insn.length as usize], self.bits())?;
+        let info = self.info.info_options(instruction, InstructionInfoOptions::NO_REGISTER_USAGE);
+        let access: [OpAccess; 5] = std::array::from_fn(|i| info.op_access(i as u32));
+        let mut fields = Fields { reg: layout.reg, vvvv: layout.vex.map_or(0, |v| v.vvvv), ..Fields::default() };
+        let mut rm = memory.unwrap_or(Rm::Reg(layout.rm));
+        let mut spills = Spills::new(memory.is_some());
+        let (mut high_byte, mut low_byte) = (false, false);
+        // Reads first: a register that is only written may then share the scratch of one that is read.
+        let operands: Vec<_> = gpr_operands(instruction).collect();
+        let mut placed = 0u32;
+        for pass in 0..3 {
+            for operand in &operands {
+                let (reads, writes) = reads_writes(access[operand.operand as usize]);
+                // XOR r, r and its kin count as reading neither operand; here both matter.
+                let idiom = matches!(instruction.mnemonic(), iced_x86::Mnemonic::Xor | iced_x86::Mnemonic::Sub);
+                let reads = reads || !writes || idiom;
+                let partial = operand.register.size() < 4;
+                let reads = reads || (writes && partial);
+                let index = operand.register.full_register() as usize - Register::RAX as usize;
+                // Then writes to a register that is read too: nothing else may be written to its scratch.
+                let turn = if reads {
+                    0
+                } else if spills.has(index) {
+                    1
+                } else {
+                    2
+                };
+                if turn > pass || (placed & (1 << operand.operand)) != 0 {
+                    continue;
+                }
+                placed |= 1 << operand.operand;
+                let host = if matches!(operand.register, Register::AH | Register::CH | Register::DH | Register::BH) {
+                    high_byte = true;
+                    operand.register as u8 - Register::AH as u8 + 4
+                } else {
+                    match host_register(index) {
+                        Some(host) => {
+                            low_byte |= operand.register.size() == 1 && (4..8).contains(&host);
+                            host
+                        }
+                        None if operand.or_memory
+                            && memory.is_none()
+                            && in_place(instruction, operand.register, writes) =>
+                        {
+                            rm = slot(index);
+                            continue;
+                        }
+                        None => {
+                            let host = spills.assign(index, reads, writes)?;
+                            low_byte |= operand.register.size() == 1;
+                            host
+                        }
+                    }
+                };
+                match operand.place {
+                    Place::Reg => fields.reg = host,
+                    Place::Vvvv => fields.vvvv = host,
+                    Place::Opcode => {
+                        fields.opcode = host;
+                        fields.opcode_is_register = true;
+                    }
+                    Place::Rm => rm = Rm::Reg(host),
+                }
+            }
+        }
+        // AH–BH cannot be named next to a REX prefix: MOVZX and MOVSX from them go through a scratch.
+        let mut widen = None;
+        if high_byte && (layout.needs_rex(&fields, rm) || low_byte) {
+            use iced_x86::Mnemonic::{Movsx, Movzx};
+            if layout.w || memory.is_some() || !matches!(instruction.mnemonic(), Movzx | Movsx) || fields.reg < 8 {
+                return None;
+            }
+            if layout.operand_size {
+                return None;
+            }
+            widen = Some(fields.reg);
+            fields.reg = RSI;
+        }
+        Some(Plan { layout, fields, rm, spills, force_rex: low_byte, high_byte, widen })
+    }
+
+    pub(super) fn emit_plan(&mut self, plan: &Plan) {
+        for spill in plan.spills.used() {
+            if spill.reads {
+                self.a.load(spill.host, slot(spill.index));
+            }
+        }
+        plan.layout.emit(&mut self.a, &plan.fields, plan.rm, plan.force_rex);
+        if let Some(host) = plan.widen {
+            self.a.mov32(host, RSI);
+        }
+        for spill in plan.spills.used() {
+            if spill.writes {
+                self.a.store(slot(spill.index), spill.host);
+            }
+        }
+    }
+}
+
+/// Whether a register that lives in the vCPU block can be a memory operand right there: when it is only
+/// read, or when writing it in memory does the same as writing the register (64 bits: no zero extension).
+fn in_place(instruction: &Instruction, register: Register, writes: bool) -> bool {
+    use iced_x86::Mnemonic as M;
+    let mnemonic = instruction.mnemonic();
+    if matches!(mnemonic, M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc) {
+        return false;
+    }
+    let plain = matches!(
+        mnemonic,
+        M::Mov
+            | M::Add
+            | M::Or
+            | M::Adc
+            | M::Sbb
+            | M::And
+            | M::Sub
+            | M::Xor
+            | M::Cmp
+            | M::Test
+            | M::Inc
+            | M::Dec
+            | M::Neg
+            | M::Not
+            | M::Shl
+            | M::Sal
+            | M::Shr
+            | M::Sar
+            | M::Imul
+            | M::Movsxd
+            | M::Movzx
+            | M::Movsx
+    );
+    plain && (!writes || register.size() == 8)
+}
+
+/// How an instruction's registers are renamed.
+pub struct Plan {
+    pub layout: Layout,
+    pub fields: Fields,
+    pub rm: Rm,
+    pub spills: Spills,
+    pub force_rex: bool,
+    /// AH, CH, DH or BH is an operand.
+    pub high_byte: bool,
+    /// The result of a MOVZX or MOVSX from AH–BH goes through RSI to this register.
+    pub widen: Option<u8>,
+}
+
+/// Scratch registers that stand for guest registers which live in the vCPU block.
+pub struct Spills {
+    entries: [Option<Spill>; 3],
+    /// RSI holds the memory operand's address.
+    rsi_taken: bool,
+}
+
+#[derive(Clone, Copy)]
+pub struct Spill {
+    index: usize,
+    host: u8,
+    reads: bool,
+    writes: bool,
+}
+
+impl Spills {
+    pub(super) fn new(rsi_taken: bool) -> Spills {
+        Spills { entries: [None; 3], rsi_taken }
+    }
+
+    pub(super) fn used(&self) -> impl Iterator<Item = Spill> + '_ {
+        self.entries.iter().flatten().copied()
+    }
+
+    pub(super) fn has(&self, index: usize) -> bool {
+        self.used().any(|e| e.index == index)
+    }
+
+    /// A scratch for guest register `index`; `None` when there are not enough. Operands that are read come
+    /// first, so that one only written can take the place of one only read.
+    pub(super) fn assign(&mut self, index: usize, reads: bool, writes: bool) -> Option<u8> {
+        if let Some(entry) = self.entries.iter_mut().flatten().find(|e| e.index == index) {
+            entry.reads |= reads;
+            entry.writes |= writes && !planted::is(Bug::SpillNotStored);
+            return Some(entry.host);
+        }
+        let taken = |host: u8| {
+            self.used().any(|e| e.host == host && (e.writes || reads)) || (host == RSI && self.rsi_taken && reads)
+        };
+        let host = [RDI, RSI].into_iter().find(|&h| !taken(h))?;
+        let free = self.entries.iter_mut().find(|e| e.is_none())?;
+        *free = Some(Spill { index, host, reads, writes });
+        Some(host)
+    }
+}

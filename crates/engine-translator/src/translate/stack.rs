@@ -1,0 +1,140 @@
+//! Stack instructions, calls and returns.
+
+use super::access::Ea;
+use super::assembler::*;
+use super::block::*;
+use anyvisor_x86::bits::gpr;
+use iced_x86::{OpKind, Register};
+
+impl Builder<'_> {
+    pub(super) fn push(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        let flags = insn.live_in != 0;
+        match instruction.op0_kind() {
+            OpKind::Register => {
+                let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
+                let host = host_register(index);
+                let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, host.is_none());
+                if host.is_none() {
+                    self.a.load(RDI, slot(index));
+                }
+                self.store_word(rm, host.unwrap_or(RDI));
+            }
+            OpKind::Memory => {
+                let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
+                let rm = self.access(&ea, self.word() as usize, false, flags, false);
+                self.load_word(RDI, rm);
+                self.a.store(scratch(VALUE), RDI);
+                let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, true);
+                self.a.load(RDI, scratch(VALUE));
+                self.store_word(rm, RDI);
+            }
+            _ => {
+                let value = instruction.immediate(0) as i64 as i32;
+                let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, false);
+                self.store_word_imm(rm, value);
+            }
+        }
+        self.adjust_stack(-(self.word() as i32));
+        true
+    }
+
+    pub(super) fn pop(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        if instruction.op0_kind() != OpKind::Register {
+            return false;
+        }
+        let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
+        let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
+        match host_register(index) {
+            Some(host) => self.load_word(host, rm),
+            None => {
+                self.a.load(RSI, rm);
+                self.a.store(slot(index), RSI);
+            }
+        }
+        if index != gpr::RSP {
+            self.adjust_stack(self.word() as i32);
+        }
+        true
+    }
+
+    pub(super) fn leave(&mut self, insn: &Insn) -> bool {
+        let word = self.word() as i32;
+        let rm = self.access(&Ea::register(RBP, self.bits()), word as usize, false, insn.live_in != 0, false);
+        if word == 8 {
+            self.a.lea(R13, Rm::Base(RBP, word));
+        } else {
+            self.a.lea32(R13, Rm::Base(RBP, word));
+        }
+        self.load_word(RBP, rm);
+        true
+    }
+
+    pub(super) fn push_return_address(&mut self, insn: &Insn) {
+        let address = insn.instruction.next_ip();
+        let short = self.bits() == 32 || address as i64 == i64::from(address as i32);
+        let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, insn.live_in != 0, !short);
+        if short {
+            self.store_word_imm(rm, address as i32);
+        } else {
+            self.a.mov_imm(RDI, address);
+            self.a.store(rm, RDI);
+        }
+        self.adjust_stack(-(self.word() as i32));
+    }
+
+    /// Puts the target of an indirect jump or call into RSI; `false` if it is to be interpreted.
+    pub(super) fn indirect_target(&mut self, insn: &Insn) -> bool {
+        let instruction = &insn.instruction;
+        match instruction.op0_kind() {
+            OpKind::Register if instruction.op0_register().size() as i64 == self.word() => {
+                let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
+                match host_register(index) {
+                    Some(host) if self.bits() == 32 => self.a.mov32(RSI, host),
+                    Some(host) => self.a.mov(RSI, host),
+                    None => self.a.load(RSI, slot(index)),
+                }
+                true
+            }
+            OpKind::Memory if instruction.memory_size().size() as i64 == self.word() => {
+                let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
+                let rm = self.access(&ea, self.word() as usize, false, insn.live_in != 0, false);
+                self.load_word(RSI, rm);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn call_indirect(&mut self, insn: &Insn) -> bool {
+        if !self.indirect_target(insn) {
+            return false;
+        }
+        self.a.store(scratch(VALUE), RSI);
+        self.push_return_address(insn);
+        self.a.load(RSI, scratch(VALUE));
+        self.origin = (insn.instruction.ip(), 8);
+        self.call_indirect_to(insn.instruction.next_ip(), insn.live_out != 0);
+        true
+    }
+
+    pub(super) fn jump_indirect(&mut self, insn: &Insn) -> bool {
+        if !self.indirect_target(insn) {
+            return false;
+        }
+        self.origin = (insn.instruction.ip(), 0);
+        self.indirect(insn.live_out != 0);
+        true
+    }
+
+    pub(super) fn ret(&mut self, insn: &Insn) -> bool {
+        let extra = if insn.instruction.op_count() == 1 { i32::from(insn.instruction.immediate16()) } else { 0 };
+        let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
+        self.load_word(RSI, rm);
+        self.adjust_stack(self.word() as i32 + extra);
+        self.origin = (insn.instruction.ip(), -(self.word() as i32 + extra));
+        self.return_to(insn.live_out != 0);
+        true
+    }
+}
