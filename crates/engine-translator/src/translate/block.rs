@@ -587,16 +587,18 @@ impl<'a> Builder<'a> {
         let segment = instruction.op1_register() as usize - Register::ES as usize;
         let register = instruction.op0_register();
         let index = register.full_register() as usize - Register::RAX as usize;
-        if register.size() == 2 {
-            return false;
-        }
         let offset = offset_of!(Cpu, seg)
             + segment * size_of::<anyvisor_x86::Segment>()
             + offset_of!(anyvisor_x86::Segment, selector);
         self.a.load_sized(1, RSI, Rm::Gs(offset as i32));
-        match host_register(index) {
-            Some(host) => self.a.mov(host, RSI),
-            None => self.a.store(slot(index), RSI),
+        match (host_register(index), register.size()) {
+            (Some(host), 2) => {
+                self.a.byte(0x66);
+                self.a.mov32(host, RSI);
+            }
+            (Some(host), _) => self.a.mov(host, RSI),
+            (None, 2) => self.a.store16(slot(index), RSI),
+            (None, _) => self.a.store(slot(index), RSI),
         }
         true
     }

@@ -1,6 +1,6 @@
 //! SYSCALL and friends, IRET, far branches, segment loads.
 
-use crate::testing::{TestVm, descriptor, handler, place, selector};
+use crate::testing::{Method, TestVm, descriptor, handler, place, selector};
 use anyvisor_x86::bits::{cr4, efer, gpr, rflags};
 use anyvisor_x86::exception::vector;
 use anyvisor_x86::segment::{attr, index};
@@ -434,4 +434,25 @@ fn lss_loads_both_or_neither() {
     test.load(place::DATA + 8, &selector::READ_ONLY.to_le_bytes());
     assert_fault(&mut test, vector::GP, selector::READ_ONLY.into());
     assert_eq!(test.stack(4), place::STACK);
+}
+
+#[test]
+fn selectors_are_read_in_every_width() {
+    for number in 0..16u8 {
+        if number == gpr::RSP as u8 {
+            continue;
+        }
+        for (prefix, keeps) in [(0x66, !0xffff), (0x2e, 0), (0x48, 0)] {
+            // mov r, ds; out 0xf4, al. The prefixes: 16 bits, 32 bits (CS has no effect), 64 bits.
+            let rex = (number >> 3) | if prefix == 0x48 { 8 } else { 0 } | 0x40;
+            let code = [if prefix == 0x48 { 0x2e } else { prefix }, rex, 0x8c, 0xd8 | number & 7, 0xe6, 0xf4];
+            for method in [Method::Interpret, Method::Translate] {
+                let mut test = TestVm::long_mode_by(&code, 0, method);
+                test.core().cpu.gpr = [0x1122_3344_5566_7788; 16];
+                assert_eq!(test.run(), anyvisor_engine::Exit::Kicked);
+                let expected = 0x1122_3344_5566_7788 & keeps | u64::from(selector::DATA);
+                assert_eq!(test.core().cpu.gpr[usize::from(number)], expected, "{code:x?} {method:?}");
+            }
+        }
+    }
 }
