@@ -60,10 +60,13 @@ pub struct Mmu {
     /// The page last fetched from: linear page, user, guest-physical page, host address.
     code_page: Option<(u64, bool, u64, *mut u8)>,
     /// Linear pages that entries of the jump cache may be in, as a filter by hash.
-    jump_filter: Box<[u64; 64]>,
+    /// The upper half of the address space, where kernels are, apart from the lower.
+    jump_filter: Box<[[u64; 64]; 2]>,
     jump_journal: [Vec<u16>; JUMP_CONTEXTS],
     /// Kernel code has been fetched from a page that is not global.
     kernel_code_local: bool,
+    /// Kernel code has been noted in the lower half of the address space.
+    kernel_code_low: bool,
     /// What other PCIDs have left.
     spaces: Spaces,
 }
@@ -80,9 +83,10 @@ impl Mmu {
             large: HashSet::new(),
             last_large: u64::MAX,
             code_page: None,
-            jump_filter: Box::new([0; 64]),
+            jump_filter: Box::new([[0; 64]; 2]),
             jump_journal: Default::default(),
             kernel_code_local: false,
+            kernel_code_low: false,
             spaces: Spaces::default(),
         }
     }
@@ -92,6 +96,11 @@ impl Default for Mmu {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Half of the address space, and bit of the jump filter.
+fn jump_hash(gva: u64) -> (usize, usize) {
+    ((gva >> 63) as usize, ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff)
 }
 
 fn tlb_index(gva: u64) -> usize {
@@ -267,7 +276,11 @@ impl Core {
         }
         self.mmu.code_page = None;
         if self.jumps_may_be_in(gva) {
-            self.flush_jumps();
+            if gva >> 63 == 0 && !self.mmu.kernel_code_low {
+                self.flush_low_jumps();
+            } else {
+                self.flush_jumps();
+            }
         }
     }
 
@@ -330,8 +343,9 @@ impl Core {
 
     /// Notes that translated code relies on the mapping of `gva`.
     pub fn note_code(&mut self, gva: u64) {
-        let hash = ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff;
-        self.mmu.jump_filter[hash / 64] |= 1 << (hash % 64);
+        let (half, hash) = jump_hash(gva);
+        self.mmu.jump_filter[half][hash / 64] |= 1 << (hash % 64);
+        self.mmu.kernel_code_low |= half == 0 && self.cpu.cpl != 3;
     }
 
     /// Removes `host` from the jump caches, if it is there as the code for `gva`.
@@ -345,8 +359,8 @@ impl Core {
     }
 
     fn jumps_may_be_in(&self, gva: u64) -> bool {
-        let hash = ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff;
-        self.mmu.jump_filter[hash / 64] & (1 << (hash % 64)) != 0
+        let (half, hash) = jump_hash(gva);
+        self.mmu.jump_filter[half][hash / 64] & (1 << (hash % 64)) != 0
     }
 
     /// Empties the jump caches, those of all PCIDs.
@@ -355,8 +369,18 @@ impl Core {
         for context in 0..JUMP_CONTEXTS {
             self.flush_jump_context(context);
         }
-        *self.mmu.jump_filter = [0; 64];
+        *self.mmu.jump_filter = [[0; 64]; 2];
         self.mmu.kernel_code_local = false;
+        self.mmu.kernel_code_low = false;
+        self.forget_code_pages();
+    }
+
+    /// Empties the jump caches of what is in the lower half of the address space: user code.
+    fn flush_low_jumps(&mut self) {
+        self.mmu.spaces.forget_jumps();
+        self.flush_jump_context(JumpContext::User as usize);
+        self.flush_jump_context(JumpContext::User32 as usize);
+        self.mmu.jump_filter[0] = [0; 64];
         self.forget_code_pages();
     }
 
