@@ -257,3 +257,29 @@ fn a_kept_translation_sees_code_made_meanwhile() {
         assert_eq!(test.io.take_log(), [Access::PioWrite { port: 0xf4, data: vec![0x77] }], "{method:?}");
     }
 }
+
+#[test]
+fn invlpg_of_a_page_with_translated_code() {
+    // call rdi; mov al, 0x11; out 0xf4, al. The page at DATA returns, the next one does not.
+    for (cpl, method) in
+        [(0, Method::Interpret), (0, Method::Translate), (3, Method::Interpret), (3, Method::Translate)]
+    {
+        let mut test = TestVm::long_mode_by(&[0xff, 0xd7, 0xb0, 0x11, 0xe6, 0xf4], cpl, method);
+        test.load(place::DATA, &[0xc3]);
+        test.load(place::DATA + 0x1000, &[0xb0, 0x77, 0xe6, 0xf4]);
+        test.core().cpu.rflags |= anyvisor_x86::bits::rflags::IOPL;
+        let mut wrote = |target: u64| {
+            test.load(place::PT + 8 * (place::DATA >> 12), &(target | 7).to_le_bytes());
+            test.core().invalidate_page(place::DATA);
+            let cpu = &mut test.core().cpu;
+            (cpu.rip, cpu.gpr[gpr::RDI], cpu.gpr[gpr::RSP]) = (place::CODE, place::DATA, place::STACK);
+            assert_eq!(test.run(), Exit::Kicked);
+            test.io.take_log()
+        };
+        let write = |value: u8| [Access::PioWrite { port: 0xf4, data: vec![value] }];
+        for _ in 0..3 {
+            assert_eq!(wrote(place::DATA), write(0x11), "CPL {cpl}, {method:?}");
+            assert_eq!(wrote(place::DATA + 0x1000), write(0x77), "CPL {cpl}, {method:?}");
+        }
+    }
+}
