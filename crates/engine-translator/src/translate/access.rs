@@ -184,7 +184,13 @@ impl Builder<'_> {
             self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), i32::from(size) * 8 - 1);
         }
         if flags {
-            self.restore_flags();
+            // A probe for itself needs RAX no more; a leader may, for its operand.
+            let addressed = slot.is_some() && (ea.base == Some(RAX) || ea.index == Some(RAX));
+            if self.overwrites_rax && !addressed {
+                self.restore_status_flags();
+            } else {
+                self.restore_flags();
+            }
         }
         match slot {
             Some(_) => self.operand(ea, keep_rdi),
@@ -330,9 +336,14 @@ impl Builder<'_> {
 
     /// Takes the status flags back from AX, and RAX from where it waits.
     fn restore_flags(&mut self) {
+        self.restore_status_flags();
+        self.a.load(RAX, scratch(SAVED_RAX));
+    }
+
+    /// The same, leaving RAX to the instruction that overwrites it.
+    fn restore_status_flags(&mut self) {
         self.a.bytes(&[0x04, 0x7f]); // add al, 0x7f: OF again
         self.a.sahf();
-        self.a.load(RAX, scratch(SAVED_RAX));
     }
 
     /// The out-of-line parts of all probes.

@@ -18,7 +18,7 @@ use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
 use super::coalesce::{Access, Coalescer, Role};
 use super::control::FarJump;
 use super::encoding::{Fields, Layout};
-use super::rename::Plan;
+use super::rename::{Held, Plan};
 use super::sensitive::{OddBase, OddSyscall};
 use crate::cpu::{Cpu, JumpContext};
 use anyvisor_x86::bits::gpr;
@@ -223,6 +223,10 @@ pub struct Builder<'a> {
     pub(super) planned: std::vec::IntoIter<(Access, Role)>,
     coalesced: bool,
     incomplete: bool,
+    /// Guest registers that the scratch registers hold copies of.
+    pub(super) held: Held,
+    /// The instruction being emitted overwrites RAX and does not read it.
+    pub(super) overwrites_rax: bool,
     /// Address of the indirect branch being emitted, and what undoes its change of RSP.
     pub(super) origin: (u64, i32),
 }
@@ -246,6 +250,8 @@ pub fn translate(source: &Source) -> Translation {
         planned: Vec::new().into_iter(),
         coalesced: false,
         incomplete: false,
+        held: [None; 2],
+        overwrites_rax: false,
         origin: (source.rip, 0),
     };
     let insns = builder.decode();
@@ -501,6 +507,9 @@ impl<'a> Builder<'a> {
     /// Emits one instruction; `false` if it has to be interpreted after all (nothing emitted then).
     fn emit(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
+        if !matches!(insn.kind, Kind::Nop | Kind::Copy | Kind::Lea | Kind::JumpIf) {
+            self.held = [None; 2];
+        }
         match insn.kind {
             Kind::Nop => true,
             Kind::Copy => self.copy(insn, None),
@@ -571,7 +580,12 @@ impl<'a> Builder<'a> {
         let Some(plan) = self.plan(insn, Some(Rm::Base(RSI, 0))) else { return false };
         let keep_rdi = plan.spills.used().next().is_some();
         let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
+        use iced_x86::Mnemonic::{Mov, Movsx, Movsxd, Movzx};
+        self.overwrites_rax = matches!(instruction.mnemonic(), Mov | Movsx | Movsxd | Movzx)
+            && operand == 1
+            && matches!(instruction.op0_register(), Register::RAX | Register::EAX);
         let mut rm = self.access(&ea, size, write, insn.live_in != 0, keep_rdi);
+        self.overwrites_rax = false;
         if plan.high_byte && rm.extension_bits() != (0, 0) {
             // AH–BH cannot be named next to a REX prefix.
             self.a.lea(RSI, rm);
@@ -671,6 +685,7 @@ impl<'a> Builder<'a> {
             }
             return true;
         }
+        self.held = [None; 2];
         self.effective_address(&ea);
         match (register.size(), host_register(index)) {
             (8, Some(host)) => self.a.mov(host, RSI),

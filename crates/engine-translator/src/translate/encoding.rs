@@ -158,6 +158,15 @@ impl Layout {
             return None;
         }
         layout.immediate[..immediate.len()].copy_from_slice(immediate);
+        if bits == 32
+            && let Some(vex) = &mut layout.vex
+        {
+            // The top bits of VEX.vvvv and of a register in the immediate are ignored (SDM vol. 2A 2.3.5).
+            vex.vvvv &= 7;
+            if layout.map == Map::Escape0f3a && matches!(layout.opcode, 0x4a..=0x4c) {
+                layout.immediate[0] &= 0x7f;
+            }
+        }
         layout.immediate_length = immediate.len() as u8;
         Some(layout)
     }

@@ -19,7 +19,8 @@ impl Builder<'_> {
         let access: [OpAccess; 5] = std::array::from_fn(|i| info.op_access(i as u32));
         let mut fields = Fields { reg: layout.reg, vvvv: layout.vex.map_or(0, |v| v.vvvv), ..Fields::default() };
         let mut rm = memory.unwrap_or(Rm::Reg(layout.rm));
-        let mut spills = Spills::new(memory.is_some());
+        let mut spills = Spills::new(memory.is_some(), self.held);
+        let mut written_in_place = None;
         let (mut high_byte, mut low_byte) = (false, false);
         // Reads first: a register that is only written may then share the scratch of one that is read.
         let operands: Vec<_> = gpr_operands(instruction).collect();
@@ -56,9 +57,13 @@ impl Builder<'_> {
                         }
                         None if operand.or_memory
                             && memory.is_none()
+                            && (writes || !self.held.contains(&Some(index)))
                             && in_place(instruction, operand.register, writes) =>
                         {
                             rm = slot(index);
+                            if writes {
+                                written_in_place = Some(index);
+                            }
                             continue;
                         }
                         None => {
@@ -92,23 +97,47 @@ impl Builder<'_> {
             widen = Some(fields.reg);
             fields.reg = RSI;
         }
-        Some(Plan { layout, fields, rm, spills, force_rex: low_byte, high_byte, widen })
+        Some(Plan { layout, fields, rm, spills, written_in_place, force_rex: low_byte, high_byte, widen })
     }
 
     pub(super) fn emit_plan(&mut self, plan: &Plan) {
         for spill in plan.spills.used() {
-            if spill.reads {
+            if spill.reads && self.held[held_slot(spill.host)] != Some(spill.index) {
                 self.a.load(spill.host, slot(spill.index));
             }
         }
         plan.layout.emit(&mut self.a, &plan.fields, plan.rm, plan.force_rex);
         if let Some(host) = plan.widen {
             self.a.mov32(host, RSI);
+            self.held[held_slot(RSI)] = None;
         }
         for spill in plan.spills.used() {
             if spill.writes {
                 self.a.store(slot(spill.index), spill.host);
             }
+        }
+        self.note_held(plan);
+    }
+
+    /// Keeps track of which guest registers the scratch registers hold copies of.
+    fn note_held(&mut self, plan: &Plan) {
+        for spill in plan.spills.used().filter(|s| s.writes) {
+            self.forget_held(spill.index);
+        }
+        // A scratch that was read for one register and written for another holds the latter.
+        for writes in [false, true] {
+            for spill in plan.spills.used().filter(|s| s.writes == writes) {
+                self.held[held_slot(spill.host)] = Some(spill.index);
+            }
+        }
+        if let Some(index) = plan.written_in_place {
+            self.forget_held(index);
+        }
+    }
+
+    fn forget_held(&mut self, index: usize) {
+        for held in self.held.iter_mut().filter(|held| **held == Some(index)) {
+            *held = None;
         }
     }
 }
@@ -155,6 +184,8 @@ pub struct Plan {
     pub fields: Fields,
     pub rm: Rm,
     pub spills: Spills,
+    /// A register that is written where it lives, in the vCPU block.
+    pub written_in_place: Option<usize>,
     pub force_rex: bool,
     /// AH, CH, DH or BH is an operand.
     pub high_byte: bool,
@@ -167,6 +198,15 @@ pub struct Spills {
     entries: [Option<Spill>; 3],
     /// RSI holds the memory operand's address.
     rsi_taken: bool,
+    /// What the scratch registers hold now.
+    held: Held,
+}
+
+/// Guest registers that RSI and RDI hold copies of.
+pub type Held = [Option<usize>; 2];
+
+fn held_slot(host: u8) -> usize {
+    usize::from(host == RDI)
 }
 
 #[derive(Clone, Copy)]
@@ -178,8 +218,8 @@ pub struct Spill {
 }
 
 impl Spills {
-    pub(super) fn new(rsi_taken: bool) -> Spills {
-        Spills { entries: [None; 3], rsi_taken }
+    pub(super) fn new(rsi_taken: bool, held: Held) -> Spills {
+        Spills { entries: [None; 3], rsi_taken, held }
     }
 
     pub(super) fn used(&self) -> impl Iterator<Item = Spill> + '_ {
@@ -201,7 +241,13 @@ impl Spills {
         let taken = |host: u8| {
             self.used().any(|e| e.host == host && (e.writes || reads)) || (host == RSI && self.rsi_taken && reads)
         };
-        let host = [RDI, RSI].into_iter().find(|&h| !taken(h))?;
+        // The one that has the value, else one that has nothing of use, else any.
+        let rank = |host: u8| match self.held[held_slot(host)] {
+            Some(held) if held == index => 0,
+            None => 1,
+            Some(_) => 2,
+        };
+        let host = [RDI, RSI].into_iter().filter(|&h| !taken(h)).min_by_key(|&h| rank(h))?;
         let free = self.entries.iter_mut().find(|e| e.is_none())?;
         *free = Some(Spill { index, host, reads, writes });
         Some(host)

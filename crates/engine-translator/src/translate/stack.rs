@@ -45,7 +45,9 @@ impl Builder<'_> {
             return false;
         }
         let index = instruction.op0_register().full_register() as usize - Register::RAX as usize;
+        self.overwrites_rax = index == gpr::RAX;
         let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
+        self.overwrites_rax = false;
         match host_register(index) {
             Some(host) => self.load_word(host, rm),
             None => {
@@ -111,9 +113,18 @@ impl Builder<'_> {
         if !self.indirect_target(insn) {
             return false;
         }
-        self.a.store(scratch(VALUE), RSI);
+        // A register still has the target after the push; memory is not read twice.
+        let register = insn.instruction.op0_kind() == OpKind::Register
+            && insn.instruction.op0_register().full_register() != Register::RSP;
+        if !register {
+            self.a.store(scratch(VALUE), RSI);
+        }
         self.push_return_address(insn);
-        self.a.load(RSI, scratch(VALUE));
+        if !register {
+            self.a.load(RSI, scratch(VALUE));
+        } else if !self.indirect_target(insn) {
+            unreachable!("it was a register before");
+        }
         self.origin = (insn.instruction.ip(), 8);
         self.call_indirect_to(insn.instruction.next_ip(), insn.live_out != 0);
         true
