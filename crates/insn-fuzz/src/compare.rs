@@ -3,6 +3,7 @@
 //! Everything does, but for:
 //! - status flags that the manual leaves undefined ([`crate::undefined`]);
 //! - for the translator, status flags at a fault that are dead there ([`dead`]);
+//! - what 32-bit code cannot see: R8 to R15 and the upper halves of the others;
 //! - RFLAGS.RF, which the host's frame may show set;
 //! - for page faults outside the host's user half, the error code's present bit, which the host kernel
 //!   hides from signal handlers;
@@ -12,7 +13,7 @@
 
 use crate::case::{Case, Outcome, State, Stop, register_name};
 use crate::guest::Executor;
-use crate::layout::linear_of;
+use crate::layout::{bits_at, linear_of};
 use crate::undefined::{at_stop, dead};
 use iced_x86::{Decoder, DecoderOptions};
 use std::fmt::Write;
@@ -42,6 +43,11 @@ pub fn differences(case: &Case, executor: Executor, host: &Outcome, guest: &Outc
             x87.tag = 0;
         }
     }
+    if bits_at(case.state.rip) == 32 {
+        for outcome in [&mut host, &mut guest] {
+            outcome.state.gpr = std::array::from_fn(|i| if i < 8 { outcome.state.gpr[i] & 0xffff_ffff } else { 0 });
+        }
+    }
     let mut undefined = at_stop(&case.code, case.state.rip, host.state.rip) | RF;
     if executor == Executor::Translator && matches!(host.stop, Stop::Exception { vector, .. } if vector != 3) {
         undefined |= dead(&case.code, case.state.rip, host.state.rip);
@@ -53,7 +59,7 @@ pub fn differences(case: &Case, executor: Executor, host: &Outcome, guest: &Outc
 
 /// Whether the case ended with an exception of one of its MMX instructions.
 fn faulted_in_mmx(case: &Case, host: &Outcome) -> bool {
-    Decoder::with_ip(64, &case.code, case.state.rip, DecoderOptions::NONE)
+    Decoder::with_ip(bits_at(case.state.rip), &case.code, case.state.rip, DecoderOptions::NONE)
         .into_iter()
         .any(|i| i.ip() == host.state.rip && (0..i.op_count()).any(|n| i.op_register(n).is_mm()))
 }

@@ -11,6 +11,8 @@ use iced_x86::{EncodingKind, MandatoryPrefix, OpCodeTableKind};
 pub struct Shape {
     pub bases: Vec<u8>,
     pub indices: Vec<u8>,
+    /// For 32-bit code: no REX prefixes, eight registers.
+    pub narrow: bool,
     /// `Some(true)`: a memory operand where the form allows one.
     pub memory: Option<bool>,
 }
@@ -26,17 +28,20 @@ struct Parts {
 
 /// One encoding of `form`, followed by random bytes: displacement and immediate as far as it has them.
 pub fn encode(rng: &mut Rng, form: &Form, shape: &Shape) -> Vec<u8> {
-    let parts = parts(rng, form, shape);
+    let mut parts = parts(rng, form, shape);
+    if shape.narrow {
+        (parts.r, parts.x, parts.b) = (0, 0, 0);
+    }
     let mut code = Vec::with_capacity(32);
-    legacy_prefixes(rng, form, &parts, &mut code);
+    legacy_prefixes(rng, form, &parts, shape.narrow, &mut code);
     match form.info.encoding() {
         EncodingKind::VEX => vex(rng, form, &parts, &mut code),
-        _ => legacy(rng, form, &parts, &mut code),
+        _ => legacy(rng, form, &parts, shape.narrow, &mut code),
     }
     code.extend(parts.modrm);
     code.extend(parts.sib);
     code.extend_from_slice(&rng.integer().to_le_bytes());
-    code.extend_from_slice(&rng.next().to_le_bytes());
+    code.extend_from_slice(&rng.word().to_le_bytes());
     code
 }
 
@@ -98,13 +103,13 @@ fn parts(rng: &mut Rng, form: &Form, shape: &Shape) -> Parts {
         let rm = if with_sib { 4 } else { rng.below(8) as u8 };
         parts.modrm = Some(mode << 6 | reg << 3 | rm);
         if rm == 4 {
-            parts.sib = Some(rng.next() as u8);
+            parts.sib = Some(rng.word() as u8);
         }
     }
     parts
 }
 
-fn legacy_prefixes(rng: &mut Rng, form: &Form, parts: &Parts, code: &mut Vec<u8>) {
+fn legacy_prefixes(rng: &mut Rng, form: &Form, parts: &Parts, narrow_mode: bool, code: &mut Vec<u8>) {
     let info = form.info;
     let legacy = info.encoding() == EncodingKind::Legacy;
     let uses_memory = parts.has_memory || form.code.is_string_instruction();
@@ -112,7 +117,11 @@ fn legacy_prefixes(rng: &mut Rng, form: &Form, parts: &Parts, code: &mut Vec<u8>
         let segment = rng.pick(&[0x64, 0x65, 0x64, 0x65, 0x26, 0x2e, 0x36, 0x3e]);
         code.push(segment);
     }
-    if info.address_size() == 32 || uses_memory && rng.percent(8) || rng.percent(1) {
+    let other_size = if narrow_mode { 16 } else { 32 };
+    if info.address_size() == other_size
+        || uses_memory && rng.percent(if narrow_mode { 3 } else { 8 })
+        || rng.percent(1)
+    {
         code.push(0x67);
     }
     if legacy {
@@ -124,10 +133,8 @@ fn legacy_prefixes(rng: &mut Rng, form: &Form, parts: &Parts, code: &mut Vec<u8>
         match mandatory {
             MandatoryPrefix::PF3 => code.push(0xf3),
             MandatoryPrefix::PF2 => code.push(0xf2),
-            MandatoryPrefix::None if form.code.is_string_instruction() => {
-                if rng.percent(60) {
-                    code.push(rng.pick(&[0xf2, 0xf3]));
-                }
+            MandatoryPrefix::None if form.code.is_string_instruction() && rng.percent(60) => {
+                code.push(rng.pick(&[0xf2, 0xf3]));
             }
             MandatoryPrefix::None if rng.percent(1) => code.push(rng.pick(&[0xf2, 0xf3])),
             _ => (),
@@ -140,7 +147,7 @@ fn legacy_prefixes(rng: &mut Rng, form: &Form, parts: &Parts, code: &mut Vec<u8>
         code.swap(i, rng.below(i as u64 + 1) as usize);
     }
     // A REX prefix that is not the last prefix has no effect (SDM vol. 2A 2.2.1).
-    if rng.below(200) == 0 && !code.is_empty() && legacy {
+    if rng.below(200) == 0 && !code.is_empty() && legacy && !narrow_mode {
         code.insert(0, 0x40 | rng.below(16) as u8);
     }
 }
@@ -155,12 +162,12 @@ fn opcode_bytes(rng: &mut Rng, form: &Form, code: &mut Vec<u8>) {
     code.push(opcode as u8 | register);
 }
 
-fn legacy(rng: &mut Rng, form: &Form, parts: &Parts, code: &mut Vec<u8>) {
+fn legacy(rng: &mut Rng, form: &Form, parts: &Parts, narrow_mode: bool, code: &mut Vec<u8>) {
     let info = form.info;
     let wide = info.operand_size() == 64 && !info.default_op_size64() && !info.force_op_size64();
     let wide = wide || info.operand_size() == 0 && rng.percent(10) || info.force_op_size64() && rng.percent(20);
     let rex = u8::from(wide) << 3 | parts.r << 2 | parts.x << 1 | parts.b;
-    if rex != 0 || rng.percent(30) {
+    if !narrow_mode && (rex != 0 || rng.percent(30)) {
         code.push(0x40 | rex);
     }
     match info.table() {
@@ -209,15 +216,18 @@ mod tests {
         let mut rng = Rng::new(1);
         let mut missing = Vec::new();
         let mut seen = HashSet::new();
-        for form in Forms::get().all() {
-            for _ in 0..60 {
-                let code = encode(&mut rng, form, &Shape::default());
-                seen.insert(Decoder::new(64, &code, DecoderOptions::NONE).decode().code());
+        for bits in [64, 32] {
+            let shape = Shape { narrow: bits == 32, ..Shape::default() };
+            for form in Forms::get(bits).all() {
+                for _ in 0..60 {
+                    let code = encode(&mut rng, form, &shape);
+                    seen.insert((bits, Decoder::new(bits, &code, DecoderOptions::NONE).decode().code()));
+                }
             }
-        }
-        for form in Forms::get().all() {
-            if !seen.contains(&form.code) {
-                missing.push(form.code);
+            for form in Forms::get(bits).all() {
+                if !seen.contains(&(bits, form.code)) {
+                    missing.push((bits, form.code));
+                }
             }
         }
         assert!(missing.is_empty(), "forms never generated: {missing:?}");

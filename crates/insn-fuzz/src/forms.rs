@@ -111,7 +111,7 @@ fn loads_segment(info: &OpCodeInfo) -> bool {
     (sink && info.mnemonic() != Mnemonic::Push) || far
 }
 
-fn form(code: Code) -> Option<Form> {
+fn form(code: Code, bits: u32) -> Option<Form> {
     let info = code.op_code();
     let far = matches!(
         code,
@@ -119,8 +119,8 @@ fn form(code: Code) -> Option<Form> {
     );
     let encodings = matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
     if !info.is_instruction()
-        || !info.mode64()
-        || !info.intel_decoder64()
+        || !info.is_available_in_mode(bits)
+        || !(if bits == 64 { info.intel_decoder64() } else { info.intel_decoder32() })
         || info.fwait()
         || !encodings
         || far
@@ -175,10 +175,11 @@ pub struct Forms {
 }
 
 impl Forms {
-    pub fn get() -> &'static Forms {
-        static FORMS: OnceLock<Forms> = OnceLock::new();
-        FORMS.get_or_init(|| {
-            let by_code: Vec<_> = Code::values().map(form).collect();
+    /// Those of 64-bit or of 32-bit code.
+    pub fn get(bits: u32) -> &'static Forms {
+        static FORMS: [OnceLock<Forms>; 2] = [OnceLock::new(), OnceLock::new()];
+        FORMS[usize::from(bits == 64)].get_or_init(|| {
+            let by_code: Vec<_> = Code::values().map(|code| form(code, bits)).collect();
             let all = by_code.iter().flatten().copied().collect();
             Forms { by_code, all }
         })
@@ -254,7 +255,7 @@ mod tests {
 
     #[test]
     fn the_table_has_what_it_should() {
-        let forms = Forms::get();
+        let forms = Forms::get(64);
         for code in [Code::Add_rm64_r64, Code::VEX_Vpgatherdd_xmm_vm32x_xmm, Code::Fsin, Code::Cmpxchg16b_m128] {
             assert!(forms.of(code).is_some(), "{code:?}");
         }

@@ -5,6 +5,7 @@ use crate::compare::{differences, memory_differences};
 use crate::generate::{Generator, Options};
 use crate::guest::{Executor, Guest};
 use crate::host::Host;
+use crate::layout::bits_at;
 use anyhow::Result;
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use std::collections::HashMap;
@@ -51,7 +52,7 @@ impl Bench {
 
     /// Options that suit this host.
     pub fn options(&self) -> Options {
-        Options { class: None, bases: self.host.can_set_bases() }
+        Options { class: None, bits: 64, bases: self.host.can_set_bases() }
     }
 
     /// Runs `case` everywhere; the first executor that differs from the host, if any.
@@ -117,7 +118,7 @@ impl Bench {
 
 /// The case without each one of its instructions.
 fn smaller_codes(case: &Case) -> Vec<Case> {
-    let mut decoder = Decoder::with_ip(64, &case.code, case.state.rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bits_at(case.state.rip), &case.code, case.state.rip, DecoderOptions::NONE);
     let mut pieces = Vec::new();
     while decoder.can_decode() {
         let start = decoder.position();
@@ -218,8 +219,8 @@ pub fn case_of_seed(options: Options, seed: u64) -> Case {
 
 /// What makes two findings the same bug, mostly: executor, instructions, and the first thing that differs.
 pub fn signature(finding: &Finding) -> String {
-    let mut text = format!("{:?}", finding.executor);
-    for instruction in Decoder::new(64, &finding.case.code, DecoderOptions::NONE) {
+    let mut text = format!("{:?} {}", finding.executor, bits_at(finding.case.state.rip));
+    for instruction in Decoder::new(bits_at(finding.case.state.rip), &finding.case.code, DecoderOptions::NONE) {
         write!(text, " {:?}", instruction.code()).expect("writing to a string");
     }
     let first = finding.differences.split_whitespace().next().unwrap_or_default();
@@ -232,7 +233,7 @@ pub fn describe(finding: &Finding) -> String {
     let mut text = format!("{} differs from the host\n", finding.executor.name());
     let case = &finding.case;
     let mut formatter = IntelFormatter::new();
-    let mut decoder = Decoder::with_ip(64, &case.code, case.state.rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bits_at(case.state.rip), &case.code, case.state.rip, DecoderOptions::NONE);
     while decoder.can_decode() {
         let start = decoder.position();
         let instruction = decoder.decode();

@@ -11,7 +11,7 @@
 use crate::case::{Case, State, X87};
 use crate::encode::{Shape, encode};
 use crate::forms::{Class, Form, Forms};
-use crate::layout::{CODE, CODE_PAGES, HIGH, LOW, PAGE, backing_of};
+use crate::layout::{CODE, CODE_32, CODE_PAGES, DATA_BYTES, HIGH, LOW, PAGE, backing_of, bits_at};
 use crate::rng::Rng;
 use crate::undefined::undefined;
 use iced_x86::{
@@ -28,10 +28,12 @@ const RSP: usize = 4;
 const SLOT: u64 = 512;
 
 /// What is generated.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Only this class; else all, by weight.
     pub class: Option<Class>,
+    /// 32 or 64: the mode that cases run in.
+    pub bits: u32,
     /// The host can give a case FS and GS bases.
     pub bases: bool,
 }
@@ -39,7 +41,8 @@ pub struct Options {
 /// Generates cases. The same seed and options give the same case.
 pub struct Generator {
     options: Options,
-    classes: Vec<(u64, Vec<Form>)>,
+    /// By mode: 32 and 64 bits.
+    classes: [Vec<(u64, Vec<Form>)>; 2],
     info: InstructionInfoFactory,
 }
 
@@ -72,11 +75,13 @@ impl Generator {
             (Class::Stack, 5),
             (Class::Privileged, 1),
         ];
-        let classes = WEIGHTS
-            .iter()
-            .filter(|(class, _)| options.class.is_none_or(|wanted| wanted == *class))
-            .map(|(class, weight)| (*weight, Forms::get().of_class(*class)))
-            .collect();
+        let classes = [32, 64].map(|bits| {
+            WEIGHTS
+                .iter()
+                .filter(|(class, _)| options.class.is_none_or(|wanted| wanted == *class))
+                .map(|(class, weight)| (*weight, Forms::get(bits).of_class(*class)))
+                .collect()
+        });
         Generator { options, classes, info: InstructionInfoFactory::new() }
     }
 
@@ -85,7 +90,8 @@ impl Generator {
         let mut rng = Rng::new(seed);
         let mut case = Case { seed, memory, ..Case::default() };
         random_state(&mut rng, &mut case.state, self.options.bases);
-        case.state.rip = CODE
+        let bits = self.options.bits;
+        case.state.rip = if bits == 32 { CODE_32 } else { CODE }
             + match rng.below(20) {
                 0 => rng.below(CODE_PAGES - 1) * PAGE + PAGE - 1 - rng.below(30),
                 1 => CODE_PAGES * PAGE - 1 - rng.below(40),
@@ -96,16 +102,19 @@ impl Generator {
         } else {
             self.sequence(&mut rng, &mut case, image)
         }
+        if bits == 32 {
+            case.state.gpr = std::array::from_fn(|i| if i < 8 { case.state.gpr[i] & 0xffff_ffff } else { 0 });
+        }
         case
     }
 
     /// A random form of the wanted classes, as bytes that decode to an instruction that is tested.
     fn piece(&self, rng: &mut Rng, shape: &Shape, rip: u64) -> Piece {
         loop {
-            let total = self.classes.iter().map(|(w, _)| w).sum();
+            let classes = &self.classes[usize::from(bits_at(rip) == 64)];
+            let total = classes.iter().map(|(w, _)| w).sum();
             let mut at = rng.below(total);
-            let (_, forms) = self
-                .classes
+            let (_, forms) = classes
                 .iter()
                 .find(|(w, _)| {
                     let here = at < *w;
@@ -116,6 +125,7 @@ impl Generator {
             let form = rng.pick(forms);
             let shape = Shape {
                 memory: if self.options.class == Some(Class::Mem) { Some(true) } else { shape.memory },
+                narrow: bits_at(rip) == 32,
                 ..shape.clone()
             };
             let bytes = encode(rng, &form, &shape);
@@ -123,6 +133,9 @@ impl Generator {
                 if matches!(piece.instruction.mnemonic(), Mnemonic::Wrfsbase | Mnemonic::Wrgsbase)
                     && !self.options.bases
                 {
+                    continue;
+                }
+                if is_masked_store(&piece.instruction) && piece.instruction.op0_kind() == OpKind::MemorySegDI {
                     continue;
                 }
                 return piece;
@@ -139,7 +152,7 @@ impl Generator {
             let distance = match rng.below(10) {
                 0..2 => 0,
                 2..8 => rng.below(100) as i64,
-                8 => i64::from(rng.next() as i32),
+                8 => i64::from(rng.word() as i32),
                 _ => (rng.below(1 << 20) as i64) * 4096 - case.state.rip as i64 % 4096,
             };
             set_target(&mut piece, target, distance);
@@ -149,21 +162,23 @@ impl Generator {
 
     fn sequence(&mut self, rng: &mut Rng, case: &mut Case, image: &[u8]) {
         let mut pinned = Pinned { pointers: 1 << RSP | 1 << 6 | 1 << 7, indices: 0 };
+        let narrow = bits_at(case.state.rip) == 32;
+        let registers = if narrow { 8 } else { 16 };
         for _ in 0..2 {
-            pinned.pointers |= 1 << rng.below(16);
-            pinned.indices |= 1 << rng.below(16);
+            pinned.pointers |= 1 << rng.below(registers);
+            pinned.indices |= 1 << rng.below(registers);
         }
         pinned.indices &= !pinned.pointers;
         for register in 0..16 {
             if pinned.pointers >> register & 1 != 0 {
-                let region = if rng.percent(70) { HIGH } else { LOW };
+                let region = if rng.percent(70) && !narrow { HIGH } else { LOW };
                 case.state.gpr[register] = region + PAGE + 256 + rng.below(2 * PAGE - 512);
             } else if pinned.indices >> register & 1 != 0 {
                 case.state.gpr[register] = rng.below(64);
             }
         }
         let list = |mask: u32| (0..16u8).filter(|r| mask >> r & 1 != 0).collect();
-        let shape = Shape { bases: list(pinned.pointers), indices: list(pinned.indices), memory: None };
+        let shape = Shape { bases: list(pinned.pointers), indices: list(pinned.indices), ..Shape::default() };
         let count = 2 + rng.below(11) as usize;
         let mut pieces: Vec<Piece> = Vec::new();
         let mut rip = case.state.rip;
@@ -200,6 +215,7 @@ impl Generator {
         if matches!(
             instruction.mnemonic(),
             Mnemonic::Popf
+                | Mnemonic::Popfd
                 | Mnemonic::Popfq
                 | Mnemonic::Wrfsbase
                 | Mnemonic::Wrgsbase
@@ -228,18 +244,14 @@ impl Generator {
         if pinned.pointers == 0 {
             self.aim_implicit(rng, case, &instruction);
         }
-        if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
-            if instruction.is_string_instruction() && pinned.indices >> RCX & 1 == 0 && pinned.pointers >> RCX & 1 == 0
-            {
-                case.state.gpr[RCX] = if rng.percent(90) { rng.below(40) } else { rng.integer() };
-            }
+        let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+        let kept = pinned.indices | pinned.pointers;
+        if repeated && instruction.is_string_instruction() && kept >> RCX & 1 == 0 {
+            case.state.gpr[RCX] = if rng.percent(90) { rng.below(40) } else { rng.integer() };
         }
         special_operands(rng, case, &instruction, pinned);
         let has_memory = instruction.op_kinds().any(|k| k == OpKind::Memory);
-        if has_memory && instruction.memory_base() != Register::None
-            || instruction.memory_index() != Register::None
-            || has_memory
-        {
+        if has_memory {
             let address = aim(rng, &mut case.state, piece, pinned);
             // The displacement may have changed; later choices want the instruction as it is.
             if let Some(again) = decode(piece.bytes.clone(), instruction.ip()) {
@@ -252,7 +264,8 @@ impl Generator {
 
     /// Aims the implicit operands of stack and string instructions, XLAT, MASKMOV and LEAVE.
     fn aim_implicit(&mut self, rng: &mut Rng, case: &mut Case, instruction: &Instruction) {
-        case.state.gpr[RSP] = target(rng, 8, false);
+        let low = bits_at(case.state.rip) == 32;
+        case.state.gpr[RSP] = target(rng, 8, low);
         let info = self.info.info(instruction);
         for memory in info.used_memory() {
             let base = memory.base();
@@ -265,16 +278,20 @@ impl Generator {
             let size = memory.memory_size().size().max(1) as u64;
             let segment = segment_base(&case.state, memory.segment());
             // Whether MASKMOV with a clear mask touches its page is the CPU's choice: give it a good one.
-            let masked =
-                matches!(instruction.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu);
+            let masked = is_masked_store(instruction);
             let wanted = if masked { LOW + PAGE + rng.below(2 * PAGE - 16) } else { target(rng, size, narrow) };
             let value = wanted.wrapping_sub(segment);
-            case.state.gpr[index] = if narrow { value & 0xffff_ffff | rng.next() << 32 } else { value };
+            case.state.gpr[index] = if narrow { value & 0xffff_ffff | rng.word() << 32 } else { value };
         }
         if matches!(instruction.mnemonic(), Mnemonic::Leave | Mnemonic::Enter) {
-            case.state.gpr[5] = target(rng, 8, false);
+            case.state.gpr[5] = target(rng, 8, low);
         }
     }
+}
+
+/// MASKMOVQ and MASKMOVDQU: whether one with a clear mask touches its page is the CPU's choice.
+fn is_masked_store(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu)
 }
 
 fn writes(access: OpAccess) -> bool {
@@ -290,9 +307,10 @@ fn gpr_index(register: Register) -> Option<usize> {
 /// Decodes the first instruction of `bytes` and cuts them to its length, if it is one that is tested.
 /// Encodings that the decoder calls invalid are kept at a low rate elsewhere; not here.
 fn decode(mut bytes: Vec<u8>, rip: u64) -> Option<Piece> {
-    let mut decoder = Decoder::with_ip(64, &bytes, rip, DecoderOptions::NONE);
+    let bits = bits_at(rip);
+    let mut decoder = Decoder::with_ip(bits, &bytes, rip, DecoderOptions::NONE);
     let instruction = decoder.decode();
-    if instruction.is_invalid() || Forms::get().of(instruction.code()).is_none() {
+    if instruction.is_invalid() || Forms::get(bits).of(instruction.code()).is_none() {
         return None;
     }
     let offsets = decoder.get_constant_offsets(&instruction);
@@ -303,7 +321,7 @@ fn decode(mut bytes: Vec<u8>, rip: u64) -> Option<Piece> {
 /// A general register, flag, vector and x87 state full of edge values.
 fn random_state(rng: &mut Rng, state: &mut State, bases: bool) {
     state.gpr = std::array::from_fn(|_| rng.integer());
-    let status = rng.next() & 0x8d5;
+    let status = rng.word() & 0x8d5;
     state.rflags = 0x202 | status | if rng.percent(12) { 0x400 } else { 0 };
     if bases {
         let mut base = || match rng.below(6) {
@@ -315,25 +333,25 @@ fn random_state(rng: &mut Rng, state: &mut State, bases: bool) {
         (state.fs_base, state.gs_base) = (base(), base());
     }
     state.ymm = std::array::from_fn(|_| rng.ymm());
-    let modes = (rng.next() & 0xe000) as u32;
+    let modes = (rng.word() & 0xe000) as u32;
     let modes = if rng.percent(60) { 0 } else { modes | if rng.percent(20) { 0x40 } else { 0 } };
-    let masks = if rng.percent(96) { 0x1f80 } else { (rng.next() & 0x1f80) as u32 };
-    state.mxcsr = modes | masks | if rng.percent(50) { 0 } else { (rng.next() & 0x3f) as u32 & (masks >> 7) };
+    let masks = if rng.percent(96) { 0x1f80 } else { (rng.word() & 0x1f80) as u32 };
+    state.mxcsr = modes | masks | if rng.percent(50) { 0 } else { (rng.word() & 0x3f) as u32 & (masks >> 7) };
     state.x87 = random_x87(rng);
 }
 
 fn random_x87(rng: &mut Rng) -> X87 {
-    let modes = if rng.percent(60) { 0x300 } else { (rng.next() & 0xf00) as u16 };
-    let masks = if rng.percent(96) { 0x3f } else { (rng.next() & 0x3f) as u16 };
+    let modes = if rng.percent(60) { 0x300 } else { (rng.word() & 0xf00) as u16 };
+    let masks = if rng.percent(96) { 0x3f } else { (rng.word() & 0x3f) as u16 };
     // Flags of unmasked exceptions stay clear: their summary bit would have to agree.
-    let flags = (rng.next() & 0x7f) as u16 & (masks | 0x40);
+    let flags = (rng.word() & 0x7f) as u16 & (masks | 0x40);
     X87 {
         control: 0x40 | modes | masks,
-        status: (rng.next() & 0x7f00) as u16 | if rng.percent(50) { 0 } else { flags },
+        status: (rng.word() & 0x7f00) as u16 | if rng.percent(50) { 0 } else { flags },
         tag: match rng.below(4) {
             0 => 0xff,
             1 => 0,
-            _ => rng.next() as u8,
+            _ => rng.word() as u8,
         },
         st: std::array::from_fn(|_| rng.extended()),
     }
@@ -403,7 +421,7 @@ fn aim(rng: &mut Rng, state: &mut State, piece: &mut Piece, pinned: Pinned) -> O
     let index_index = if index == Register::None { None } else { gpr_index(index) };
     let fixed = |i: usize| pinned.pointers >> i & 1 != 0 || pinned.indices >> i & 1 != 0;
     let set = |state: &mut State, rng: &mut Rng, i: usize, value: u64| {
-        state.gpr[i] = if narrow { value & 0xffff_ffff | rng.next() << 32 } else { value };
+        state.gpr[i] = if narrow { value & 0xffff_ffff | rng.word() << 32 } else { value };
     };
     match (base_index, index_index) {
         (None, None) => set_displacement(piece, wanted),
@@ -534,11 +552,11 @@ fn poke_operand(rng: &mut Rng, case: &mut Case, piece: &Piece, address: Option<u
     let word = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().expect("8 bytes"));
     match instruction.mnemonic() {
         Ldmxcsr | Vldmxcsr if rng.percent(85) => {
-            let value = 0x1f80 | (rng.next() & 0xe07f) as u32;
+            let value = 0x1f80 | (rng.word() & 0xe07f) as u32;
             case.pokes.push((address, value.to_le_bytes().to_vec()));
         }
         Fldcw if rng.percent(85) => {
-            let value = 0x37f | (rng.next() & 0xf00) as u16;
+            let value = 0x37f | (rng.word() & 0xf00) as u16;
             case.pokes.push((address, value.to_le_bytes().to_vec()));
         }
         Cmpxchg if free(RAX) && rng.percent(50) && pinned.pointers == 0 && !uses(instruction, RAX) => {
@@ -567,8 +585,7 @@ fn uses(instruction: &Instruction, index: usize) -> bool {
 /// Where `size` bytes at `address` are in the image, if they are all data of one page.
 fn data_offset(address: u64, size: u64) -> Option<usize> {
     let in_page = address % PAGE + size <= PAGE;
-    let code = address.wrapping_sub(CODE) < CODE_PAGES * PAGE;
-    (in_page && !code).then(|| backing_of(address)).flatten()
+    backing_of(address).filter(|offset| in_page && *offset < DATA_BYTES)
 }
 
 /// Somewhere for an indirect jump: padding, data, nothing, or no canonical address.
@@ -577,7 +594,7 @@ fn code_target(rng: &mut Rng, rip: u64) -> u64 {
         0 => HIGH + PAGE + rng.below(PAGE),
         1 => rng.integer(),
         2 => HIGH,
-        3 => 1 << 63 | rng.next(),
+        3 => 1 << 63 | rng.word(),
         _ => (rip & !(PAGE - 1)) + (rip + 64 + rng.below(2000)) % PAGE,
     }
 }
@@ -601,12 +618,12 @@ fn jump_through_register(rng: &mut Rng, case: &mut Case, piece: &Piece, pinned: 
             let target = code_target(rng, case.state.rip);
             case.pokes.push((stack, target.to_le_bytes().to_vec()));
         }
-        Mnemonic::Popf | Mnemonic::Popfq => {
+        Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq => {
             // No TF, AC or NT: the case would trap after its end, or in the host's kernel. No ID: the
             // kernel would keep it for the cases that follow.
-            let flags = rng.next() & !(1 << 8 | 1 << 18 | 1 << 14 | 1 << 21);
+            let flags = rng.word() & !(1 << 8 | 1 << 18 | 1 << 14 | 1 << 21);
             if data_offset(stack, 8).is_none() {
-                case.state.gpr[RSP] = HIGH + PAGE + 64;
+                case.state.gpr[RSP] = if bits_at(case.state.rip) == 32 { LOW } else { HIGH } + PAGE + 64;
             }
             case.pokes.push((case.state.gpr[RSP], flags.to_le_bytes().to_vec()));
         }
@@ -646,9 +663,9 @@ mod tests {
     #[test]
     fn a_seed_names_a_case() {
         let image = image(3);
-        let options = Options { class: None, bases: true };
-        let (mut one, mut two) = (Generator::new(options), Generator::new(options));
-        for seed in 0..500 {
+        for (seed, bits) in (0..500).zip([32, 64].into_iter().cycle()) {
+            let options = Options { class: None, bits, bases: true };
+            let (mut one, mut two) = (Generator::new(options), Generator::new(options));
             let case = one.case(seed, 3, &image);
             assert_eq!(case, two.case(seed, 3, &image));
             assert!(!case.code.is_empty());

@@ -1,4 +1,4 @@
-//! A case run by the engine: one vCPU in 64-bit mode at CPL 3, whose page tables map the case's pages at
+//! A case run by the engine: one vCPU in 64-bit or compatibility mode at CPL 3, whose page tables map the case's pages at
 //! the same linear addresses and with the same rights as the host executor does.
 //!
 //! Every vector's gate leads to a HLT of its own in ring 0. So the case has ended when the vCPU halts, RIP
@@ -7,7 +7,7 @@
 
 use crate::case::{Case, Outcome, State, Stop, X87};
 use crate::host;
-use crate::layout::{BACKING_BYTES, DATA_BYTES, PAGE, backing_of, mapped};
+use crate::layout::{BACKING_BYTES, DATA_BYTES, PAGE, backing_of, bits_at, mapped};
 use anyhow::{Context, Result};
 use anyvisor_engine::GuestIo;
 use anyvisor_engine_translator::core::{Core, VcpuShared, VmShared};
@@ -39,8 +39,10 @@ const SUPERVISOR: u64 = 0xffff_8000_0000_0000;
 const KERNEL_CODE: u16 = 0x08;
 const USER_DATA: u16 = 0x2b;
 const USER_CODE: u16 = 0x33;
+const USER_CODE_32: u16 = 0x23;
 const TSS_SELECTOR: u16 = 0x40;
 const CODE_DESCRIPTOR: u64 = 0x00af_9b00_0000_ffff;
+const CODE_32_DESCRIPTOR: u64 = 0x00cf_9b00_0000_ffff;
 const DATA_DESCRIPTOR: u64 = 0x00cf_9300_0000_ffff;
 const DPL3: u64 = 0x6000_0000_0000;
 
@@ -241,6 +243,7 @@ impl Guest {
             (0x10, DATA_DESCRIPTOR),
             (USER_DATA & !3, DATA_DESCRIPTOR | DPL3),
             (USER_CODE & !3, CODE_DESCRIPTOR | DPL3),
+            (USER_CODE_32 & !3, CODE_32_DESCRIPTOR | DPL3),
         ] {
             self.write(GDT + u64::from(selector), &descriptor.to_le_bytes());
         }
@@ -330,8 +333,13 @@ fn set_user_state(core: &mut Core, state: &State) {
     cpu.halted = false;
     cpu.interrupt_shadow = 0;
     cpu.seg = [Segment::unusable(0); 6];
-    cpu.seg[index::CS] = Segment::from_descriptor(USER_CODE, CODE_DESCRIPTOR | DPL3);
-    cpu.seg[index::SS] = Segment::from_descriptor(USER_DATA, DATA_DESCRIPTOR | DPL3);
+    cpu.seg[index::CS] = match bits_at(state.rip) {
+        32 => Segment::from_descriptor(USER_CODE_32, CODE_32_DESCRIPTOR | DPL3),
+        _ => Segment::from_descriptor(USER_CODE, CODE_DESCRIPTOR | DPL3),
+    };
+    for number in [index::SS, index::DS, index::ES] {
+        cpu.seg[number] = Segment::from_descriptor(USER_DATA, DATA_DESCRIPTOR | DPL3);
+    }
     cpu.seg[index::FS].base = state.fs_base;
     cpu.seg[index::GS].base = state.gs_base;
 }

@@ -14,7 +14,9 @@
 //! own pages or at unmapped ones, and no address of this process is in any register.
 
 use crate::case::{Case, Outcome, State, Stop, X87};
-use crate::layout::{BACKING_BYTES, CODE, CODE_PAGES, DATA_BYTES, HIGH, LOW, PAGE, REGION_PAGES, backing_of, mapped};
+use crate::layout::{
+    BACKING_BYTES, CODE, CODE_32, CODE_PAGES, DATA_BYTES, HIGH, LOW, PAGE, REGION_PAGES, backing_of, bits_at, mapped,
+};
 use anyhow::{Context, Result, bail};
 use anyvisor_engine_translator::cpu::pending;
 use anyvisor_engine_translator::native;
@@ -31,6 +33,9 @@ const RUNNING: u32 = 2;
 const ALT_STACK: usize = 256 * 1024;
 const INT3: u8 = 0xcc;
 const ARCH_SET_GS: i32 = 0x1001;
+/// Linux's selectors for 32-bit code, and for data.
+const USER_CODE_32: u16 = 0x23;
+const USER_DATA: u16 = 0x2b;
 
 /// Offsets in the XSAVE area of a signal frame (SDM vol. 1 13.4; the kernel uses the standard format).
 const MXCSR: usize = 24;
@@ -134,6 +139,8 @@ impl Host {
         // SAFETY: AT_HWCAP2 bit 1 says that FSGSBASE works in user mode.
         SHARED.swap_bases.store(unsafe { libc::getauxval(libc::AT_HWCAP2) } & 2 != 0, Ordering::SeqCst);
         take_signals()?;
+        // SAFETY: Linux's flat data segment. 64-bit code uses neither register; 32-bit cases need them.
+        unsafe { asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) USER_DATA, options(nostack, preserves_flags)) };
         let timer = start_watchdog()?;
         Ok(Host { backing, timer, written: None })
     }
@@ -200,7 +207,9 @@ impl Drop for Host {
             for base in [LOW, HIGH] {
                 libc::munmap(base as *mut libc::c_void, (REGION_PAGES * PAGE) as usize);
             }
-            libc::munmap(CODE as *mut libc::c_void, ((CODE_PAGES + 1) * PAGE) as usize);
+            for base in [CODE, CODE_32] {
+                libc::munmap(base as *mut libc::c_void, ((CODE_PAGES + 1) * PAGE) as usize);
+            }
         }
         EXISTS.store(false, Ordering::SeqCst);
     }
@@ -221,7 +230,8 @@ fn map_layout() -> Result<*mut u8> {
             return Err(std::io::Error::last_os_error()).context("mapping memory for the cases");
         }
         std::ptr::write_bytes(backing.cast::<u8>().add(DATA_BYTES), INT3, BACKING_BYTES - DATA_BYTES);
-        for (base, pages) in [(LOW, REGION_PAGES), (HIGH, REGION_PAGES), (CODE, CODE_PAGES + 1)] {
+        let regions = [(LOW, REGION_PAGES), (HIGH, REGION_PAGES), (CODE, CODE_PAGES + 1), (CODE_32, CODE_PAGES + 1)];
+        for (base, pages) in regions {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
             let length = (pages * PAGE) as usize;
             let at = libc::mmap(base as *mut libc::c_void, length, libc::PROT_NONE, flags, -1, 0);
@@ -391,6 +401,10 @@ unsafe fn enter(frame: &mut libc::ucontext_t) {
         }
         registers[libc::REG_RIP as usize] = data.state.rip as i64;
         registers[libc::REG_EFL as usize] = data.state.rflags as i64;
+        if bits_at(data.state.rip) == 32 {
+            let selectors = &mut registers[libc::REG_CSGSFS as usize];
+            *selectors = *selectors & !0xffff | i64::from(USER_CODE_32);
+        }
         let area = frame.uc_mcontext.fpregs.cast::<u8>();
         write_vectors(area, &data.state);
         if SHARED.swap_bases.load(Ordering::Relaxed) {

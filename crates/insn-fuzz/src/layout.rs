@@ -9,7 +9,8 @@
 //!       none  RW   RW   R    none  RW   none
 //! ```
 //!
-//! and one code region (read, execute) that is followed by nothing. Behind them is one run of pages, the
+//! and one code region (read, execute) that is followed by nothing, mapped at two addresses: 64-bit cases run
+//! in the high one, 32-bit cases (compatibility mode) in the low one. Behind it all is one run of pages, the
 //! *backing*: the data pages of the low region, those of the high region, the code pages.
 
 /// Linear address of page 0 of the low and of the high data region.
@@ -19,8 +20,10 @@ pub const HIGH: u64 = 0x1_2000_0000;
 pub const REGION_PAGES: u64 = 7;
 /// Mapped pages in a data region: page number, writable.
 pub const PAGES: [(u64, bool); 4] = [(1, true), (2, true), (3, false), (5, true)];
-/// Linear address of the code region.
+/// Linear address of the code region for 64-bit cases.
 pub const CODE: u64 = 0x1_2010_0000;
+/// Linear address of the code region for 32-bit cases.
+pub const CODE_32: u64 = 0x2010_0000;
 pub const CODE_PAGES: u64 = 32;
 pub const PAGE: u64 = 4096;
 
@@ -49,11 +52,13 @@ pub fn mapped() -> impl Iterator<Item = Mapped> {
             executable: false,
         })
     });
-    let code = (0..CODE_PAGES).map(|i| Mapped {
-        linear: CODE + i * PAGE,
-        backing: DATA_PAGES + i as usize,
-        writable: false,
-        executable: true,
+    let code = [CODE, CODE_32].into_iter().flat_map(|base| {
+        (0..CODE_PAGES).map(move |i| Mapped {
+            linear: base + i * PAGE,
+            backing: DATA_PAGES + i as usize,
+            writable: false,
+            executable: true,
+        })
     });
     data.chain(code)
 }
@@ -67,8 +72,13 @@ pub fn backing_of(linear: u64) -> Option<usize> {
             return Some((region * PAGES.len() + page) * PAGE as usize + (offset % PAGE) as usize);
         }
     }
-    let offset = linear.wrapping_sub(CODE);
-    (offset < CODE_PAGES * PAGE).then(|| DATA_BYTES + offset as usize)
+    let inside = |base: u64| Some(linear.wrapping_sub(base)).filter(|offset| *offset < CODE_PAGES * PAGE);
+    inside(CODE).or_else(|| inside(CODE_32)).map(|offset| DATA_BYTES + offset as usize)
+}
+
+/// The mode that code at `rip` runs in: 32 or 64 bits.
+pub fn bits_at(rip: u64) -> u32 {
+    if rip >> 32 == 0 { 32 } else { 64 }
 }
 
 /// The linear address of byte `offset` of the data part of the backing.

@@ -27,6 +27,9 @@ struct Args {
     /// Only instructions of this class.
     #[arg(long)]
     class: Option<Class>,
+    /// 64-bit code, or 32-bit code (compatibility mode).
+    #[arg(long, default_value = "64", value_parser = ["32", "64"])]
+    bits: String,
     /// Only this executor; else both.
     #[arg(long)]
     engine: Option<EngineName>,
@@ -84,6 +87,7 @@ fn start(args: &Args) -> Result<bool> {
     }
     let mut options = bench.options();
     options.class = args.class;
+    options.bits = if args.bits == "32" { 32 } else { 64 };
     if args.print {
         println!("{}", case_of_seed(options, args.seed).to_line());
         return Ok(true);
@@ -146,6 +150,7 @@ fn share(args: &Args) -> Result<bool> {
         command.arg(format!("--findings={}", args.findings));
         command.args(args.seconds.map(|s| format!("--seconds={s}")));
         command.args(args.class.map(|c| format!("--class={}", value_name(&c))));
+        command.arg(format!("--bits={}", args.bits));
         command.args(args.engine.map(|e| format!("--engine={}", value_name(&e))));
         children.push(command.spawn().context("starting a job")?);
     }

@@ -11,7 +11,7 @@ impl Rng {
         Rng(seed)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn word(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -21,7 +21,7 @@ impl Rng {
 
     /// Uniform in `0..bound`; `bound` must not be 0.
     pub fn below(&mut self, bound: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+        ((u128::from(self.word()) * u128::from(bound)) >> 64) as u64
     }
 
     /// True in `percent` of 100 cases.
@@ -40,9 +40,9 @@ impl Rng {
             1 => self.below(16).wrapping_neg(),
             2 => (1u64 << self.below(64)).wrapping_add(self.below(3)).wrapping_sub(1),
             3 => self.pick(&EDGES),
-            4 => self.next() & 0xffff_ffff,
-            5 => self.next() >> self.below(64),
-            _ => self.next(),
+            4 => self.word() & 0xffff_ffff,
+            5 => self.word() >> self.below(64),
+            _ => self.word(),
         }
     }
 
@@ -52,10 +52,10 @@ impl Rng {
             0 => self.integer(),
             1 => self.pick(&DOUBLES),
             2 => u64::from(self.pick(&FLOATS)) | u64::from(self.pick(&FLOATS)) << 32,
-            3 => (self.next() & 0x800f_ffff_ffff_ffff) | (0x3f0 + self.below(32)) << 52,
-            4 => (self.next() & 0x807f_ffff_807f_ffff) | (0x3f80_0000 + (self.below(8) << 23)) * 0x1_0000_0001,
-            5 => u64::from_ne_bytes([self.below(4) as u8; 8]) ^ (self.next() & 0x0101_0101_0101_0101),
-            _ => self.next(),
+            3 => (self.word() & 0x800f_ffff_ffff_ffff) | (0x3f0 + self.below(32)) << 52,
+            4 => (self.word() & 0x807f_ffff_807f_ffff) | ((0x3f80_0000 + (self.below(8) << 23)) * 0x1_0000_0001),
+            5 => u64::from_ne_bytes([self.below(4) as u8; 8]) ^ (self.word() & 0x0101_0101_0101_0101),
+            _ => self.word(),
         }
     }
 
@@ -73,13 +73,13 @@ impl Rng {
             0 => (0, 0),
             1 => (0x3fff, 1 << 63),
             2 => (0x7fff, 1 << 63),
-            3 => (0x7fff, 0xc000_0000_0000_0000 | self.next() >> 2),
-            4 => (0x7fff, 0x8000_0000_0000_0000 | self.next() >> 2),
-            5 => (0, self.next() >> 1),
-            6 => (self.next() & 0x7fff, self.next()),
-            7 => (0x3fff + self.below(70), (1 << 63) | self.next()),
+            3 => (0x7fff, 0xc000_0000_0000_0000 | self.word() >> 2),
+            4 => (0x7fff, 0x8000_0000_0000_0000 | self.word() >> 2),
+            5 => (0, self.word() >> 1),
+            6 => (self.word() & 0x7fff, self.word()),
+            7 => (0x3fff + self.below(70), (1 << 63) | self.word()),
             8 => (0x403e - self.below(64), (1 << 63) | self.below(1000) << 50),
-            _ => (0x3ff0 + self.below(32), (1 << 63) | self.next()),
+            _ => (0x3ff0 + self.below(32), (1 << 63) | self.word()),
         };
         let top = (exponent | self.below(2) << 15) as u16;
         let mut bytes = [0; 10];

@@ -3,6 +3,7 @@
 //! The manual leaves some flags of some instructions undefined (SDM vol. 1 appendix A); the decoder's
 //! tables say which. A case whose later instructions read such a flag is not generated.
 
+use crate::layout::bits_at;
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 /// The bits of RFLAGS for the decoder's set of flags.
@@ -41,7 +42,7 @@ pub struct Undefined {
 
 pub fn undefined(code: &[u8], rip: u64, end: u64) -> Undefined {
     let mut result = Undefined::default();
-    let mut decoder = Decoder::with_ip(64, code, rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bits_at(rip), code, rip, DecoderOptions::NONE);
     let mut branches = false;
     while decoder.can_decode() && decoder.ip() < end {
         let instruction = decoder.decode();
@@ -76,7 +77,7 @@ const STATUS: u64 = 0x8d5;
 /// dead at the fault. The translator does not keep them across an access that faults, because the restarted
 /// instruction and what follows cannot see them.
 pub fn dead(code: &[u8], rip: u64, fault: u64) -> u64 {
-    let instructions: Vec<_> = Decoder::with_ip(64, code, rip, DecoderOptions::NONE).into_iter().collect();
+    let instructions: Vec<_> = Decoder::with_ip(bits_at(rip), code, rip, DecoderOptions::NONE).into_iter().collect();
     // What is live before each instruction, and at the end, where the INT3 shows all.
     let mut live = vec![STATUS; instructions.len() + 1];
     for (i, instruction) in instructions.iter().enumerate().rev() {
