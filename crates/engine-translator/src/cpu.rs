@@ -30,6 +30,16 @@ pub enum JumpContext {
     User32 = 3,
 }
 
+impl JumpContext {
+    /// Which of [`Cpu::code_generation`] tells when code of this context may have moved.
+    pub fn generation(self) -> usize {
+        match self {
+            JumpContext::Kernel | JumpContext::KernelAc => 0,
+            JumpContext::User | JumpContext::User32 => 1,
+        }
+    }
+}
+
 pub const JUMP_CONTEXTS: usize = 4;
 
 /// Groups of accesses that a block can have.
@@ -118,7 +128,8 @@ pub struct Cpu {
     /// An AP between INIT and its start-up IPI.
     pub wait_for_sipi: bool,
     /// Changes whenever the meaning of linear code addresses may have.
-    pub code_generation: u32,
+    /// The first counts what concerns kernel code, the second also what concerns user code only.
+    pub code_generation: [u32; 2],
     /// Scratch of generated code.
     pub scratch: [u64; 8],
     /// Deltas that the accesses of a block share.

@@ -372,6 +372,7 @@ impl Core {
         *self.mmu.jump_filter = [[0; 64]; 2];
         self.mmu.kernel_code_local = false;
         self.mmu.kernel_code_low = false;
+        self.cpu.code_generation[0] = self.cpu.code_generation[0].wrapping_add(1);
         self.forget_code_pages();
     }
 
@@ -396,7 +397,7 @@ impl Core {
     fn forget_code_pages(&mut self) {
         self.mmu.code_page = None;
         self.cpu.return_stack = self.cpu.return_stack_base;
-        self.cpu.code_generation = self.cpu.code_generation.wrapping_add(1);
+        self.cpu.code_generation[1] = self.cpu.code_generation[1].wrapping_add(1);
     }
 
     /// What a CR3 load leaves of the jump caches: kernel code, if all of it is in global pages.

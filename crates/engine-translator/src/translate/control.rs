@@ -58,7 +58,8 @@ impl Builder<'_> {
         self.a.mov_imm(RCX, 0); // mov ecx, imm32: minus the generation, patched
         let patch = self.a.position() - 4;
         self.a.code[patch..].copy_from_slice(&generation.wrapping_neg().to_le_bytes());
-        self.a.load32(RDI, Rm::Gs(offset_of!(Cpu, code_generation) as i32));
+        let counter = offset_of!(Cpu, code_generation) + 4 * self.source.context.jumps.generation();
+        self.a.load32(RDI, Rm::Gs(counter as i32));
         self.a.lea32(RCX, Rm::Indexed { base: RCX, index: RDI, scale: 0, displacement: 0 });
         let same = self.a.short(0xe3);
         self.a.mov(RCX, RSI);

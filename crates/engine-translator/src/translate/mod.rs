@@ -27,7 +27,7 @@ mod tests;
 
 use crate::code_memory::CodeMemory;
 use crate::core::Core;
-use crate::cpu::{Cpu, JumpContext, Mode, TlbContext};
+use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, Mode, TlbContext};
 use crate::interpret::{self, Step};
 use crate::system;
 use anyvisor_engine::{GuestIo, Result};
@@ -161,6 +161,8 @@ pub struct Translator {
     /// What of the last context the jump caches do not tell apart: FPU, AVX, SMAP, FSGSBASE; and CR4.TSD.
     hidden: (bool, bool, bool, bool),
     tsc_denied: bool,
+    /// Which block is behind each entry of the jump caches, as far as this vCPU remembers.
+    jump_blocks: Box<[u32]>,
     statistics: Statistics,
     /// Count interpreted instructions by mnemonic.
     count: bool,
@@ -191,6 +193,7 @@ impl Translator {
             generation: 0,
             hidden: (false, false, false, false),
             tsc_denied: false,
+            jump_blocks: vec![0; JUMP_CONTEXTS * JUMP_CACHE_ENTRIES].into_boxed_slice(),
             statistics: Statistics::default(),
             count: tracing::enabled!(tracing::Level::DEBUG),
         })
@@ -381,6 +384,10 @@ impl Translator {
     /// there is not in RAM.
     fn find(&mut self, core: &mut Core, context: Context, alone: bool) -> std::result::Result<Option<u32>, Exception> {
         let rip = core.cpu.rip;
+        let place = context.jumps as usize * JUMP_CACHE_ENTRIES + (rip as usize & (JUMP_CACHE_ENTRIES - 1));
+        if !alone && let Some(block) = self.find_in_jump_cache(core, context, place) {
+            return Ok(Some(block));
+        }
         let (gpa, host) = core.fetch_page(rip)?;
         let Some(host) = host else { return Ok(None) };
         let key = Key { gpa, rip, context, alone };
@@ -398,8 +405,22 @@ impl Translator {
         let address = self.code.address(self.blocks[block as usize].start as usize);
         if !alone {
             core.add_jump(context.jumps, rip, address);
+            self.jump_blocks[place] = block;
         }
         Ok(Some(block))
+    }
+
+    /// The block for the current RIP if the jump cache has its code. What is in the jump cache is good
+    /// without further checks; which block it is may have been forgotten.
+    fn find_in_jump_cache(&self, core: &Core, context: Context, place: usize) -> Option<u32> {
+        let entry = core.cpu.jump_cache[context.jumps as usize][place % JUMP_CACHE_ENTRIES];
+        let id = self.jump_blocks[place];
+        let block = self.blocks.get(id as usize)?;
+        let same = entry.key == 0u64.wrapping_sub(core.cpu.rip)
+            && entry.host == self.code.address(block.start as usize)
+            && block.alive
+            && block.key.context == context;
+        same.then_some(id)
     }
 
     fn translate(&mut self, core: &mut Core, key: Key, page: &[u8; 4096]) -> u32 {
@@ -426,7 +447,7 @@ impl Translator {
             let mut bytes = source.bytes.to_vec();
             bytes.extend_from_slice(&rest);
             source.bytes = &bytes;
-            source.crossing = Some(core.cpu.code_generation);
+            source.crossing = Some(core.cpu.code_generation[key.context.jumps.generation()]);
             translation = block::translate(&source);
             next_page = Some(gpa >> 12);
         }
@@ -448,10 +469,10 @@ impl Translator {
     fn recheck(&mut self, core: &mut Core, exit: u32, patch: u32) {
         let id = self.exits[exit as usize].block;
         let block = &self.blocks[id as usize];
-        let (rip, start, next_page) = (block.key.rip, block.start, block.next_page);
+        let (rip, jumps, start, next_page) = (block.key.rip, block.key.context.jumps, block.start, block.next_page);
         core.cpu.rip = rip;
         if self.next_page(core, rip).map(|(gpa, _)| gpa >> 12) == next_page {
-            let value = core.cpu.code_generation.wrapping_neg();
+            let value = core.cpu.code_generation[jumps.generation()].wrapping_neg();
             self.code.write((start + patch) as usize, &value.to_le_bytes());
         } else {
             self.kill(core, id);
