@@ -224,7 +224,7 @@ pub struct Builder<'a> {
     coalesced: bool,
     incomplete: bool,
     /// Guest registers that the scratch registers hold copies of.
-    pub(super) held: Held,
+    pub(super) held: [Option<Held>; 2],
     /// The instruction being emitted overwrites RAX and does not read it.
     pub(super) overwrites_rax: bool,
     /// Address of the indirect branch being emitted, and what undoes its change of RSP.
@@ -497,6 +497,7 @@ impl<'a> Builder<'a> {
                 return;
             }
         }
+        self.write_back_all();
         match insns.last() {
             Some(last) if ends_block(&last.instruction, last.kind) => {}
             Some(last) => self.direct(last.instruction.next_ip(), last.live_out != 0, false),
@@ -507,8 +508,11 @@ impl<'a> Builder<'a> {
     /// Emits one instruction; `false` if it has to be interpreted after all (nothing emitted then).
     fn emit(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
-        if !matches!(insn.kind, Kind::Nop | Kind::Copy | Kind::Lea | Kind::JumpIf) {
-            self.held = [None; 2];
+        match insn.kind {
+            Kind::Nop | Kind::Lea => {}
+            Kind::Copy if !classify::can_trap(instruction) => {}
+            Kind::Copy | Kind::JumpIf => self.write_back_all(),
+            _ => self.release_scratch(),
         }
         match insn.kind {
             Kind::Nop => true,
@@ -550,6 +554,7 @@ impl<'a> Builder<'a> {
     }
 
     fn interpret(&mut self, insn: &Insn) {
+        self.write_back_all();
         let hole = self.a.jmp();
         self.exits.push(PendingExit { hole, kind: ExitKind::Interpret { rip: insn.instruction.ip() } });
     }
@@ -685,7 +690,7 @@ impl<'a> Builder<'a> {
             }
             return true;
         }
-        self.held = [None; 2];
+        self.release_scratch();
         self.effective_address(&ea);
         match (register.size(), host_register(index)) {
             (8, Some(host)) => self.a.mov(host, RSI),

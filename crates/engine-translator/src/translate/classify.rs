@@ -294,6 +294,13 @@ fn is_unusual_vector(mnemonic: M) -> bool {
     )
 }
 
+/// Whether a copied instruction can raise an exception on the host: divisions, and anything with x87 or
+/// SIMD arithmetic.
+pub fn can_trap(instruction: &Instruction) -> bool {
+    let mnemonic = instruction.mnemonic();
+    matches!(mnemonic, M::Div | M::Idiv) || !is_plain_integer(mnemonic)
+}
+
 /// General-purpose instructions whose every effect is on renamed registers, status flags and their one
 /// explicit memory operand.
 fn is_plain_integer(mnemonic: M) -> bool {

@@ -57,7 +57,7 @@ impl Builder<'_> {
                         }
                         None if operand.or_memory
                             && memory.is_none()
-                            && (writes || !self.held.contains(&Some(index)))
+                            && !self.held.iter().flatten().any(|held| held.index == index)
                             && in_place(instruction, operand.register, writes) =>
                         {
                             rm = slot(index);
@@ -102,32 +102,33 @@ impl Builder<'_> {
 
     pub(super) fn emit_plan(&mut self, plan: &Plan) {
         for spill in plan.spills.used() {
-            if spill.reads && self.held[held_slot(spill.host)] != Some(spill.index) {
+            // Whatever else the scratch holds has to go; what is read may be newer in the other one.
+            let here = held_slot(spill.host);
+            if self.held[here].is_some_and(|held| held.index != spill.index) {
+                self.write_back(here);
+                self.held[here] = None;
+            }
+            if spill.reads && self.held[here].is_none() {
+                self.write_back(1 - here);
                 self.a.load(spill.host, slot(spill.index));
             }
+        }
+        if plan.widen.is_some() {
+            self.write_back(held_slot(RSI));
+            self.held[held_slot(RSI)] = None;
         }
         plan.layout.emit(&mut self.a, &plan.fields, plan.rm, plan.force_rex);
         if let Some(host) = plan.widen {
             self.a.mov32(host, RSI);
-            self.held[held_slot(RSI)] = None;
         }
-        for spill in plan.spills.used() {
-            if spill.writes {
-                self.a.store(slot(spill.index), spill.host);
-            }
-        }
-        self.note_held(plan);
-    }
-
-    /// Keeps track of which guest registers the scratch registers hold copies of.
-    fn note_held(&mut self, plan: &Plan) {
         for spill in plan.spills.used().filter(|s| s.writes) {
             self.forget_held(spill.index);
         }
         // A scratch that was read for one register and written for another holds the latter.
         for writes in [false, true] {
             for spill in plan.spills.used().filter(|s| s.writes == writes) {
-                self.held[held_slot(spill.host)] = Some(spill.index);
+                let dirty = writes || self.held[held_slot(spill.host)].is_some_and(|h| h.index == spill.index && h.dirty);
+                self.held[held_slot(spill.host)] = Some(Held { index: spill.index, dirty });
             }
         }
         if let Some(index) = plan.written_in_place {
@@ -136,9 +137,30 @@ impl Builder<'_> {
     }
 
     fn forget_held(&mut self, index: usize) {
-        for held in self.held.iter_mut().filter(|held| **held == Some(index)) {
+        for held in self.held.iter_mut().filter(|held| held.is_some_and(|h| h.index == index)) {
             *held = None;
         }
+    }
+
+    /// Stores what a scratch register holds if the vCPU block does not have it yet.
+    fn write_back(&mut self, which: usize) {
+        if let Some(held) = &mut self.held[which]
+            && std::mem::take(&mut held.dirty)
+        {
+            self.a.store(slot(held.index), HELD_HOSTS[which]);
+        }
+    }
+
+    /// Brings the vCPU block up to date: before anything that can leave the block.
+    pub(super) fn write_back_all(&mut self) {
+        self.write_back(0);
+        self.write_back(1);
+    }
+
+    /// Brings the vCPU block up to date and forgets what the scratch registers hold: they are needed.
+    pub(super) fn release_scratch(&mut self) {
+        self.write_back_all();
+        self.held = [None; 2];
     }
 }
 
@@ -199,11 +221,17 @@ pub struct Spills {
     /// RSI holds the memory operand's address.
     rsi_taken: bool,
     /// What the scratch registers hold now.
-    held: Held,
+    held: [Option<Held>; 2],
 }
 
-/// Guest registers that RSI and RDI hold copies of.
-pub type Held = [Option<usize>; 2];
+/// A guest register whose value a scratch register holds; `dirty` if the vCPU block has an older one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub index: usize,
+    pub dirty: bool,
+}
+
+const HELD_HOSTS: [u8; 2] = [RSI, RDI];
 
 fn held_slot(host: u8) -> usize {
     usize::from(host == RDI)
@@ -218,7 +246,7 @@ pub struct Spill {
 }
 
 impl Spills {
-    pub(super) fn new(rsi_taken: bool, held: Held) -> Spills {
+    pub(super) fn new(rsi_taken: bool, held: [Option<Held>; 2]) -> Spills {
         Spills { entries: [None; 3], rsi_taken, held }
     }
 
@@ -243,7 +271,7 @@ impl Spills {
         };
         // The one that has the value, else one that has nothing of use, else any.
         let rank = |host: u8| match self.held[held_slot(host)] {
-            Some(held) if held == index => 0,
+            Some(held) if held.index == index => 0,
             None => 1,
             Some(_) => 2,
         };
