@@ -25,6 +25,9 @@ use std::sync::atomic::Ordering;
 /// The local APIC's page in xAPIC mode, when not moved.
 pub const LAPIC_DEFAULT_BASE: u64 = 0xfee0_0000;
 
+/// Code pages whose places are remembered.
+const CODE_PAGES: usize = 256;
+
 /// With whose rights an access is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rights {
@@ -57,8 +60,8 @@ pub struct Mmu {
     /// 2 MiB regions that had an entry from a large page.
     large: HashSet<u64>,
     last_large: u64,
-    /// The page last fetched from: linear page, user, guest-physical page, host address.
-    code_page: Option<(u64, bool, u64, *mut u8)>,
+    /// Pages lately fetched from, by linear page number.
+    code_pages: Box<[CodePage; CODE_PAGES]>,
     /// Linear pages that entries of the jump cache may be in, as a filter by hash.
     /// The upper half of the address space, where kernels are, apart from the lower.
     jump_filter: Box<[[u64; 64]; 2]>,
@@ -71,7 +74,7 @@ pub struct Mmu {
     spaces: Spaces,
 }
 
-// SAFETY: `code_page`'s pointer is into the VM's RAM, which any thread may address by raw copies.
+// SAFETY: the pointers of `code_pages` are into the VM's RAM, which any thread may address by raw copies.
 unsafe impl Send for Mmu {}
 
 impl Mmu {
@@ -82,7 +85,7 @@ impl Mmu {
             kernel_local: Vec::new(),
             large: HashSet::new(),
             last_large: u64::MAX,
-            code_page: None,
+            code_pages: Box::new([CodePage::EMPTY; CODE_PAGES]),
             jump_filter: Box::new([[0; 64]; 2]),
             jump_journal: Default::default(),
             kernel_code_local: false,
@@ -96,6 +99,25 @@ impl Default for Mmu {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Where a page of code is; true while its generation is current.
+#[derive(Clone, Copy)]
+struct CodePage {
+    page: u64,
+    user: bool,
+    generation: u32,
+    gpa: u64,
+    host: *mut u8,
+}
+
+impl CodePage {
+    /// No page is at an odd address.
+    const EMPTY: CodePage = CodePage { page: 1, user: false, generation: 0, gpa: 0, host: std::ptr::null_mut() };
+}
+
+fn code_page_index(gva: u64) -> usize {
+    (gva >> 12) as usize % CODE_PAGES
 }
 
 /// Half of the address space, and bit of the jump filter.
@@ -274,7 +296,7 @@ impl Core {
                 }
             }
         }
-        self.mmu.code_page = None;
+        self.mmu.code_pages[code_page_index(gva)] = CodePage::EMPTY;
         if self.jumps_may_be_in(gva) {
             if gva >> 63 == 0 && !self.mmu.kernel_code_low {
                 self.flush_low_jumps();
@@ -395,7 +417,6 @@ impl Core {
     }
 
     fn forget_code_pages(&mut self) {
-        self.mmu.code_page = None;
         self.cpu.return_stack = self.cpu.return_stack_base;
         self.cpu.code_generation[1] = self.cpu.code_generation[1].wrapping_add(1);
     }
@@ -417,18 +438,17 @@ impl Core {
     pub fn fetch_page(&mut self, gva: u64) -> Result<(u64, Option<*mut u8>), Exception> {
         let user = self.cpu.cpl == 3;
         let (page, offset) = (gva & !0xfff, gva & 0xfff);
-        if let Some((p, u, gpa, host)) = self.mmu.code_page
-            && p == page
-            && u == user
-        {
-            return Ok((gpa | offset, Some(host.wrapping_add(offset as usize))));
+        let generation = self.cpu.code_generation[usize::from(user)];
+        let known = &self.mmu.code_pages[code_page_index(gva)];
+        if known.page == page && known.user == user && known.generation == generation {
+            return Ok((known.gpa | offset, Some(known.host.wrapping_add(offset as usize))));
         }
         let mapping = self.translate(gva, AccessKind::Fetch, Rights::Current)?;
         let gpa = mapping.gpa & !0xfff;
         self.mmu.kernel_code_local |= !user && !mapping.global;
         let host = self.ram.host(gpa, PAGE_SIZE);
         if let Some(host) = host {
-            self.mmu.code_page = Some((page, user, gpa, host));
+            self.mmu.code_pages[code_page_index(gva)] = CodePage { page, user, generation, gpa, host };
         }
         Ok((gpa | offset, host.map(|h| h.wrapping_add(offset as usize))))
     }
