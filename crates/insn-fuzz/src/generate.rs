@@ -169,12 +169,16 @@ impl Generator {
             pinned.indices |= 1 << rng.below(registers);
         }
         pinned.indices &= !pinned.pointers;
+        // Some sequences are a loop's body; its counter is a register that stays as it is in the body.
+        let counters: Vec<u8> = (0..registers as u8).filter(|r| pinned.indices >> r & 1 != 0).collect();
+        let looped = if rng.percent(25) && !counters.is_empty() { Some(rng.pick(&counters)) } else { None };
         for register in 0..16 {
             if pinned.pointers >> register & 1 != 0 {
                 let region = if rng.percent(70) && !narrow { HIGH } else { LOW };
                 case.state.gpr[register] = region + PAGE + 256 + rng.below(2 * PAGE - 512);
             } else if pinned.indices >> register & 1 != 0 {
-                case.state.gpr[register] = rng.below(64);
+                let counts = looped == Some(register as u8);
+                case.state.gpr[register] = if counts { 2 + rng.below(4) } else { rng.below(64) };
             }
         }
         let list = |mask: u32| (0..16u8).filter(|r| mask >> r & 1 != 0).collect();
@@ -188,11 +192,14 @@ impl Generator {
             }
             let mut piece = self.piece(rng, &shape, rip);
             edge_immediate(rng, &mut piece);
-            if !self.suits_sequence(rng, &piece, pinned) {
+            if !self.suits_sequence(rng, &piece, pinned, looped) {
                 continue;
             }
             let mut code: Vec<u8> = pieces.iter().flat_map(|p| &p.bytes).copied().collect();
             code.extend_from_slice(&piece.bytes);
+            if looped.is_some() {
+                code.extend_from_within(..);
+            }
             if undefined(&code, case.state.rip, u64::MAX).read {
                 continue;
             }
@@ -202,10 +209,13 @@ impl Generator {
         }
         link_jumps(rng, &mut pieces);
         case.code = pieces.into_iter().flat_map(|p| p.bytes).collect();
+        if let Some(counter) = looped {
+            close_loop(&mut case.code, counter, narrow);
+        }
     }
 
     /// Whether a sequence goes on after `piece`, with its pointers mostly intact.
-    fn suits_sequence(&mut self, rng: &mut Rng, piece: &Piece, pinned: Pinned) -> bool {
+    fn suits_sequence(&mut self, rng: &mut Rng, piece: &Piece, pinned: Pinned, counter: Option<u8>) -> bool {
         let instruction = &piece.instruction;
         match instruction.flow_control() {
             FlowControl::Next | FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => (),
@@ -235,6 +245,12 @@ impl Generator {
             .used_registers()
             .iter()
             .any(|used| writes(used.access()) && gpr_index(used.register()).is_some_and(|i| kept >> i & 1 != 0));
+        // A loop ends by its counter, which nothing else may change.
+        let counts = |register: Register| gpr_index(register).is_some_and(|i| counter == Some(i as u8));
+        let counter_lost = info.used_registers().iter().any(|used| writes(used.access()) && counts(used.register()));
+        if counter_lost || counter == Some(RCX as u8) && writes_counter(instruction) {
+            return false;
+        }
         moves || !overwrites || rng.percent(8)
     }
 
@@ -643,6 +659,23 @@ fn set_target(piece: &mut Piece, (at, size): (usize, usize), distance: i64) {
     // Backward into the instruction itself, or just before it, could loop.
     let distance = if fits && !(-64..0).contains(&distance) { distance } else { 0 };
     piece.bytes[at..at + size].copy_from_slice(&distance.to_le_bytes()[..size]);
+}
+
+/// Whether it counts in RCX, which the decoder's register use does not always say.
+fn writes_counter(instruction: &Instruction) -> bool {
+    let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+    repeated || matches!(instruction.mnemonic(), Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne)
+}
+
+/// Makes the sequence a loop: counts `counter` down and jumps to the start.
+fn close_loop(code: &mut Vec<u8>, counter: u8, narrow: bool) {
+    if !narrow {
+        code.push(0x48 | counter >> 3);
+    }
+    code.extend([0xff, 0xc8 | counter & 7]); // dec
+    let distance = -(code.len() as i32 + 6);
+    code.extend([0x0f, 0x85]); // jnz
+    code.extend_from_slice(&distance.to_le_bytes());
 }
 
 /// Points each relative jump of a sequence to the start of a later instruction, or behind the last.

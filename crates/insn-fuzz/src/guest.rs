@@ -92,6 +92,8 @@ pub struct Guest {
     translator: Option<Translator>,
     cases: u64,
     written: Option<(usize, usize)>,
+    /// The code there is in place already: running it again uses what was translated.
+    loaded: Vec<u8>,
 }
 
 impl Guest {
@@ -110,7 +112,7 @@ impl Guest {
         let (shared, cpu) = VcpuShared::new(0);
         let mut core = Core::new(vm, shared, cpu, cpuid);
         set_system_state(&mut core);
-        let mut guest = Guest { core, ram, translator, cases: 0, written: None };
+        let mut guest = Guest { core, ram, translator, cases: 0, written: None, loaded: Vec::new() };
         guest.build_tables();
         Ok(guest)
     }
@@ -177,12 +179,16 @@ impl Guest {
             let offset = backing_of(*address).expect("pokes are in data pages");
             backing[offset..offset + bytes.len()].copy_from_slice(bytes);
         }
-        let (old_start, old_end) = self.written.take().unwrap_or((DATA_BYTES, BACKING_BYTES));
-        backing[old_start..old_end].fill(0xcc);
         let start = backing_of(case.state.rip).expect("code is in code pages");
         let end = (start + case.code.len()).min(BACKING_BYTES);
+        if self.written == Some((start, end)) && self.loaded == case.code {
+            return;
+        }
+        let (old_start, old_end) = self.written.take().unwrap_or((DATA_BYTES, BACKING_BYTES));
+        backing[old_start..old_end].fill(0xcc);
         backing[start..end].copy_from_slice(&case.code[..end - start]);
         self.written = Some((start, end));
+        self.loaded.clone_from(&case.code);
         if let Some(translator) = &mut self.translator {
             // As if a device had written there. One byte more: the INT3 behind it may have become code.
             for (start, end) in [(old_start, old_end), (start, end)] {

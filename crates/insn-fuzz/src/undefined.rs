@@ -64,11 +64,21 @@ pub fn undefined(code: &[u8], rip: u64, end: u64) -> Undefined {
     result
 }
 
-/// [`undefined`] for a case that stopped with RIP at `stopped`. All jumps go forward, so an instruction that
-/// faulted had only earlier ones before it.
+/// [`undefined`] for a case that stopped with RIP at `stopped`. Jumps go forward, so an instruction that
+/// faulted had only earlier ones before it; a loop's earlier rounds add what the whole leaves undefined.
 pub fn at_stop(code: &[u8], rip: u64, stopped: u64) -> u64 {
     let inside = stopped >= rip && stopped < rip + code.len() as u64;
-    undefined(code, rip, if inside { stopped } else { u64::MAX }).flags
+    let end = if inside { stopped } else { u64::MAX };
+    let earlier_rounds = if loops(code, rip) { undefined(code, rip, u64::MAX).flags } else { 0 };
+    undefined(code, rip, end).flags | earlier_rounds
+}
+
+/// Whether a jump goes back: the loop around a whole sequence.
+fn loops(code: &[u8], rip: u64) -> bool {
+    Decoder::with_ip(bits_at(rip), code, rip, DecoderOptions::NONE).into_iter().any(|i| {
+        let jump = matches!(i.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
+        jump && (rip..=i.ip()).contains(&i.near_branch64())
+    })
 }
 
 const STATUS: u64 = 0x8d5;
@@ -78,9 +88,11 @@ const STATUS: u64 = 0x8d5;
 /// instruction and what follows cannot see them.
 pub fn dead(code: &[u8], rip: u64, fault: u64) -> u64 {
     let instructions: Vec<_> = Decoder::with_ip(bits_at(rip), code, rip, DecoderOptions::NONE).into_iter().collect();
-    // What is live before each instruction, and at the end, where the INT3 shows all.
-    let mut live = vec![STATUS; instructions.len() + 1];
-    for (i, instruction) in instructions.iter().enumerate().rev() {
+    // What is live before each instruction, and at the end, where the INT3 shows all. A loop needs a second
+    // pass, and a third to be sure.
+    let mut live = vec![0; instructions.len() + 1];
+    live[instructions.len()] = STATUS;
+    for (i, instruction) in (0..3).flat_map(|_| instructions.iter().enumerate().rev()) {
         let at = |ip: u64| instructions.iter().position(|other| other.ip() == ip).unwrap_or(instructions.len());
         let jump = matches!(instruction.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
         let after = match instruction.flow_control() {
