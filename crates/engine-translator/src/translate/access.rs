@@ -162,6 +162,7 @@ impl Builder<'_> {
         assert_eq!(planned, Access { ea: *ea, size, write }, "accesses are emitted as planned");
         let (slot, low, high) = match role {
             Role::Follower { slot } => {
+                self.hold_flags = false;
                 self.a.load(RSI, delta(slot));
                 return self.operand(ea, keep_rdi);
             }
@@ -183,7 +184,9 @@ impl Builder<'_> {
             self.load_bit_number(register, size);
             self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), i32::from(size) * 8 - 1);
         }
-        if flags {
+        if flags && std::mem::take(&mut self.hold_flags) {
+            self.flags_held = true;
+        } else if flags {
             // A probe for itself needs RAX no more; a leader may, for its operand.
             let addressed = slot.is_some() && (ea.base == Some(RAX) || ea.index == Some(RAX));
             if self.overwrites_rax && !addressed {
@@ -335,7 +338,7 @@ impl Builder<'_> {
     }
 
     /// Takes the status flags back from AX, and RAX from where it waits.
-    fn restore_flags(&mut self) {
+    pub(super) fn restore_flags(&mut self) {
         self.restore_status_flags();
         self.a.load(RAX, scratch(SAVED_RAX));
     }

@@ -223,6 +223,10 @@ pub struct Builder<'a> {
     pub(super) planned: std::vec::IntoIter<(Access, Role)>,
     coalesced: bool,
     incomplete: bool,
+    /// The next probe is to leave live flags in AX (and RAX in memory) for the control transfer after it.
+    pub(super) hold_flags: bool,
+    /// It has done so.
+    pub(super) flags_held: bool,
     /// Guest registers that the scratch registers hold copies of.
     pub(super) held: [Option<Held>; 2],
     /// The instruction being emitted overwrites RAX and does not read it.
@@ -250,6 +254,8 @@ pub fn translate(source: &Source) -> Translation {
         planned: Vec::new().into_iter(),
         coalesced: false,
         incomplete: false,
+        hold_flags: false,
+        flags_held: false,
         held: [None; 2],
         overwrites_rax: false,
         origin: (source.rip, 0),
@@ -523,6 +529,7 @@ impl<'a> Builder<'a> {
             Kind::Pop => self.pop(insn),
             Kind::Leave => self.leave(insn),
             Kind::CallDirect => {
+                self.hold_flags = true;
                 self.push_return_address(insn);
                 self.call_direct(instruction.near_branch_target(), instruction.next_ip(), insn.live_out != 0);
                 true

@@ -34,9 +34,23 @@ impl Builder<'_> {
         }
     }
 
+    /// Gives held flags back before code that expects them in place.
+    fn release_flags(&mut self) {
+        if std::mem::take(&mut self.flags_held) {
+            self.restore_flags();
+        }
+    }
+
     /// Leaves for `rip` if something is pending.
     fn poll(&mut self, rip: u64, flags: bool) {
-        let hole = if flags {
+        let hole = if self.flags_held {
+            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
+            let idle = self.a.short(0x70 | cc::E);
+            self.restore_flags();
+            let hole = self.a.jmp();
+            self.a.bind_short(idle);
+            hole
+        } else if flags {
             self.a.mov(RSI, RCX);
             self.a.load32(RCX, pending());
             let idle = self.a.short(0xe3); // jrcxz
@@ -96,12 +110,14 @@ impl Builder<'_> {
     pub(super) fn call_direct(&mut self, target: u64, next: u64, flags: bool) {
         let poll = target <= next;
         if !self.uses_return_stack() {
+            self.release_flags();
             return self.direct(target, flags, poll);
         }
         if poll {
             self.poll(target, flags);
         }
         if self.same_page(target) {
+            self.release_flags();
             self.push_entry(next);
             let hole = self.a.call();
             self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
@@ -116,10 +132,19 @@ impl Builder<'_> {
     /// Returns to the guest address in RSI.
     pub(super) fn return_to(&mut self, flags: bool) {
         if !self.uses_return_stack() {
+            self.release_flags();
             return self.indirect(flags);
         }
         let key = Rm::Base(RSP, 8);
-        if flags {
+        if std::mem::take(&mut self.flags_held) {
+            self.a.load(RDI, key);
+            self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
+            let miss = self.a.short(0x70 | cc::NE);
+            self.restore_flags();
+            self.a.ret();
+            self.a.bind_short(miss);
+            self.restore_flags();
+        } else if flags {
             self.a.mov(RDI, RCX);
             self.a.load(RCX, key);
             self.a.lea(RCX, Rm::Indexed { base: RCX, index: RSI, scale: 0, displacement: 0 });
@@ -160,7 +185,16 @@ impl Builder<'_> {
         let entry =
             self.jump_table(context) + ((target as usize & (JUMP_CACHE_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
         let (key, host) = (Rm::Gs(entry), Rm::Gs(entry + 8));
-        let hole = if flags {
+        let hole = if std::mem::take(&mut self.flags_held) {
+            self.a.mov_imm(RSI, 0u64.wrapping_sub(target));
+            self.a.alu(Alu::Cmp, RSI, key);
+            let hit = self.a.short(0x70 | cc::E);
+            self.restore_flags();
+            let hole = self.a.jmp();
+            self.a.bind_short(hit);
+            self.restore_flags();
+            hole
+        } else if flags {
             self.a.mov(RSI, RCX);
             self.a.load(RCX, key);
             if target as i64 == i64::from(target as i32) {
@@ -203,7 +237,19 @@ impl Builder<'_> {
         self.a.lea32(RDI, Rm::Indexed { base: RDI, index: RDI, scale: 0, displacement: 0 });
         let key = Rm::GsScaled { index: RDI, scale: 3, displacement: table };
         let host = Rm::GsScaled { index: RDI, scale: 3, displacement: table + 8 };
-        if flags {
+        if std::mem::take(&mut self.flags_held) {
+            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
+            let poll = self.a.jcc(cc::NE);
+            self.a.alu(Alu::Add, RSI, key);
+            let miss = self.a.jcc(cc::NE);
+            self.restore_flags();
+            self.found(host, call);
+            self.a.bind(miss);
+            self.a.alu(Alu::Sub, RSI, key);
+            self.a.bind(poll);
+            self.restore_flags();
+            self.indirect_miss();
+        } else if flags {
             self.a.store(scratch(SAVED_RCX), RCX);
             self.a.load32(RCX, pending());
             let idle = self.a.short(0xe3);

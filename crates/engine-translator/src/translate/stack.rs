@@ -119,9 +119,12 @@ impl Builder<'_> {
         if !register {
             self.a.store(scratch(VALUE), RSI);
         }
+        self.hold_flags = true;
         self.push_return_address(insn);
         if !register {
             self.a.load(RSI, scratch(VALUE));
+        } else if self.flags_held && insn.instruction.op0_register().full_register() == Register::RAX {
+            self.a.load(RSI, scratch(SAVED_RAX));
         } else if !self.indirect_target(insn) {
             unreachable!("it was a register before");
         }
@@ -131,7 +134,9 @@ impl Builder<'_> {
     }
 
     pub(super) fn jump_indirect(&mut self, insn: &Insn) -> bool {
+        self.hold_flags = insn.instruction.op0_kind() == OpKind::Memory;
         if !self.indirect_target(insn) {
+            self.hold_flags = false;
             return false;
         }
         self.origin = (insn.instruction.ip(), 0);
@@ -141,6 +146,7 @@ impl Builder<'_> {
 
     pub(super) fn ret(&mut self, insn: &Insn) -> bool {
         let extra = if insn.instruction.op_count() == 1 { i32::from(insn.instruction.immediate16()) } else { 0 };
+        self.hold_flags = true;
         let rm = self.access(&self.stack(0), self.word() as usize, false, insn.live_in != 0, false);
         self.load_word(RSI, rm);
         self.adjust_stack(self.word() as i32 + extra);
