@@ -118,6 +118,21 @@ pub struct Miss {
     offset: u16,
     /// What was added to the address for the range of a group.
     low: i32,
+    /// The address, for `probe_constant`.
+    constant: Option<i32>,
+}
+
+/// The address of an access that `probe_constant` can serve: it does not cross its page, and its page's
+/// tag and its own address fit immediates.
+fn short_constant(ea: &Ea, size: usize) -> Option<i32> {
+    let address = ea.constant()?;
+    let short = address as i32;
+    let fits = i64::from(short) == address as i64 && short & !0xfff != i32::MIN;
+    (fits && (address & 0xfff) as usize + size <= 4096).then_some(short)
+}
+
+fn constant_index(address: i32) -> usize {
+    (address as i64 as u64 >> 12) as usize & (TLB_ENTRIES - 1)
 }
 
 impl Builder<'_> {
@@ -158,11 +173,11 @@ impl Builder<'_> {
     /// same group has found. Returns the operand to use, which leaves RDI free if `keep_rdi`. `flags`: the
     /// status flags are alive.
     pub(super) fn access(&mut self, ea: &Ea, size: usize, write: bool, flags: bool, keep_rdi: bool) -> Rm {
+        let hold_flags = std::mem::take(&mut self.hold_flags);
         let (planned, role) = self.planned.next().expect("every access is planned");
         assert_eq!(planned, Access { ea: *ea, size, write }, "accesses are emitted as planned");
         let (slot, low, high) = match role {
             Role::Follower { slot } => {
-                self.hold_flags = false;
                 self.a.load(RSI, delta(slot));
                 return self.operand(ea, keep_rdi);
             }
@@ -171,8 +186,14 @@ impl Builder<'_> {
             Role::Single => (None, 0, size as i32),
         };
         let table = self.table();
-        self.probe(ea, write, flags, low, high);
+        let constant = short_constant(ea, size);
+        match constant {
+            Some(address) => self.probe_constant(address, write, flags),
+            None => self.probe(ea, write, flags, low, high),
+        }
         match slot {
+            Some(slot) if constant.is_some() => self.a.store(delta(slot), RSI),
+            None if constant.is_some() => {}
             Some(slot) => {
                 self.a.load(RSI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, delta) as i32));
                 self.a.store(delta(slot), RSI);
@@ -184,7 +205,7 @@ impl Builder<'_> {
             self.load_bit_number(register, size);
             self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), i32::from(size) * 8 - 1);
         }
-        if flags && std::mem::take(&mut self.hold_flags) {
+        if flags && hold_flags {
             self.flags_held = true;
         } else if flags {
             // A probe for itself needs RAX no more; a leader may, for its operand.
@@ -196,6 +217,7 @@ impl Builder<'_> {
             }
         }
         match slot {
+            _ if constant.is_some() => self.operand(ea, keep_rdi),
             Some(_) => self.operand(ea, keep_rdi),
             None if keep_rdi => Rm::Base(RSI, 0),
             None => Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 },
@@ -254,7 +276,25 @@ impl Builder<'_> {
         }
         self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - (high - low));
         let hole = self.a.jcc(cc::A);
-        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low });
+        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low, constant: None });
+    }
+
+    /// Probes for an access at a constant address inside its page: the entry is known, and one comparison
+    /// with its tag does. Leaves the page's delta in RSI.
+    fn probe_constant(&mut self, address: i32, write: bool, flags: bool) {
+        let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
+        let entry = self.table() + (constant_index(address) << ENTRY_BITS) as i32;
+        let retry = self.a.position();
+        if flags {
+            self.a.store(scratch(SAVED_RAX), RAX);
+            self.a.lahf();
+            self.a.bytes(&[0x0f, 0x90, 0xc0]); // seto al
+        }
+        self.a.alu_imm(Alu::Cmp, true, Rm::Gs(entry + tag), (address & !0xfff).wrapping_neg());
+        let hole = self.a.jcc(cc::NE);
+        let constant = Some(address);
+        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low: 0, constant });
+        self.a.load(RSI, Rm::Gs(entry + offset_of!(TlbEntry, delta) as i32));
     }
 
     /// The operand at `ea` when RSI holds the delta of its page. Leaves flags alone, and RDI free if
@@ -354,6 +394,13 @@ impl Builder<'_> {
         for miss in std::mem::take(&mut self.misses) {
             self.a.bind(miss.hole);
             self.map.push((self.a.position() as u32, miss.offset));
+            if let Some(address) = miss.constant {
+                // What the thunk expects: the entry's offset, and the address plus the tag.
+                let tag = if miss.write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
+                self.a.mov_imm(RDI, (constant_index(address) << ENTRY_BITS) as u64);
+                self.a.load(RSI, Rm::GsBase(RDI, self.table() + tag));
+                self.a.lea(RSI, Rm::Base(RSI, address));
+            }
             if miss.low != 0 {
                 self.a.lea(RSI, Rm::Base(RSI, -miss.low));
             }
