@@ -3,10 +3,12 @@
 //! - `test`: everything the tests need, and all tests; what CI runs.
 //! - `tidy`: the rules of ARCHITECTURE.md that a compiler does not check.
 //! - `bench`: guestbench natively, in QEMU's TCG and in anyvisor, into docs/performance.md.
+//! - `boots`: Linux to a shell and off, fifty times.
 //! - `fuzz-insn`: the per-instruction differential fuzzer.
 #![forbid(unsafe_code)]
 
 mod bench;
+mod boots;
 mod chart;
 mod measure;
 mod report;
@@ -33,6 +35,8 @@ enum Task {
     Tidy,
     /// Compares native, QEMU and anyvisor; writes docs/performance.md and its chart
     Bench(bench::Options),
+    /// Boots Linux many times; all must end well
+    Boots(boots::Options),
     /// Compares random instructions on the host CPU, the interpreter and the translator
     FuzzInsn {
         /// Options of the fuzzer; `--help` lists them
@@ -46,6 +50,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::test(&options),
         Task::Tidy => tidy::tidy(),
         Task::Bench(options) => bench::bench(&options),
+        Task::Boots(options) => boots::boots(&options),
         Task::FuzzInsn { options } => fuzz_insn(&options),
     };
     match result {
