@@ -75,8 +75,11 @@ pub fn execute(core: &mut Core, io: &dyn GuestIo, fetched: &Fetched) -> Result<(
     let waits = match unit {
         Unit::X87 => !is_non_waiting(insn),
         Unit::Mmx => true,
-        // The two conversions to MMX with an aligned operand.
-        _ => matches!(insn.mnemonic(), Mnemonic::Cvtpd2pi | Mnemonic::Cvttpd2pi),
+        // The conversions to MMX; not those from MMX, when their operand is in memory.
+        _ => matches!(
+            insn.mnemonic(),
+            Mnemonic::Cvtps2pi | Mnemonic::Cvttps2pi | Mnemonic::Cvtpd2pi | Mnemonic::Cvttpd2pi
+        ),
     };
     if waits && x87_exception_pending() {
         // Before anything that the memory operand may raise.
