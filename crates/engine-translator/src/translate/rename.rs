@@ -127,7 +127,8 @@ impl Builder<'_> {
         // A scratch that was read for one register and written for another holds the latter.
         for writes in [false, true] {
             for spill in plan.spills.used().filter(|s| s.writes == writes) {
-                let dirty = writes || self.held[held_slot(spill.host)].is_some_and(|h| h.index == spill.index && h.dirty);
+                let dirty =
+                    writes || self.held[held_slot(spill.host)].is_some_and(|h| h.index == spill.index && h.dirty);
                 self.held[held_slot(spill.host)] = Some(Held { index: spill.index, dirty });
             }
         }
