@@ -92,6 +92,11 @@ struct TranslatorVm {
 
 impl Vm for TranslatorVm {
     fn create_vcpu(&self, id: VcpuId, cpuid: &Cpuid) -> Result<Box<dyn Vcpu>> {
+        if id.0 > 0 && !self.interpret_only {
+            // Translations of one vCPU do not see another's writes to the code they were made from yet.
+            let why = "the translator engine runs one vCPU for now; use --cpus 1".to_owned();
+            return Err(Error::Unsupported(why));
+        }
         let (shared, cpu) = VcpuShared::new(id.0);
         {
             let mut vcpus = self.shared.vcpus.write().unwrap();

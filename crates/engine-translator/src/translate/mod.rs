@@ -289,7 +289,8 @@ impl Translator {
                         core.cpu.rip = rip;
                         let rsp = &mut core.cpu.gpr[gpr::RSP];
                         *rsp = rsp.wrapping_add(stack as u64);
-                        return self.interpret(core, io);
+                        // Not by interpreting it: a CALL's push may have overwritten its operand.
+                        return system::deliver_exception(core, io, Exception::gp(0));
                     }
                     if context.bits() == 32 {
                         core.cpu.rip &= 0xffff_ffff;
