@@ -13,7 +13,7 @@ use std::path::Path;
 /// Features (as /proc/cpuinfo names them) that the translator uses for itself, and what for.
 const TRANSLATOR_USES: [(&str, &str); 4] = [
     ("fsgsbase", "switches to guest code cheaply"),
-    ("bmi2", "translates shifts without flags"),
+    ("bmi2", "guests of model x86-64-v3"),
     ("avx2", "guests of model x86-64-v3"),
     ("xsave", "keeps the guest's vector registers"),
 ];
