@@ -49,6 +49,8 @@ pub struct Context {
     pub fsgsbase: bool,
     /// CR4.TSD allows RDTSC.
     pub tsc: bool,
+    /// GS can be read and written without regard to its limit; always so in 64-bit code.
+    pub gs: bool,
 }
 
 impl Context {

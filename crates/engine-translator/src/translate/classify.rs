@@ -137,6 +137,9 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
     if instruction.is_invalid() || !features.allow(instruction) {
         return integer(Interpret);
     }
+    if context.bits() == 32 && !segment_is_flat(instruction, context) {
+        return integer(Interpret);
+    }
     // Stack accesses of the mode's own width; others have an operand-size prefix and are rare.
     let stack_bytes = if instruction.code_size() == iced_x86::CodeSize::Code64 { 8 } else { 4 };
     let wide_stack = instruction.stack_pointer_increment().unsigned_abs() == stack_bytes;
@@ -149,6 +152,8 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
                 JumpIf
             } else {
                 match instruction.mnemonic() {
+                    // Those that count in CX have no form in 64-bit code.
+                    _ if counts_in_cx(instruction.code()) => Interpret,
                     M::Jrcxz | M::Jecxz | M::Loop | M::Loope | M::Loopne => LoopJump,
                     _ => Interpret,
                 }
@@ -191,6 +196,10 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
             return integer(Interpret);
         }
     }
+    if context.bits() == 32 && matches!(instruction.mnemonic(), M::Vzeroall | M::Vzeroupper) {
+        // They leave YMM8 to YMM15 alone there.
+        return (Interpret, Unit::Avx);
+    }
     match instruction.mnemonic() {
         M::Nop
         | M::Endbr32
@@ -227,6 +236,24 @@ fn with_operand(instruction: &Instruction) -> Kind {
 }
 
 /// BT and its kin with a register offset address memory beyond their operand.
+/// Whether 32-bit code may use the segment prefix of `instruction` without checks. GS holds thread-local
+/// storage; FS is null in most programs, and CS cannot be written.
+fn segment_is_flat(instruction: &Instruction, context: &Context) -> bool {
+    match instruction.segment_prefix() {
+        Register::FS | Register::CS => false,
+        Register::GS => context.gs,
+        _ => true,
+    }
+}
+
+fn counts_in_cx(code: Code) -> bool {
+    use Code::*;
+    matches!(
+        code,
+        Loop_rel8_16_CX | Loop_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loopne_rel8_16_CX | Loopne_rel8_32_CX
+    )
+}
+
 fn is_bit_string(instruction: &Instruction) -> bool {
     matches!(instruction.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
         && instruction.op_kind(0) == OpKind::Memory

@@ -102,6 +102,9 @@ impl Layout {
         let next = *bytes.get(at).unwrap_or(&0);
         if (byte == 0xc4 || byte == 0xc5) && (bits == 64 || next >= 0xc0) {
             at = layout.parse_vex(bytes, at, byte, &mut r, &mut b)?;
+            if bits != 64 {
+                layout.ignore_vex_bits();
+            }
         } else if byte == 0x62 && (bits == 64 || next >= 0xc0) {
             return None;
         } else if byte == 0x8f && next & 0x38 != 0 {
@@ -192,6 +195,23 @@ impl Layout {
         self.vex = Some(Vex { l: last & 4 != 0, pp: last & 3, vvvv: (!last >> 3) & 0xf });
         self.opcode = *bytes.get(next)?;
         Some(next + 1)
+    }
+
+    /// Outside 64-bit mode the upper registers do not exist and general registers are 32 bits wide: the bits
+    /// of VEX that say otherwise are ignored (SDM vol. 2A 2.3.5.4 and 2.3.6.1).
+    fn ignore_vex_bits(&mut self) {
+        if let Some(vex) = &mut self.vex {
+            vex.vvvv &= 7;
+        }
+        let general = match self.map {
+            Map::Primary => false,
+            Map::Escape0f => matches!(self.opcode, 0x2a | 0x2c | 0x2d | 0x6e | 0x7e),
+            Map::Escape0f38 => matches!(self.opcode, 0xf2..=0xf7),
+            Map::Escape0f3a => matches!(self.opcode, 0x16 | 0x22 | 0x60 | 0x61 | 0xf0),
+        };
+        if general {
+            self.w = false;
+        }
     }
 
     fn parse_modrm(&mut self, bytes: &[u8], mut at: usize, r: u8, b: u8) -> Option<usize> {

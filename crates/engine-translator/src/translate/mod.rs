@@ -32,8 +32,8 @@ use crate::interpret::{self, Step};
 use crate::system;
 use anyvisor_engine::{GuestIo, Result};
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
-use anyvisor_x86::segment::index;
-use anyvisor_x86::{Cpuid, Exception};
+use anyvisor_x86::segment::{attr, index};
+use anyvisor_x86::{Cpuid, Exception, Segment};
 use block::{Context, ExitKind, Source, Thunk, word};
 use classify::Features;
 use enter::{EXIT_FAULT, EXIT_INDIRECT, Thunks};
@@ -744,13 +744,19 @@ fn is_canonical(address: u64) -> bool {
 
 /// Whether compatibility-mode code sees one flat 4 GiB segment everywhere but through FS and GS.
 fn flat(cpu: &Cpu) -> bool {
-    use anyvisor_x86::segment::attr;
-    [index::ES, index::CS, index::SS, index::DS].iter().all(|&i| {
-        let s = &cpu.seg[i];
-        let kind = attr::S | attr::P | attr::WRITABLE | if i == index::CS { attr::CODE } else { 0 };
-        let mask = kind | attr::UNUSABLE | if i == index::CS { 0 } else { attr::EXPAND_DOWN | attr::CODE };
-        s.base == 0 && s.limit == u32::MAX && s.attributes & mask == kind
-    }) && cpu.seg[index::SS].is_default_32()
+    let code = &cpu.seg[index::CS];
+    let readable_code = attr::S | attr::P | attr::WRITABLE | attr::CODE;
+    let flat_code = code.limit == u32::MAX && code.attributes & (readable_code | attr::UNUSABLE) == readable_code;
+    let data = [index::ES, index::SS, index::DS].map(|i| &cpu.seg[i]);
+    let flat_data = data.iter().all(|s| s.base == 0 && is_unlimited_data(s));
+    code.base == 0 && flat_code && flat_data && cpu.seg[index::SS].is_default_32()
+}
+
+/// Every offset of 32 bits can be read and written.
+fn is_unlimited_data(segment: &Segment) -> bool {
+    let kind = attr::S | attr::P | attr::WRITABLE;
+    let mask = kind | attr::UNUSABLE | attr::EXPAND_DOWN | attr::CODE;
+    segment.limit == u32::MAX && segment.attributes & mask == kind
 }
 
 /// The context to translate for, or `None` where only the interpreter will do.
@@ -777,5 +783,6 @@ fn translatable(core: &Core) -> Option<Context> {
     let tsc = cpu.cpl == 0 || cpu.cr4 & cr4::TSD == 0;
     let smap = cpu.cr4 & cr4::SMAP != 0;
     let fsgsbase = cpu.cr4 & cr4::FSGSBASE != 0;
-    Some(Context { jumps, tlb: tlb as u8, fpu, avx, smap, fsgsbase, tsc })
+    let gs = jumps != JumpContext::User32 || is_unlimited_data(&cpu.seg[index::GS]);
+    Some(Context { jumps, tlb: tlb as u8, fpu, avx, smap, fsgsbase, tsc, gs })
 }
