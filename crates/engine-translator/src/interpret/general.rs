@@ -461,9 +461,13 @@ fn bound(x: &mut Exec) -> Outcome {
     let size = x.operand_size(0);
     let address = operand_address(x.core, x.insn, u64::from(2 * size), false)?;
     let low = sign_extend(size, memory::load(x.core, x.io, address, size)?);
-    let high = sign_extend(size, memory::load(x.core, x.io, address.wrapping_add(u64::from(size)), size)?);
     let index = sign_extend(size, x.read(0, size)?);
-    if index < low || index > high { Err(Exception::new(vector::BR)) } else { Ok(()) }
+    // The lower bound is compared before the upper one is read.
+    if index < low {
+        return Err(Exception::new(vector::BR));
+    }
+    let high = sign_extend(size, memory::load(x.core, x.io, address.wrapping_add(u64::from(size)), size)?);
+    if index > high { Err(Exception::new(vector::BR)) } else { Ok(()) }
 }
 
 fn crc32(x: &mut Exec) -> Outcome {

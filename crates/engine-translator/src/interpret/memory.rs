@@ -56,7 +56,8 @@ pub fn linear(core: &Core, segment: usize, offset: u64, size: u64, write: bool) 
     let inside = if checked && expands_down {
         offset > limit && last <= if seg.is_default_32() { 0xffff_ffff } else { 0xffff }
     } else {
-        last <= limit
+        // With the largest limit there is no end: the access wraps (as Intel's processors do it).
+        last <= limit || limit == 0xffff_ffff
     };
     if inside { Ok(seg.base.wrapping_add(offset) & 0xffff_ffff) } else { Err(address_fault(segment)) }
 }

@@ -480,7 +480,8 @@ pub(super) fn arpl(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction)
     let old = if register {
         core.register(instruction.op0_register()) as u16
     } else {
-        let address = core.memory_operand(instruction, 2, true)?;
+        // Only a change needs the right to write.
+        let address = core.memory_operand(instruction, 2, false)?;
         read_uint(core, io, address, 2, Rights::Current)? as u16
     };
     let raise = old & 3 < source & 3;

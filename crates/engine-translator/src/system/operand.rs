@@ -112,7 +112,7 @@ impl Core {
             let top = if segment.is_default_32() { 0xffff_ffff } else { 0xffff };
             offset > limit && last <= top
         } else {
-            last <= limit
+            last <= limit || limit == 0xffff_ffff
         };
         inside.then_some(segment.base.wrapping_add(offset) & 0xffff_ffff)
     }
