@@ -6,6 +6,7 @@
 //! - loads of segment registers, LAR, LSL, VERR, VERW, SGDT, SIDT, SLDT, STR, SMSW: descriptor tables are
 //!   the system's own (and UMIP lets the host kernel emulate some).
 //! - CPUID, RDTSC, RDTSCP, RDPMC, RDPID, RDRAND, RDSEED, XGETBV: not the same twice, or not shared.
+//! - POPA: when it faults midway the CPU has popped some registers already, which restarting makes good.
 //! - XSAVE and its kin, FXRSTOR, FRSTOR, FLDENV and what stores the x87 pointers: the images hold addresses
 //!   of instructions executed before, and the host's XCR0.
 
@@ -100,6 +101,8 @@ fn excluded(mnemonic: Mnemonic) -> bool {
             // Undefined by the manual in a way that differs by state of the CPU, not of the program.
             | Ud0 | Ud1
             // Undocumented or obsolete encodings that the decoder knows under an allowed feature.
+            | Popa
+            | Popad
             | Loadall | Umov | Ibts | Xbts | Rsm
     )
 }

@@ -4,6 +4,7 @@
 
 use anyvisor_insn_fuzz::case::Case;
 use anyvisor_insn_fuzz::fuzz::{Bench, Plan, describe, run};
+use anyvisor_insn_fuzz::generate::Options;
 use anyvisor_insn_fuzz::guest::Executor;
 
 const KEPT: &str = include_str!("../cases/kept.txt");
@@ -24,6 +25,9 @@ fn kept_and_random_cases_do_not_differ() {
     assert!(kept >= 20, "{kept} kept cases");
     let plan = Plan { seed: 1, cases: CASES, options: bench.options(), findings: 10, deadline: None };
     let tally = run(&mut bench, &plan, |finding| reports.push(describe(finding)));
+    let narrow = Plan { options: Options { bits: 32, ..plan.options }, cases: CASES / 4, ..plan };
+    let narrow_tally = run(&mut bench, &narrow, |finding| reports.push(describe(finding)));
+    assert_eq!(narrow_tally.cases, CASES / 4);
     assert!(reports.is_empty(), "{} differences\n{}", reports.len(), reports.join("\n"));
     assert_eq!(tally.cases, CASES);
     // The cases are worth something: most run to their end, and every common kind of fault occurs.
