@@ -45,10 +45,8 @@ pub fn test(options: &Options) -> Result<()> {
     }
     stage("build", &|| run(cargo().args(["build", "--quiet", "--release", "--workspace", "--all-targets"])))?;
     print_times(&times);
-    let began = Instant::now();
-    let result = run(cargo().args(["test", "--release", "--workspace", "--no-fail-fast"]));
-    eprintln!("xtask: tests took {}", seconds(began.elapsed()));
-    result
+    // Last, so that its lines are the last ones.
+    run(cargo().args(["test", "--release", "--workspace", "--no-fail-fast"]))
 }
 
 /// Programs, a kernel and a shell for the guests.
