@@ -106,7 +106,8 @@ fn masked_move(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, size: usiz
     let mut chosen = Vec::with_capacity(8);
     for n in 0..mask.size() / size {
         if selected(core, mask, n, size) {
-            let offset = base.wrapping_add((n * size) as u64) & address_mask(insn);
+            // The address size limits where the operand starts, not where it ends.
+            let offset = base.wrapping_add((n * size) as u64);
             let address = linear(core, segment, offset, size as u64, stores)?;
             chosen.push((n, address));
         }
