@@ -84,7 +84,7 @@ impl TranslatorVcpu {
         self.save_x87();
         // SAFETY: null is always valid.
         unsafe { timer::set_running(std::ptr::null()) };
-        if let Some(translator) = &self.translator {
+        if let Some(translator) = &mut self.translator {
             translator.detach();
         }
     }

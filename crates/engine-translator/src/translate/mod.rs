@@ -220,8 +220,9 @@ impl Translator {
     }
 
     /// Undoes [`Self::attach`].
-    pub fn detach(&self) {
+    pub fn detach(&mut self) {
         fault::set_running(None);
+        self.return_stack.detach();
     }
 
     /// Executes guest code until something is pending, the vCPU halts, or it shuts down.

@@ -31,6 +31,8 @@ const EMPTY: u64 = 0x8123_4567_89ab_cdef;
 pub struct ReturnStack {
     mapping: *mut u8,
     signal_stack: Box<[u8]>,
+    /// The thread's signal stack before `attach`.
+    previous: Option<libc::stack_t>,
 }
 
 // SAFETY: the mapping belongs to this value alone and is reachable from any thread.
@@ -48,7 +50,7 @@ impl ReturnStack {
             if mapping == libc::MAP_FAILED || libc::mprotect(mapping, GUARD, libc::PROT_NONE) != 0 {
                 return Err(Error::last_os("mapping the return stack"));
             }
-            Ok(ReturnStack { mapping: mapping.cast(), signal_stack: vec![0; SIGNAL_STACK].into_boxed_slice() })
+            Ok(ReturnStack { mapping: mapping.cast(), signal_stack: vec![0; SIGNAL_STACK].into_boxed_slice(), previous: None })
         }
     }
 
@@ -65,17 +67,23 @@ impl ReturnStack {
         unsafe {
             (self.base() as *mut u64).write(no_return);
             (self.base() as *mut u64).add(1).write(EMPTY);
-            let mut old: libc::stack_t = std::mem::zeroed();
-            libc::sigaltstack(std::ptr::null(), &raw mut old);
-            if old.ss_flags & libc::SS_DISABLE != 0 || old.ss_size < SIGNAL_STACK {
-                let stack =
-                    libc::stack_t { ss_sp: self.signal_stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: SIGNAL_STACK };
-                if libc::sigaltstack(&raw const stack, std::ptr::null_mut()) != 0 {
-                    return Err(Error::last_os("sigaltstack for a vCPU thread"));
-                }
+            let mut previous: libc::stack_t = std::mem::zeroed();
+            let stack =
+                libc::stack_t { ss_sp: self.signal_stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: SIGNAL_STACK };
+            if libc::sigaltstack(&raw const stack, &raw mut previous) != 0 {
+                return Err(Error::last_os("sigaltstack for a vCPU thread"));
             }
+            self.previous = Some(previous);
         }
         Ok(())
+    }
+
+    /// Gives the thread its own signal stack back: this one may be freed next.
+    pub fn detach(&mut self) {
+        if let Some(previous) = self.previous.take() {
+            // SAFETY: what the thread had before, whose owner still has it; no signal is being handled.
+            unsafe { libc::sigaltstack(&raw const previous, std::ptr::null_mut()) };
+        }
     }
 
     /// Addresses whose access means that the stack is full.
@@ -86,6 +94,7 @@ impl ReturnStack {
 
 impl Drop for ReturnStack {
     fn drop(&mut self) {
+        self.detach();
         // SAFETY: mapped by `new` with this length; nothing runs on it any more.
         unsafe { libc::munmap(self.mapping.cast(), GUARD + SIZE + TOP) };
     }
