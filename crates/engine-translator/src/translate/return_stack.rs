@@ -50,7 +50,11 @@ impl ReturnStack {
             if mapping == libc::MAP_FAILED || libc::mprotect(mapping, GUARD, libc::PROT_NONE) != 0 {
                 return Err(Error::last_os("mapping the return stack"));
             }
-            Ok(ReturnStack { mapping: mapping.cast(), signal_stack: vec![0; SIGNAL_STACK].into_boxed_slice(), previous: None })
+            Ok(ReturnStack {
+                mapping: mapping.cast(),
+                signal_stack: vec![0; SIGNAL_STACK].into_boxed_slice(),
+                previous: None,
+            })
         }
     }
 
