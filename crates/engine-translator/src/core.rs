@@ -24,8 +24,17 @@ pub struct VmShared {
     pub tsc_khz: u64,
     /// The host's TSC at `started`: the guest's TSC counts from there.
     pub tsc_started: u64,
+    /// Two readings of one moment, from which kvmclock counts.
+    pub clock: Mutex<ClockReference>,
     /// The vCPU that last received a lowest-priority interrupt.
     pub last_receiver: AtomicU32,
+}
+
+/// Guest time was `ns` when the host's TSC was `tsc`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClockReference {
+    pub tsc: u64,
+    pub ns: u64,
 }
 
 /// A message to a vCPU's local APIC from another thread.
@@ -197,6 +206,8 @@ pub struct Clock {
     pub system_time_msr: u64,
     /// MSR_KVM_WALL_CLOCK_NEW as written.
     pub wall_clock_msr: u64,
+    /// What the vCPU's structure was last made of: the reference, and the vCPU's TSC offset.
+    pub published: Option<(ClockReference, u64)>,
 }
 
 impl Core {

@@ -20,14 +20,14 @@ mod timer;
 pub mod translate;
 pub mod vcpu;
 
-use crate::core::{Core, VcpuShared, VmShared};
+use crate::core::{ClockReference, Core, VcpuShared, VmShared};
 use crate::cpu::pending;
 use crate::ram::Ram;
 use crate::vcpu::TranslatorVcpu;
-use anyvisor_engine::{Doorbells, Engine, Error, Result, Vcpu, VcpuId, Vm};
+use anyvisor_engine::{DirtyPages, Doorbells, Engine, Error, Result, Vcpu, VcpuId, Vm};
 use anyvisor_x86::{Cpuid, Msi, lapic};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Instant;
 use vm_memory::GuestMemoryMmap;
 
@@ -71,13 +71,15 @@ impl Engine for Translator {
     }
 
     fn create_vm(&self, memory: GuestMemoryMmap) -> Result<Arc<dyn Vm>> {
+        let tsc_started = host::tsc();
         let shared = Arc::new(VmShared {
             ram: Arc::new(Ram::new(memory)),
             vcpus: RwLock::new(Vec::new()),
             started: Instant::now(),
             pic_intr: AtomicBool::new(false),
             tsc_khz: self.tsc_khz,
-            tsc_started: host::tsc(),
+            tsc_started,
+            clock: Mutex::new(ClockReference { tsc: tsc_started, ns: 0 }),
             last_receiver: AtomicU32::new(0),
         });
         Ok(Arc::new(TranslatorVm { shared, interpret_only: self.interpret_only }))
@@ -88,6 +90,13 @@ impl Engine for Translator {
 struct TranslatorVm {
     shared: Arc<VmShared>,
     interpret_only: bool,
+}
+
+impl TranslatorVm {
+    /// Every vCPU looks pages up anew, which marks those it writes, before it executes anything.
+    fn drop_write_tags(&self) {
+        self.shared.vcpus.read().unwrap().iter().for_each(|vcpu| vcpu.notify(pending::FLUSH));
+    }
 }
 
 impl Vm for TranslatorVm {
@@ -124,6 +133,27 @@ impl Vm for TranslatorVm {
             vcpu.notify(pending::EVENT);
         }
         Ok(())
+    }
+
+    fn clock(&self) -> Result<u64> {
+        Ok(self.shared.clock_at(host::tsc()))
+    }
+
+    fn set_clock(&self, ns: u64) -> Result<()> {
+        *self.shared.clock.lock().unwrap() = ClockReference { tsc: host::tsc(), ns };
+        Ok(())
+    }
+
+    fn log_dirty(&self, on: bool) -> Result<()> {
+        self.shared.ram.log_dirty(on);
+        self.drop_write_tags();
+        Ok(())
+    }
+
+    fn take_dirty(&self) -> Result<DirtyPages> {
+        let dirty = self.shared.ram.take_dirty();
+        self.drop_write_tags();
+        dirty.ok_or_else(|| Error::Unsupported("no dirty pages are being logged".to_owned()))
     }
 
     fn doorbells(&self) -> Option<&dyn Doorbells> {

@@ -5,7 +5,8 @@
 //! filled, not the size of the table. Only RAM is ever entered: memory-mapped I/O always comes here.
 //!
 //! A write tag is set only when a write needs no attention: the page's dirty bit is set and no translated
-//! code was made from the page.
+//! code was made from the page. A page with a write tag counts as written ([`page::DIRTY`]), so whoever takes
+//! that mark away has the tags dropped too.
 
 mod spaces;
 
@@ -192,7 +193,7 @@ impl Core {
         let may_write = mapping.writable || (!user && self.cpu.cr0 & cr0::WP == 0);
         let write_tag = may_write && mapping.dirty && attributes.load(Ordering::Relaxed) & page::CODE == 0;
         if write_tag {
-            attributes.fetch_or(page::WRITABLE_IN_TLB, Ordering::Relaxed);
+            attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);
         }
         let index = tlb_index(gva);
         let tag = 0u64.wrapping_sub(gva & !0xfff);

@@ -3,8 +3,9 @@
 //! Guest memory is shared with the guest, with other vCPUs and with devices, so no Rust reference to it
 //! ever exists: all accesses are raw copies or atomics on addresses that [`Ram::host`] has bounds-checked.
 
+use anyvisor_engine::{DirtyPages, DirtyRegion};
 use anyvisor_x86::paging::PageTables;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 pub const PAGE_SIZE: u64 = 4096;
@@ -15,6 +16,8 @@ pub mod page {
     pub const CODE: u8 = 1 << 0;
     /// Some TLB may hold a write entry for it.
     pub const WRITABLE_IN_TLB: u8 = 1 << 1;
+    /// Written, or writable in some TLB, since [`super::Ram::take_dirty`] last looked.
+    pub const DIRTY: u8 = 1 << 2;
 }
 
 struct Region {
@@ -27,6 +30,8 @@ struct Region {
 /// The RAM of one VM.
 pub struct Ram {
     regions: Vec<Region>,
+    /// Somebody wants to know the pages marked [`page::DIRTY`]. They are marked in any case.
+    logging: AtomicBool,
     /// Keeps the mappings that `regions` points into.
     _memory: GuestMemoryMmap,
 }
@@ -48,7 +53,7 @@ impl Ram {
                 pages: (0..r.len().div_ceil(PAGE_SIZE)).map(|_| AtomicU8::new(0)).collect(),
             })
             .collect();
-        Ram { regions, _memory: memory }
+        Ram { regions, logging: AtomicBool::new(false), _memory: memory }
     }
 
     fn region(&self, gpa: u64) -> Option<&Region> {
@@ -72,6 +77,51 @@ impl Ram {
         Some(&region.pages[((gpa - region.gpa) / PAGE_SIZE) as usize])
     }
 
+    /// Marks the pages of `length` bytes at `gpa`, which are RAM, as written.
+    fn mark_dirty(&self, gpa: u64, length: u64) {
+        let Some(region) = self.region(gpa) else { return };
+        let first = (gpa - region.gpa) / PAGE_SIZE;
+        let last = (gpa - region.gpa + length.max(1) - 1) / PAGE_SIZE;
+        for attributes in &region.pages[first as usize..=last as usize] {
+            // Mostly it is marked already, and a load is cheaper than a locked operation.
+            if attributes.load(Ordering::Relaxed) & page::DIRTY == 0 {
+                attributes.fetch_or(page::DIRTY, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Starts or stops logging of writes, from a clean state. Starting asks, as [`Ram::take_dirty`] does, for
+    /// every write tag to be dropped.
+    pub fn log_dirty(&self, on: bool) {
+        self.logging.store(on, Ordering::SeqCst);
+        if on {
+            let pages = self.regions.iter().flat_map(|region| &region.pages);
+            pages.for_each(|attributes| {
+                attributes.fetch_and(!page::DIRTY, Ordering::Relaxed);
+            });
+        }
+    }
+
+    /// The pages marked as written, whose marks it takes away; `None` if nothing is logged. Before a vCPU runs
+    /// again it must drop its write tags: what they let through is not marked.
+    pub fn take_dirty(&self) -> Option<DirtyPages> {
+        if !self.logging.load(Ordering::SeqCst) {
+            return None;
+        }
+        let regions = self.regions.iter().map(|region| {
+            let mut bitmap = vec![0u64; region.pages.len().div_ceil(64)];
+            for (n, attributes) in region.pages.iter().enumerate() {
+                let dirty = attributes.load(Ordering::Relaxed) & page::DIRTY != 0;
+                if dirty {
+                    attributes.fetch_and(!page::DIRTY, Ordering::Relaxed);
+                    bitmap[n / 64] |= 1 << (n % 64);
+                }
+            }
+            DirtyRegion { start: region.gpa, bitmap }
+        });
+        Some(DirtyPages { regions: regions.collect() })
+    }
+
     pub fn is_code(&self, gpa: u64) -> bool {
         self.page_attributes(gpa).is_some_and(|a| a.load(Ordering::Relaxed) & page::CODE != 0)
     }
@@ -88,6 +138,7 @@ impl Ram {
     /// Copies to RAM without regard to translated code; callers report code pages to `Core`.
     pub fn write(&self, gpa: u64, data: &[u8]) -> bool {
         let Some(host) = self.host(gpa, data.len() as u64) else { return false };
+        self.mark_dirty(gpa, data.len() as u64);
         // SAFETY: as for `read`.
         unsafe { copy_to_guest(host, data) };
         true
@@ -143,6 +194,7 @@ impl PageTables for Ram {
 
     fn compare_exchange(&self, gpa: u64, size: u8, old: u64, new: u64) -> bool {
         let Some(host) = self.host(gpa, u64::from(size)) else { return false };
+        self.mark_dirty(gpa, u64::from(size));
         // SAFETY: as for `read`.
         unsafe {
             if size == 8 {

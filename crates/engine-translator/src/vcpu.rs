@@ -118,6 +118,7 @@ impl TranslatorVcpu {
 
     fn run_loop(&mut self, io: &dyn GuestIo) -> Exit {
         let core = &mut self.core;
+        system::clock::refresh_system_time(core, io);
         if let Some(exception) = self.exception.take()
             && system::deliver_exception(core, io, exception) == Step::Shutdown
         {
@@ -194,11 +195,20 @@ impl Vcpu for TranslatorVcpu {
     }
 
     fn state(&mut self) -> Result<VcpuState> {
+        system::take_messages(&mut self.core);
+        // One moment for all that is time: a timer that fires between two readings would be in neither.
         let now = self.core.now();
         let lapic = self.core.lapic.save(now);
         let msrs = msr::SAVED
             .iter()
-            .filter_map(|&number| system::msr::read(&mut self.core, number).ok().map(|value| (number, value)))
+            .filter_map(|&number| {
+                let value = match number {
+                    msr::IA32_TSC => Some(now.tsc),
+                    msr::TSC_DEADLINE => Some(self.core.lapic.tsc_deadline(now)),
+                    _ => system::msr::read(&mut self.core, number).ok(),
+                };
+                value.map(|value| (number, value))
+            })
             .collect();
         let (nmi_pending, xsave) = (self.core.nmi_pending, self.save_xsave());
         let cpu = &self.core.cpu;
@@ -337,6 +347,8 @@ impl TranslatorVcpu {
         };
         core.clock.system_time_msr = value(msr::KVM_SYSTEM_TIME_NEW, 0);
         core.clock.wall_clock_msr = value(msr::KVM_WALL_CLOCK_NEW, 0);
+        // RAM may hold another VM's clock.
+        core.clock.published = None;
         let cpu = &mut core.cpu;
         cpu.tsc_offset = tsc_offset;
         cpu.tsc_adjust = value(msr::IA32_TSC_ADJUST, 0);

@@ -45,8 +45,51 @@ pub trait Vm: Send + Sync {
     /// high and LINT0 accepts ExtINT, the engine asks [`GuestIo::acknowledge_pic`] for the vector.
     fn set_pic_intr(&self, level: bool) -> Result<()>;
 
+    /// Nanoseconds of guest time since the VM was made: what kvmclock shows. It follows the TSC.
+    fn clock(&self) -> Result<u64>;
+
+    /// Sets guest time. No vCPU may be running; each learns of it when it runs again.
+    fn set_clock(&self, ns: u64) -> Result<()>;
+
+    /// Starts or stops logging of the pages that vCPUs, or the engine for them, write. Starting forgets what
+    /// was logged. No vCPU may be running.
+    fn log_dirty(&self, on: bool) -> Result<()>;
+
+    /// The pages written since logging started or since the last call. No vCPU may be running. What the
+    /// machine itself writes to RAM is the machine's to know.
+    ///
+    /// # Errors
+    /// Nothing is being logged, or the host failed.
+    fn take_dirty(&self) -> Result<DirtyPages>;
+
     /// Event file descriptors that bypass the call-outs, where the engine has them.
     fn doorbells(&self) -> Option<&dyn Doorbells>;
+}
+
+/// Pages of RAM that have been written, by region. Pages are 4 KiB.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirtyPages {
+    pub regions: Vec<DirtyRegion>,
+}
+
+/// One region of RAM: bit `n % 64` of word `n / 64` is page `n` from `start`, a guest-physical address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirtyRegion {
+    pub start: u64,
+    pub bitmap: Vec<u64>,
+}
+
+impl DirtyPages {
+    /// Guest-physical addresses of the pages, in ascending order within each region.
+    pub fn addresses(&self) -> impl Iterator<Item = u64> + '_ {
+        self.regions.iter().flat_map(|region| {
+            let words = region.bitmap.iter().enumerate().filter(|(_, word)| **word != 0);
+            words.flat_map(move |(n, &word)| {
+                let bits = (0..64).filter(move |bit| word >> bit & 1 != 0);
+                bits.map(move |bit| region.start + ((64 * n as u64 + bit) << 12))
+            })
+        })
+    }
 }
 
 /// Guest accesses and interrupts by file descriptor (KVM's ioeventfd and irqfd).

@@ -60,6 +60,7 @@ fn machine(mode: Mode) -> Core {
         pic_intr: AtomicBool::new(false),
         tsc_khz: 1_000_000,
         tsc_started: 0,
+        clock: Default::default(),
         last_receiver: AtomicU32::new(0),
     });
     let (shared, cpu) = VcpuShared::new(0);

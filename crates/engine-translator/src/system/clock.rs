@@ -1,12 +1,13 @@
 //! kvmclock (Linux Documentation/virt/kvm/x86/msr.rst): guest time without a trap. The guest registers a
 //! structure that says how to turn TSC ticks into nanoseconds.
 //!
-//! All vCPUs get the same pair of reference values, the VM's start, so time is the same on all and the
-//! TSC_STABLE flag is true.
+//! All vCPUs get the same pair of reference values ([`ClockReference`]: the VM's start, or the moment at which
+//! the clock was set), so time is the same on all and the TSC_STABLE flag is true.
 
-use crate::core::{Core, VmShared};
+use crate::core::{ClockReference, Core, VmShared};
+use crate::host;
 use anyvisor_engine::GuestIo;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Bit 0 of MSR_KVM_SYSTEM_TIME_NEW.
 const ENABLE: u64 = 1;
@@ -47,23 +48,51 @@ impl TscScale {
 /// Takes a write of MSR_KVM_SYSTEM_TIME_NEW: fills the vCPU's structure, if the write enables it.
 pub(super) fn set_system_time(core: &mut Core, io: &dyn GuestIo, value: u64) {
     core.clock.system_time_msr = value;
+    publish(core, io);
+}
+
+/// Fills the vCPU's structure again if what it says has changed since: the VM's clock was set, or the vCPU
+/// was given another state.
+pub fn refresh_system_time(core: &mut Core, io: &dyn GuestIo) {
+    let reference = *core.vm.clock.lock().unwrap();
+    if core.clock.published != Some((reference, core.cpu.tsc_offset)) {
+        publish(core, io);
+    }
+}
+
+fn publish(core: &mut Core, io: &dyn GuestIo) {
+    let value = core.clock.system_time_msr;
     if value & ENABLE == 0 {
         return;
     }
+    let reference = *core.vm.clock.lock().unwrap();
+    core.clock.published = Some((reference, core.cpu.tsc_offset));
     let gpa = value & !ENABLE & physical_mask(core);
-    let scale = TscScale::new(core.vm.tsc_khz);
-    let tsc = core.vm.tsc_started.wrapping_add(core.cpu.tsc_offset);
     // struct pvclock_vcpu_time_info: version, pad, tsc_timestamp, system_time, tsc_to_system_mul, tsc_shift,
-    // flags, pad. An odd version says that an update is under way.
-    let mut data = [0u8; 32];
-    data[0..4].copy_from_slice(&1u32.to_le_bytes());
-    data[8..16].copy_from_slice(&tsc.to_le_bytes());
-    data[16..24].copy_from_slice(&0u64.to_le_bytes());
-    data[24..28].copy_from_slice(&scale.multiplier.to_le_bytes());
-    data[28] = scale.shift as u8;
-    data[29] = FLAG_TSC_STABLE;
-    core.write_physical(io, gpa, &data);
-    core.write_physical(io, gpa, &2u32.to_le_bytes());
+    // flags, pad. An odd version says that an update is under way; a guest that was stopped while it read the
+    // structure must see that the version has moved on.
+    let mut old = [0u8; 4];
+    core.read_physical(io, gpa, &mut old);
+    let updating = u32::from_le_bytes(old).wrapping_add(1) | 1;
+    core.write_physical(io, gpa, &updating.to_le_bytes());
+    let scale = TscScale::new(core.vm.tsc_khz);
+    let tsc = reference.tsc.wrapping_add(core.cpu.tsc_offset);
+    let mut data = [0u8; 24];
+    data[0..8].copy_from_slice(&tsc.to_le_bytes());
+    data[8..16].copy_from_slice(&reference.ns.to_le_bytes());
+    data[16..20].copy_from_slice(&scale.multiplier.to_le_bytes());
+    data[20] = scale.shift as u8;
+    data[21] = FLAG_TSC_STABLE;
+    core.write_physical(io, gpa.wrapping_add(8), &data);
+    core.write_physical(io, gpa, &updating.wrapping_add(1).to_le_bytes());
+}
+
+impl VmShared {
+    /// Guest time in nanoseconds when the host's TSC is `tsc`, by the same arithmetic as the guest's.
+    pub fn clock_at(&self, tsc: u64) -> u64 {
+        let ClockReference { tsc: since, ns } = *self.clock.lock().unwrap();
+        ns.wrapping_add(TscScale::new(self.tsc_khz).to_ns(tsc.wrapping_sub(since)))
+    }
 }
 
 /// Takes a write of MSR_KVM_WALL_CLOCK_NEW: the time of day at the VM's start.
@@ -85,7 +114,7 @@ fn physical_mask(core: &Core) -> u64 {
 /// The time of day when guest time was zero.
 fn started_at(vm: &VmShared) -> (u32, u32) {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let started = now.saturating_sub(vm.started.elapsed());
+    let started = now.saturating_sub(Duration::from_nanos(vm.clock_at(host::tsc())));
     (started.as_secs() as u32, started.subsec_nanos())
 }
 

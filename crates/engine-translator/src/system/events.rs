@@ -70,7 +70,8 @@ fn deliver_one(core: &mut Core, io: &dyn GuestIo) -> Step {
     }
 }
 
-fn take_messages(core: &mut Core) {
+/// Takes what other threads have sent to the vCPU's APIC.
+pub fn take_messages(core: &mut Core) {
     let messages = std::mem::take(&mut *core.shared.inbox.lock().unwrap());
     for message in messages {
         match message {

@@ -35,7 +35,7 @@ mod transfer;
 pub use control::write_cr0;
 pub use deliver::{deliver_exception, deliver_interrupt};
 pub use descriptor::load_segment;
-pub use events::poll_events;
+pub use events::{poll_events, take_messages};
 pub use identify::cpuid_now;
 pub use operand::is_canonical;
 pub use transfer::iret;

@@ -51,6 +51,7 @@ fn core(code: &[u8]) -> Core {
         pic_intr: AtomicBool::new(false),
         tsc_khz: 1_000_000,
         tsc_started: 0,
+        clock: Default::default(),
         last_receiver: std::sync::atomic::AtomicU32::new(0),
     });
     let (shared, cpu) = VcpuShared::new(0);

@@ -7,7 +7,7 @@ use anyvisor_x86::{Msi, VcpuState};
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Condvar;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 type Guest = Arc<dyn Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync>;
 
@@ -22,6 +22,7 @@ struct FakeVm {
     memory: GuestMemoryMmap,
     messages: Mutex<Vec<Msi>>,
     intr: Mutex<bool>,
+    clock: Mutex<u64>,
     states: Arc<Mutex<Vec<VcpuState>>>,
     this: std::sync::Weak<FakeVm>,
 }
@@ -60,6 +61,7 @@ impl Engine for FakeEngine {
             memory,
             messages: Mutex::default(),
             intr: Mutex::default(),
+            clock: Mutex::default(),
             states: self.states.clone(),
             this: this.clone(),
         }))
@@ -78,6 +80,24 @@ impl Vm for FakeVm {
     fn set_pic_intr(&self, level: bool) -> anyvisor_engine::Result<()> {
         *self.intr.lock().unwrap() = level;
         Ok(())
+    }
+    fn clock(&self) -> anyvisor_engine::Result<u64> {
+        Ok(*self.clock.lock().unwrap())
+    }
+    fn set_clock(&self, ns: u64) -> anyvisor_engine::Result<()> {
+        *self.clock.lock().unwrap() = ns;
+        Ok(())
+    }
+    fn log_dirty(&self, _on: bool) -> anyvisor_engine::Result<()> {
+        Ok(())
+    }
+    fn take_dirty(&self) -> anyvisor_engine::Result<anyvisor_engine::DirtyPages> {
+        // Nothing is known, so everything may have been written.
+        let regions = self.memory.iter().map(|region| anyvisor_engine::DirtyRegion {
+            start: region.start_addr().0,
+            bitmap: vec![!0; (region.len() as usize >> 12).div_ceil(64)],
+        });
+        Ok(anyvisor_engine::DirtyPages { regions: regions.collect() })
     }
     fn doorbells(&self) -> Option<&dyn anyvisor_engine::Doorbells> {
         None
