@@ -11,6 +11,9 @@
 //!   an `Err` means that the host failed.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
+
 use anyvisor_x86::{Cpuid, Msi, VcpuState};
 use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;

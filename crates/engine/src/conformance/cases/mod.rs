@@ -1,0 +1,41 @@
+//! The cases, a file for each part of the architecture.
+
+mod exceptions;
+
+use super::{Case, Suite};
+
+/// What the files of cases need.
+mod prelude {
+    pub(super) use super::super::{Access, Mode, Need, Suite, Verdict, ensure, equal, page, place, selector};
+    pub(super) use anyvisor_x86::bits::{cr0, cr4, dr, efer, gpr, rflags, xcr0};
+    pub(super) use anyvisor_x86::exception::vector;
+    pub(super) use anyvisor_x86::segment::{attr, index};
+    pub(super) use anyvisor_x86::{Exception, Msi, Segment, VcpuState, msr};
+    pub(super) use iced_x86::code_asm::*;
+
+    /// Every mode.
+    pub(super) const EVERY_MODE: &[Mode] = &[
+        Mode::Real,
+        Mode::Vm86,
+        Mode::Protected,
+        Mode::ProtectedUser,
+        Mode::Compat,
+        Mode::CompatUser,
+        Mode::Long,
+        Mode::User,
+    ];
+    /// Every mode but real and virtual-8086 mode.
+    pub(super) const PROTECTED_MODES: &[Mode] =
+        &[Mode::Protected, Mode::ProtectedUser, Mode::Compat, Mode::CompatUser, Mode::Long, Mode::User];
+    /// Modes at CPL 3.
+    pub(super) const USER_MODES: &[Mode] = &[Mode::Vm86, Mode::ProtectedUser, Mode::CompatUser, Mode::User];
+    /// 64-bit modes.
+    pub(super) const WIDE: &[Mode] = &[Mode::Long, Mode::User];
+}
+
+/// All cases, in order.
+pub fn cases() -> Vec<Case> {
+    let mut suite = Suite { cases: Vec::new(), group: "" };
+    exceptions::add(suite.group("exceptions"));
+    suite.cases
+}
