@@ -4,6 +4,8 @@
 //! PM1 status at 0, PM1 enable at 2, PM1 control at 4, the timer at 8.
 
 use crate::power::PowerEvent;
+use crate::state::{BadState, LATEST, require};
+use serde::{Deserialize, Serialize};
 
 /// Where the block is, unless the machine chooses another place (it tells the guest in the FADT).
 pub const PORT: u16 = 0x600;
@@ -26,11 +28,14 @@ const POWER_BUTTON: u16 = 1 << 8;
 const STATUS_BITS: u16 = 0x8731;
 /// Enable bits: timer, global lock, power and sleep button, RTC.
 const ENABLE_BITS: u16 = 0x0721;
+/// Control bits that are kept: SCI_EN, bus master reload, global release, SLP_TYP.
+const CONTROL_BITS: u16 = 0x1c07;
 const SCI_ENABLE: u16 = 1 << 0;
 const SLEEP_ENABLE: u16 = 1 << 13;
 
 /// The fixed hardware's registers.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AcpiPm {
     status: u16,
     enable: u16,
@@ -48,6 +53,23 @@ impl AcpiPm {
     /// command port (ACPI 6.5, 4.8.2.5).
     pub fn new() -> AcpiPm {
         AcpiPm { control: SCI_ENABLE, ..AcpiPm::default() }
+    }
+
+    /// Refuses a restored state that no guest can have reached by guest time `now_ns`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self, now_ns: u64) -> Result<(), BadState> {
+        require(
+            "ACPI PM",
+            &[
+                (now_ns <= LATEST, "a time too far in the future"),
+                (self.status & !STATUS_BITS == 0, "undefined status bits"),
+                (self.enable & !ENABLE_BITS == 0, "undefined enable bits"),
+                (self.control & !CONTROL_BITS == 0 && self.control & SCI_ENABLE != 0, "an impossible PM1 control"),
+                (self.timer_top <= timer(now_ns) >> 31, "its timer was seen in the future"),
+            ],
+        )
     }
 
     /// Reads 1, 2 or 4 bytes at `offset`, all within one register.
@@ -86,7 +108,7 @@ impl AcpiPm {
     fn write_control(&mut self, lane: u16, bits: u16) -> Option<PowerEvent> {
         // SLP_EN is write-only; SCI_EN belongs to the platform.
         let kept = self.control & !lane | SCI_ENABLE;
-        self.control = kept | bits & 0x1c06;
+        self.control = kept | bits & CONTROL_BITS;
         let sleeps = bits & SLEEP_ENABLE != 0;
         let type_s5 = (self.control >> 10 & 7) as u8 == SLEEP_TYPE_S5;
         (sleeps && type_s5).then_some(PowerEvent::PowerOff)
@@ -108,9 +130,11 @@ impl AcpiPm {
         wanted.then(|| (tick * 1_000_000_000).div_ceil(u128::from(TIMER_FREQUENCY)) as u64)
     }
 
-    /// The user pressed the power button.
-    pub fn press_power_button(&mut self) {
+    /// The user pressed the power button. Says whether the guest has enabled its event; a guest that has not
+    /// may clear the status unseen when it does.
+    pub fn press_power_button(&mut self) -> bool {
         self.status |= POWER_BUTTON;
+        self.enable & POWER_BUTTON != 0
     }
 
     /// The level of the SCI.
@@ -160,9 +184,10 @@ mod tests {
     #[test]
     fn the_power_button_raises_the_sci() {
         let mut pm = AcpiPm::new();
-        pm.press_power_button();
+        assert!(!pm.press_power_button());
         assert!(!pm.sci(), "not enabled");
         assert_eq!(pm.write(PM1_EVENT + 2, &[0x20, 0x01], 0), None);
+        assert!(pm.press_power_button());
         assert!(pm.sci());
         assert_eq!(read(&mut pm, PM1_EVENT, 0), 0x100);
         assert_eq!(pm.write(PM1_EVENT, &[0xff, 0x00], 0), None);

@@ -5,6 +5,8 @@
 //! does not wait for a keyboard that will not answer.
 
 use crate::power::PowerEvent;
+use crate::state::{BadState, hex, require};
+use serde::{Deserialize, Serialize};
 
 /// Data port.
 pub const DATA: u16 = 0x60;
@@ -43,9 +45,11 @@ const SELF_TEST_PASSED: u8 = 0x55;
 const OUTPUT_PORT: u8 = 0x03;
 
 /// The controller's state.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct I8042 {
     /// The controller's RAM; cell 0 is the command byte.
+    #[serde(with = "hex")]
     ram: [u8; 32],
     /// A byte for the guest, with its status flags.
     output: Option<(u8, u8)>,
@@ -68,6 +72,22 @@ impl I8042 {
         let mut ram = [0; 32];
         ram[0] = control::SYSTEM | control::KEYBOARD_OFF | control::AUX_OFF;
         I8042 { ram, output: None, last_output: 0, command: None, last_was_command: false, output_port: OUTPUT_PORT }
+    }
+
+    /// Refuses a restored state that no guest can reach.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self) -> Result<(), BadState> {
+        let flags = self.output.map_or(0, |(_, flags)| flags);
+        let waits = self.command.is_none_or(|command| matches!(command, 0x60..=0x7f | 0xd1..=0xd4));
+        require(
+            "i8042",
+            &[
+                (flags & !(status::AUX | status::TIMEOUT) == 0, "undefined status bits"),
+                (waits, "a command that waits for no data"),
+            ],
+        )
     }
 
     /// Reads port 0x60, 0x64 or 0x92.

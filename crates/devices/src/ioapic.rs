@@ -6,7 +6,9 @@
 //! Input levels are logical (asserted or not); the polarity bit only describes the wire. An entry's upper
 //! half may carry destination bits 14:8 in bits 55:49, the convention of KVM and Hyper-V.
 
+use crate::state::{BadState, require};
 use anyvisor_x86::Msi;
+use serde::{Deserialize, Serialize};
 
 /// Guest-physical address of the first I/O APIC.
 pub const DEFAULT_BASE: u64 = 0xfec0_0000;
@@ -33,7 +35,8 @@ const WRITABLE_LOW: u64 = 0x1_afff;
 const WRITABLE_HIGH: u64 = 0xfffe_0000_0000_0000;
 
 /// One I/O APIC.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct IoApic {
     id: u32,
     select: u8,
@@ -52,6 +55,24 @@ impl IoApic {
     /// After reset: every entry masked.
     pub fn new() -> IoApic {
         IoApic { id: 0, select: 0, table: [MASKED; PINS as usize], lines: 0 }
+    }
+
+    /// Refuses a restored state that no guest can reach.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self) -> Result<(), BadState> {
+        let defined = WRITABLE_LOW | WRITABLE_HIGH | REMOTE_IRR;
+        let stuck = |entry: u64| entry & (LEVEL | REMOTE_IRR) == REMOTE_IRR;
+        require(
+            "I/O APIC",
+            &[
+                (self.id & !0x0f00_0000 == 0, "undefined bits in its ID"),
+                (self.table.iter().all(|entry| entry & !defined == 0), "undefined bits in its table"),
+                (!self.table.iter().any(|&entry| stuck(entry)), "an edge that waits for an EOI"),
+                (self.lines >> PINS == 0, "more lines than inputs"),
+            ],
+        )
     }
 
     /// Sets input `pin` (below [`PINS`]); returns the message this causes.

@@ -19,6 +19,8 @@
 //!
 //! Interrupt levels (`interrupt()`, `interrupts()`, `sci()`) are looked at by the machine after each access
 //! and after `poll`; it fans ISA interrupt n out to PIC input n and I/O APIC pin n (0 to pin 2).
+//! Every chip can be saved and restored: see [`state`].
+//!
 //! `next_event` says when to call `poll` next; ask again after every access.
 #![forbid(unsafe_code)]
 
@@ -32,6 +34,8 @@ pub mod pit;
 pub mod power;
 pub mod rtc;
 pub mod serial;
+pub mod state;
 
 pub use bus::{Bus, BusDevice, Width};
 pub use power::PowerEvent;
+pub use state::BadState;

@@ -6,6 +6,9 @@
 //! As chipsets and other hypervisors do, an edge stays latched in IRR when its line drops again; the data
 //! sheet would turn it into a spurious IR7.
 
+use crate::state::{BadState, require};
+use serde::{Deserialize, Serialize};
+
 /// First of the master's two ports.
 pub const MASTER_PORT: u16 = 0x20;
 /// First of the slave's two ports.
@@ -15,8 +18,12 @@ pub const ELCR_PORT: u16 = 0x4d0;
 
 const CASCADE: u8 = 1 << 2;
 
+/// Inputs that can be level-triggered: IRQ 0, 1, 2, 8 and 13 are always edges.
+const MASTER_LEVELS: u8 = 0xf8;
+const SLAVE_LEVELS: u8 = 0xde;
+
 /// What the next write of the odd port is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 enum Expect {
     #[default]
     Mask,
@@ -25,7 +32,8 @@ enum Expect {
     Icw4,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Chip {
     /// Input levels, for edge detection.
     lines: u8,
@@ -73,6 +81,18 @@ impl Chip {
             read_isr: false,
             poll: false,
         }
+    }
+
+    fn check(&self, elcr_writable: u8) -> Result<(), BadState> {
+        require(
+            "8259",
+            &[
+                (self.elcr_writable == elcr_writable, "other interrupts can be levels"),
+                (self.elcr & !elcr_writable == 0, "an edge is a level"),
+                (self.vector & 7 == 0, "undefined bits in the vector"),
+                (self.lowest <= 7, "no such input"),
+            ],
+        )
     }
 
     fn set_line(&mut self, line: u8, level: bool) {
@@ -225,7 +245,8 @@ impl Chip {
 }
 
 /// Master and slave.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Pic {
     master: Chip,
     slave: Chip,
@@ -241,8 +262,20 @@ impl Default for Pic {
 
 impl Pic {
     pub fn new() -> Pic {
-        // IRQ 0, 1, 2, 8 and 13 are always edges.
-        Pic { master: Chip::new(0xf8), slave: Chip::new(0xde), told: false }
+        Pic { master: Chip::new(MASTER_LEVELS), slave: Chip::new(SLAVE_LEVELS), told: false }
+    }
+
+    /// Refuses a restored state that no guest can reach. What INTR was last told is forgotten:
+    /// [`Pic::intr_change`] then tells it if it is high.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&mut self) -> Result<(), BadState> {
+        self.master.check(MASTER_LEVELS)?;
+        self.slave.check(SLAVE_LEVELS)?;
+        self.told = false;
+        self.cascade();
+        Ok(())
     }
 
     /// Sets the level of ISA interrupt `irq` (0–15 but not 2, which is the cascade and ignored).

@@ -10,6 +10,9 @@
 //! Simplification: a count written in modes 2 and 3 takes effect at the end of the period (the data sheet
 //! says of the half-period in mode 3), and counts are loaded at once instead of at the next tick.
 
+use crate::state::{BadState, LATEST, require};
+use serde::{Deserialize, Serialize};
+
 /// The input frequency in Hz: a third of the NTSC colour subcarrier.
 pub const FREQUENCY: u64 = 1_193_182;
 
@@ -36,14 +39,15 @@ fn nanoseconds(tick: u64) -> u64 {
     (u128::from(tick) * 1_000_000_000).div_ceil(u128::from(FREQUENCY)) as u64
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Access {
     Low,
     High,
     Both,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Channel {
     /// 0–5.
     mode: u8,
@@ -88,6 +92,29 @@ impl Channel {
             latched_count: None,
             latched_status: None,
         }
+    }
+
+    /// What [`Pit::check`] does, for a chip that is saved at `tick`.
+    fn check(&self, tick: u64) -> Result<(), BadState> {
+        // Digits that are not decimal make more than four nines, but never more than 16 bits.
+        let largest = 0x1_0000;
+        let started = self.start.is_some();
+        let next = self.next.is_none_or(|(count, at)| {
+            let waits_for_trigger = matches!(self.mode, 1 | 5) && at == u64::MAX;
+            (1..=largest).contains(&count) && (waits_for_trigger || self.is_periodic() && at <= tick + (1 << 17))
+        });
+        require(
+            "PIT",
+            &[
+                (self.mode <= 5, "no such mode"),
+                (self.count <= largest, "a count beyond 16 bits"),
+                (!started || self.count != 0, "it counts without a count"),
+                (next, "an impossible next count"),
+                (self.start.is_none_or(|start| start <= tick), "it was loaded in the future"),
+                (self.held.is_none_or(|held| held <= tick), "it was stopped in the future"),
+                (self.seen <= tick, "it was seen in the future"),
+            ],
+        )
     }
 
     fn is_periodic(&self) -> bool {
@@ -313,7 +340,8 @@ fn to_bcd(value: u32) -> u16 {
 }
 
 /// The timer chip with the gate and speaker port.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Pit {
     channels: [Channel; 3],
     /// Bits 3:0 of port B.
@@ -331,6 +359,21 @@ impl Pit {
     /// port B.
     pub fn new() -> Pit {
         Pit { channels: [Channel::new(true), Channel::new(true), Channel::new(false)], port_b: 0 }
+    }
+
+    /// Refuses a restored state that no guest can have reached by guest time `now_ns`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self, now_ns: u64) -> Result<(), BadState> {
+        require(
+            "PIT",
+            &[
+                (now_ns <= LATEST, "a time too far in the future"),
+                (self.port_b & !0xf == 0, "undefined bits in port B"),
+            ],
+        )?;
+        self.channels.iter().try_for_each(|channel| channel.check(ticks(now_ns)))
     }
 
     /// Reads port 0x40–0x43 or 0x61 at guest time `now_ns`.

@@ -1,5 +1,7 @@
 //! What a guest can ask of the machine as a whole, and the small ports that ask it.
 
+use crate::state::{BadState, require};
+
 /// A request that ends the VM or starts it afresh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerEvent {
@@ -32,7 +34,8 @@ pub const RESET_CONTROL_PORT: u16 = 0xcf9;
 pub const RESET_CONTROL_VALUE: u8 = 0x06;
 
 /// The reset control register's state.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ResetControl {
     value: u8,
 }
@@ -40,6 +43,14 @@ pub struct ResetControl {
 impl ResetControl {
     pub fn read(&self) -> u8 {
         self.value
+    }
+
+    /// Refuses a restored state that no guest can reach.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self) -> Result<(), BadState> {
+        require("reset control", &[(self.value & !0x0e == 0, "undefined bits")])
     }
 
     /// Bit 2 going from 0 to 1 resets (bit 1 says how hard, which is all the same here).

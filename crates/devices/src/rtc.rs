@@ -10,6 +10,9 @@
 //! CMOS bytes tell the memory size the way a PC's firmware leaves it there (as Bochs and QEMU do above
 //! 64 MiB). The century is at 0x32, as the FADT says.
 
+use crate::state::{BadState, LATEST, hex, require};
+use serde::{Deserialize, Serialize};
+
 /// First of the two ports (index, data).
 pub const PORT: u16 = 0x70;
 /// Its ISA interrupt.
@@ -48,6 +51,23 @@ mod c {
     pub const UF: u8 = 1 << 4;
 }
 
+/// 128-bit nanoseconds as seconds and nanoseconds, because few formats have numbers so large.
+mod parts {
+    use super::SECOND;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(ns: &i128, serializer: S) -> Result<S::Ok, S::Error> {
+        let second = i128::from(SECOND);
+        // Beyond 64 bits of seconds is no date; `check` refuses long before.
+        (ns.div_euclid(second) as i64, ns.rem_euclid(second) as u32).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i128, D::Error> {
+        let (seconds, ns) = <(i64, u32)>::deserialize(deserializer)?;
+        Ok(i128::from(seconds) * i128::from(SECOND) + i128::from(ns))
+    }
+}
+
 /// A point in time by calendar, UTC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Calendar {
@@ -64,11 +84,14 @@ struct Calendar {
 }
 
 /// The clock and its memory.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rtc {
     index: u8,
+    #[serde(with = "hex")]
     cmos: [u8; 128],
     /// What the clock shows is guest time plus this, in ns since 1970.
+    #[serde(with = "parts")]
     offset: i128,
     /// Guest time up to which flags in register C are worked out.
     seen: u64,
@@ -96,6 +119,30 @@ impl Rtc {
         let mut rtc = Rtc { index: 0, cmos, offset: i128::from(unix_ns) - i128::from(now_ns), seen: now_ns };
         rtc.show(now_ns);
         rtc
+    }
+
+    /// Refuses a restored state that no guest can have reached by guest time `now_ns`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self, now_ns: u64) -> Result<(), BadState> {
+        // The year 99,999 in nanoseconds is less than 2^72.
+        let shown = -(1 << 72)..1 << 72;
+        require(
+            "RTC",
+            &[
+                (now_ns <= LATEST, "a time too far in the future"),
+                (self.index <= 0x7f, "no such register"),
+                (shown.contains(&self.offset), "an impossible date"),
+                (self.seen <= now_ns, "it was seen in the future"),
+                (self.cmos[REG_A] & a::UIP == 0, "undefined bits in register A"),
+            ],
+        )
+    }
+
+    /// Real time went on by `ns` while guest time stood still: the clock shows that much more.
+    pub fn skip(&mut self, ns: i64) {
+        self.offset += i128::from(ns);
     }
 
     /// Reads port 0x70 or 0x71.

@@ -15,6 +15,8 @@
 //!
 //! Unlike a slow line, a FIFO below its trigger level reports the character time-out at once.
 
+use crate::state::{BadState, require};
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
 /// First of the eight ports of COM1, which is ISA IRQ 4.
@@ -76,7 +78,8 @@ const FCR_CLEAR_RECEIVER: u8 = 0x02;
 const MODEM_READY: u8 = 0xb0;
 
 /// One serial port.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Serial {
     received: VecDeque<u8>,
     ier: u8,
@@ -125,6 +128,24 @@ impl Serial {
             seen_empty: true,
             rts_used: false,
         }
+    }
+
+    /// Refuses a restored state that no guest can reach.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self) -> Result<(), BadState> {
+        require(
+            "serial port",
+            &[
+                (self.received.len() <= self.capacity(), "more bytes received than the FIFO holds"),
+                (self.ier & !0xf == 0, "undefined bits in IER"),
+                (self.fcr == 0 || self.fcr & !0xc8 == FCR_ENABLE, "undefined bits in FCR"),
+                (self.mcr & !0x1f == 0, "undefined bits in MCR"),
+                (self.line_errors & !(lsr::OVERRUN | lsr::BREAK) == 0, "undefined line errors"),
+                (self.modem & 0xf == 0 && self.modem_changes & !0xf == 0, "undefined modem lines"),
+            ],
+        )
     }
 
     /// Takes as many of `bytes` from the line as fit, and says how many. If not all did,

@@ -4,6 +4,7 @@
 //! follow from the masks. 256 bytes; beyond, reads are all ones, which guests take for "no extended space".
 
 use super::{Space, Window};
+use crate::state::{BadState, require};
 
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
@@ -165,6 +166,21 @@ impl ConfigSpace {
                 self.bytes[at] = self.bytes[at] & !mask | byte & mask;
             }
         }
+    }
+
+    /// What a guest can have changed of the 256 bytes, for [`ConfigSpace::restore`] of a space of the same make.
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Takes the writable bits from a saved space, which is untrusted; the others stay as they are.
+    ///
+    /// # Errors
+    /// There are not 256 bytes.
+    pub fn restore(&mut self, saved: &[u8]) -> Result<(), BadState> {
+        require("PCI function", &[(saved.len() == self.bytes.len(), "a configuration space of another size")])?;
+        self.write(0, saved);
+        Ok(())
     }
 
     /// Whether the guest lets the function read and write memory, MSI included.

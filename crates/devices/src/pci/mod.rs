@@ -13,7 +13,9 @@
 pub mod config;
 
 use crate::power::{PowerEvent, RESET_CONTROL_PORT, ResetControl};
+use crate::state::{BadState, require};
 use config::{ConfigSpace, Identity};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -25,7 +27,8 @@ pub const CONFIG_PORTS: u16 = 8;
 pub const ECAM_LENGTH: u64 = 1 << 20;
 
 /// Where a function is on bus 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Slot {
     /// 0–31.
     pub device: u8,
@@ -61,6 +64,22 @@ pub trait PciFunction: Send + Sync {
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]);
     /// Writes 1 to 8 bytes at `offset` into BAR `bar`.
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]);
+    /// The function's whole state, in a format of its own.
+    fn save(&self) -> Vec<u8>;
+    /// Replaces the function's state by a saved one, which is untrusted.
+    ///
+    /// # Errors
+    /// No guest can have made the function so.
+    fn restore(&self, saved: &[u8]) -> Result<(), BadState>;
+}
+
+/// The bus's state: its ports, and the functions on it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PciState {
+    address: u32,
+    reset: ResetControl,
+    functions: Vec<(Slot, Vec<u8>)>,
 }
 
 /// A slot that was refused: out of range, or taken.
@@ -68,7 +87,10 @@ pub trait PciFunction: Send + Sync {
 #[error("PCI slot 00:{:02x}.{} does not exist or is taken", .0.device, .0.function)]
 pub struct BadSlot(pub Slot);
 
-#[derive(Default)]
+/// Bits of the address register that are kept.
+const ADDRESS_BITS: u32 = 0x80ff_fffc;
+
+#[derive(Clone, Copy, Default)]
 struct Ports {
     address: u32,
     reset: ResetControl,
@@ -101,6 +123,41 @@ impl PciRoot {
         Ok(())
     }
 
+    /// The state of the bus and its functions.
+    pub fn save(&self) -> PciState {
+        let Ports { address, reset } = *self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let functions = self.functions.iter().map(|(slot, function)| (*slot, function.save())).collect();
+        PciState { address, reset, functions }
+    }
+
+    /// Replaces the state of the bus and its functions, which must be those that were saved.
+    ///
+    /// # Errors
+    /// Other functions were saved, or one refuses its state.
+    pub fn restore(&self, saved: &PciState) -> Result<(), BadState> {
+        saved.reset.check()?;
+        let same = saved.functions.iter().map(|(slot, _)| slot).eq(self.functions.keys());
+        require(
+            "PCI bus",
+            &[(saved.address & !ADDRESS_BITS == 0, "undefined address bits"), (same, "other functions are on it")],
+        )?;
+        for (slot, state) in &saved.functions {
+            let function = &self.functions[slot];
+            function.restore(state)?;
+            self.moved(*slot, &**function);
+        }
+        *self.ports.lock().unwrap_or_else(PoisonError::into_inner) =
+            Ports { address: saved.address, reset: saved.reset };
+        Ok(())
+    }
+
+    /// Notes where the function in `slot` decodes now.
+    fn moved(&self, slot: Slot, function: &dyn PciFunction) {
+        let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
+        windows.retain(|(_, owner)| *owner != slot);
+        windows.extend(function.windows().into_iter().map(|window| (window, slot)));
+    }
+
     /// Reads 1, 2 or 4 aligned bytes at `offset` (0–7) from [`CONFIG_PORT`].
     pub fn port_read(&self, offset: u16, data: &mut [u8]) {
         let ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
@@ -129,7 +186,7 @@ impl PciRoot {
     pub fn port_write(&self, offset: u16, data: &[u8]) -> Option<PowerEvent> {
         let mut ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
         match (offset, data) {
-            (0, &[b0, b1, b2, b3]) => ports.address = u32::from_le_bytes([b0, b1, b2, b3]) & 0x80ff_fffc,
+            (0, &[b0, b1, b2, b3]) => ports.address = u32::from_le_bytes([b0, b1, b2, b3]) & ADDRESS_BITS,
             (0..4, &[value, ..]) if CONFIG_PORT + offset == RESET_CONTROL_PORT => return ports.reset.write(value),
             (0..4, _) => {}
             _ => {
@@ -249,6 +306,12 @@ impl PciFunction for HostBridge {
         data.fill(0xff);
     }
     fn bar_write(&self, _bar: u8, _offset: u64, _data: &[u8]) {}
+    fn save(&self) -> Vec<u8> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).save()
+    }
+    fn restore(&self, saved: &[u8]) -> Result<(), BadState> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).restore(saved)
+    }
 }
 
 #[cfg(test)]
@@ -296,6 +359,15 @@ mod tests {
         }
         fn bar_write(&self, _bar: u8, offset: u64, data: &[u8]) {
             self.memory.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
+        }
+        fn save(&self) -> Vec<u8> {
+            [self.config.lock().unwrap().save(), self.memory.lock().unwrap().clone()].concat()
+        }
+        fn restore(&self, saved: &[u8]) -> Result<(), BadState> {
+            require("card", &[(saved.len() == 0x1100, "another size")])?;
+            self.config.lock().unwrap().restore(&saved[..256])?;
+            self.memory.lock().unwrap().copy_from_slice(&saved[256..]);
+            Ok(())
         }
     }
 
@@ -400,6 +472,31 @@ mod tests {
         let mut data = [0; 4];
         root.window_read(Space::Memory, 0xe123_4ffe, &mut data);
         assert_eq!(data, [0xff; 4], "across the end");
+    }
+
+    #[test]
+    fn a_saved_bus_decodes_as_it_did() {
+        let root = root();
+        put(&root, CARD, 0x10, 0xe000_0000);
+        put(&root, CARD, 0x04, 0x2);
+        root.window_write(Space::Memory, 0xe000_0010, &[0x42]);
+        assert_eq!(root.port_write(1, &[0x02]), None);
+        let saved = root.save();
+        let other = self::root();
+        other.restore(&saved).unwrap();
+        let mut data = [0];
+        other.window_read(Space::Memory, 0xe000_0010, &mut data);
+        assert_eq!(data, [0x42]);
+        other.port_read(1, &mut data);
+        assert_eq!(data, [2]);
+        assert!(PciRoot::new().restore(&saved).is_err(), "the card is missing");
+        let mut strange = saved.clone();
+        strange.functions[0].1.pop();
+        assert!(other.restore(&strange).is_err());
+        let mut forged = saved;
+        forged.functions[0].1[..2].copy_from_slice(&[0x11, 0x22]);
+        other.restore(&forged).unwrap();
+        assert_eq!(get(&other, Slot { device: 0, function: 0 }, 0), 0x0008_1b36, "read-only is not restored");
     }
 
     #[test]
