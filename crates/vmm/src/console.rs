@@ -5,11 +5,15 @@
 //! has gathered in one system call. If the host stalls, the buffer fills and the guest waits: nothing is
 //! lost. [`Input`] is the same in the other direction: the reader pushes, the chip pulls what its FIFO holds.
 //!
-//! Invariant: a stalled host never keeps a VM from ending; [`Output::abandon`] frees whoever waits.
+//! Others may listen ([`Output::listen`]): each gets the last lines and then what comes, through a bounded
+//! buffer of its own. One that is too slow loses output, and is told; it never stalls the guest.
+//!
+//! Invariant: a stalled host never keeps a VM from ending, [`Output::abandon`] frees whoever waits, nor from
+//! pausing, [`Output::set_patient`].
 
 use std::collections::VecDeque;
 use std::io::Write;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,6 +21,10 @@ use std::time::Duration;
 const CAPACITY: usize = 64 << 10;
 /// How long output gathers before it is written: below what a person notices.
 const GATHER: Duration = Duration::from_micros(500);
+/// Bytes of past output that a new listener gets.
+const SCROLLBACK: usize = 16 << 10;
+/// Bytes that a listener may be behind.
+const BEHIND: usize = 256 << 10;
 
 /// Where the guest's output goes.
 pub struct Output {
@@ -27,6 +35,15 @@ pub struct Output {
 struct OutputShared {
     state: Mutex<OutputState>,
     changed: Condvar,
+    audience: Mutex<Audience>,
+}
+
+/// Who listens besides the sink, and what they would like to have heard.
+#[derive(Default)]
+struct Audience {
+    scrollback: VecDeque<u8>,
+    listeners: Vec<Weak<Ear>>,
+    ended: bool,
 }
 
 #[derive(Default)]
@@ -38,6 +55,8 @@ struct OutputState {
     finished: bool,
     /// Bytes are dropped from now on.
     abandoned: bool,
+    /// Nobody waits for room.
+    impatient: bool,
 }
 
 impl Output {
@@ -46,7 +65,8 @@ impl Output {
     /// # Errors
     /// The writer thread cannot be started.
     pub fn new(sink: Box<dyn Write + Send>) -> std::io::Result<Output> {
-        let shared = Arc::new(OutputShared { state: Mutex::default(), changed: Condvar::new() });
+        let shared =
+            Arc::new(OutputShared { state: Mutex::default(), changed: Condvar::new(), audience: Mutex::default() });
         let for_writer = shared.clone();
         let writer = std::thread::Builder::new().name("serial-out".into()).spawn(move || for_writer.write_to(sink))?;
         Ok(Output { shared, writer: Mutex::new(Some(writer)) })
@@ -55,7 +75,7 @@ impl Output {
     /// Takes one byte; waits while the buffer is full.
     pub fn put(&self, byte: u8) {
         let mut state = lock(&self.shared.state);
-        while state.buffer.len() >= CAPACITY && !state.abandoned {
+        while state.buffer.len() >= CAPACITY && !state.abandoned && !state.impatient {
             state = wait(&self.shared.changed, state);
         }
         if !state.abandoned {
@@ -65,6 +85,29 @@ impl Output {
                 self.shared.changed.notify_all();
             }
         }
+    }
+
+    /// Whether [`Output::put`] waits for room, as it does at first. If not, the buffer grows beyond its
+    /// bounds by what the vCPUs write before they stop.
+    pub fn set_patient(&self, patient: bool) {
+        lock(&self.shared.state).impatient = !patient;
+        self.shared.changed.notify_all();
+    }
+
+    /// The last lines of the output, and then what comes.
+    pub fn listen(&self) -> Listener {
+        let mut audience = lock(&self.shared.audience);
+        let (front, back) = audience.scrollback.as_slices();
+        let mut bytes = [front, back].concat();
+        if bytes.len() == SCROLLBACK {
+            // Its first line is not whole.
+            let whole = bytes.iter().position(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            bytes.drain(..whole);
+        }
+        let heard = Heard { bytes, lost: 0, ended: audience.ended };
+        let ear = Arc::new(Ear { heard: Mutex::new(heard), changed: Condvar::new() });
+        audience.listeners.push(Arc::downgrade(&ear));
+        Listener(ear)
     }
 
     /// Drops what is not written yet, and all that comes.
@@ -97,31 +140,119 @@ impl Output {
 }
 
 impl OutputShared {
-    fn write_to(&self, mut sink: Box<dyn Write + Send>) {
-        loop {
-            let mut state = lock(&self.state);
-            while state.buffer.is_empty() && !state.finished && !state.abandoned {
-                state.idle = true;
-                self.changed.notify_all();
-                state = wait(&self.changed, state);
-            }
-            if state.abandoned || state.buffer.is_empty() {
-                return;
-            }
-            if !state.finished && state.buffer.len() < CAPACITY / 2 {
-                drop(state);
-                std::thread::sleep(GATHER);
-                state = lock(&self.state);
-            }
-            let bytes = std::mem::take(&mut state.buffer);
-            drop(state);
-            self.changed.notify_all();
-            if let Err(error) = sink.write_all(&bytes).and_then(|()| sink.flush()) {
+    fn write_to(&self, sink: Box<dyn Write + Send>) {
+        let mut sink = Some(sink);
+        while let Some(bytes) = self.gather() {
+            lock(&self.audience).say(&bytes);
+            if let Some(to) = &mut sink
+                && let Err(error) = to.write_all(&bytes).and_then(|()| to.flush())
+            {
                 tracing::warn!("serial output is lost from here on: {error}");
-                lock(&self.state).abandoned = true;
-                self.changed.notify_all();
-                return;
+                sink = None;
             }
+        }
+        lock(&self.audience).end();
+    }
+
+    /// Waits for bytes; `None` when no more come.
+    fn gather(&self) -> Option<Vec<u8>> {
+        let mut state = lock(&self.state);
+        while state.buffer.is_empty() && !state.finished && !state.abandoned {
+            state.idle = true;
+            self.changed.notify_all();
+            state = wait(&self.changed, state);
+        }
+        if state.abandoned || state.buffer.is_empty() {
+            return None;
+        }
+        if !state.finished && state.buffer.len() < CAPACITY / 2 {
+            drop(state);
+            std::thread::sleep(GATHER);
+            state = lock(&self.state);
+        }
+        let bytes = std::mem::take(&mut state.buffer);
+        drop(state);
+        self.changed.notify_all();
+        Some(bytes)
+    }
+}
+
+impl Audience {
+    fn say(&mut self, bytes: &[u8]) {
+        let kept = &bytes[bytes.len().saturating_sub(SCROLLBACK)..];
+        let excess = (self.scrollback.len() + kept.len()).saturating_sub(SCROLLBACK);
+        self.scrollback.drain(..excess);
+        self.scrollback.extend(kept);
+        self.listeners.retain(|ear| {
+            let Some(ear) = ear.upgrade() else { return false };
+            lock(&ear.heard).add(bytes);
+            ear.changed.notify_all();
+            true
+        });
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+        for ear in self.listeners.iter().filter_map(Weak::upgrade) {
+            lock(&ear.heard).ended = true;
+            ear.changed.notify_all();
+        }
+    }
+}
+
+/// One who listens to the output; see [`Output::listen`].
+pub struct Listener(Arc<Ear>);
+
+struct Ear {
+    heard: Mutex<Heard>,
+    changed: Condvar,
+}
+
+struct Heard {
+    bytes: Vec<u8>,
+    /// Bytes that came while there was no room.
+    lost: usize,
+    ended: bool,
+}
+
+/// What a [`Listener`] hears.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Sound {
+    Bytes(Vec<u8>),
+    /// So many bytes were lost at this place, because the listener was slow.
+    Lost(usize),
+    /// Nothing for now.
+    Silence,
+    /// Nothing any more.
+    End,
+}
+
+impl Heard {
+    fn add(&mut self, bytes: &[u8]) {
+        if self.lost > 0 || self.bytes.len() + bytes.len() > BEHIND {
+            // All from here on, until the listener is told.
+            self.lost += bytes.len();
+        } else {
+            self.bytes.extend_from_slice(bytes);
+        }
+    }
+}
+
+impl Listener {
+    /// Waits at most for `patience`.
+    pub fn hear(&self, patience: Duration) -> Sound {
+        let heard = lock(&self.0.heard);
+        let quiet = |heard: &mut Heard| heard.bytes.is_empty() && heard.lost == 0 && !heard.ended;
+        let waited = self.0.changed.wait_timeout_while(heard, patience, quiet);
+        let mut heard = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+        if !heard.bytes.is_empty() {
+            Sound::Bytes(std::mem::take(&mut heard.bytes))
+        } else if heard.lost > 0 {
+            Sound::Lost(std::mem::take(&mut heard.lost))
+        } else if heard.ended {
+            Sound::End
+        } else {
+            Sound::Silence
         }
     }
 }
@@ -153,6 +284,18 @@ impl Input {
             }
             self.add(state, chunk);
         }
+    }
+
+    /// Adds as many bytes as fit, after waiting for room at most for `patience`; says how many.
+    pub fn push_some(&self, bytes: &[u8], patience: Duration) -> usize {
+        let state = lock(&self.state);
+        let full = |state: &mut InputState| state.queue.len() >= CAPACITY;
+        let waited = self.taken.wait_timeout_while(state, patience, full);
+        let state = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+        let room = CAPACITY - state.queue.len();
+        let fitting = &bytes[..bytes.len().min(room)];
+        self.add(state, fitting);
+        fitting.len()
     }
 
     /// Adds bytes; drops those that do not fit, as a terminal does.
@@ -246,6 +389,66 @@ mod tests {
         finished.recv_timeout(Duration::from_secs(10)).unwrap();
         output.finish();
         drop(hold);
+    }
+
+    #[test]
+    fn listeners_hear_the_last_lines_and_then_what_comes() {
+        let output = Output::new(Box::new(std::io::sink())).unwrap();
+        let say = |text: &str| text.bytes().for_each(|byte| output.put(byte));
+        let first = output.listen();
+        assert_eq!(first.hear(Duration::ZERO), Sound::Silence);
+        let line = format!("{}\n", "x".repeat(99));
+        say(&line.repeat(1000));
+        say("prompt> ");
+        let mut all = vec![];
+        while all.len() < 100_008 {
+            let Sound::Bytes(bytes) = first.hear(Duration::from_secs(20)) else { panic!("after {}", all.len()) };
+            all.extend(bytes);
+        }
+        let second = output.listen();
+        let Sound::Bytes(bytes) = second.hear(Duration::ZERO) else { panic!("no scrollback") };
+        let text = String::from_utf8(bytes).unwrap();
+        assert!(text.len() > SCROLLBACK - 100 && text.len() <= SCROLLBACK, "{}", text.len());
+        assert!(text.starts_with(&line) && text.ends_with("\nprompt> "));
+        say("bye");
+        output.finish();
+        assert_eq!(second.hear(Duration::from_secs(20)), Sound::Bytes(b"bye".to_vec()));
+        assert_eq!(second.hear(Duration::from_secs(20)), Sound::End);
+        let Sound::Bytes(bytes) = output.listen().hear(Duration::ZERO) else { panic!("no scrollback") };
+        assert!(bytes.ends_with(b"\nprompt> bye"), "after the end too");
+    }
+
+    #[test]
+    fn a_slow_listener_loses_output_and_is_told() {
+        let output = Output::new(Box::new(std::io::sink())).unwrap();
+        let slow = output.listen();
+        let total = 2 * BEHIND;
+        (0..total).for_each(|_| output.put(b'y'));
+        output.finish();
+        let Sound::Bytes(bytes) = slow.hear(Duration::ZERO) else { panic!("nothing") };
+        assert!(bytes.len() <= BEHIND && bytes.len() > BEHIND / 2);
+        assert_eq!(slow.hear(Duration::ZERO), Sound::Lost(total - bytes.len()));
+        assert_eq!(slow.hear(Duration::ZERO), Sound::End);
+    }
+
+    #[test]
+    fn a_failing_sink_leaves_the_listeners() {
+        struct Broken;
+        impl Write for Broken {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let output = Output::new(Box::new(Broken)).unwrap();
+        let listener = output.listen();
+        output.put(b'a');
+        assert_eq!(listener.hear(Duration::from_secs(20)), Sound::Bytes(b"a".to_vec()));
+        output.put(b'b');
+        assert_eq!(listener.hear(Duration::from_secs(20)), Sound::Bytes(b"b".to_vec()));
+        output.finish();
     }
 
     #[test]

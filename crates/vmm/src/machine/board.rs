@@ -4,7 +4,10 @@
 //! pair and the I/O APIC while the chip's lock is still held, so that levels arrive in the order in which
 //! they were computed, and its next event goes to the [`Alarm`].
 //!
-//! Lock order: a chip, then `interrupts` or the alarm or the console, then the engine's own.
+//! While the VM is paused nothing comes in from outside, timers or input, so that the chips stand still; it
+//! waits in the alarm and the console, and comes in on resume.
+//!
+//! Lock order: `still`, a chip, then `interrupts` or the alarm or the console, then the engine's own.
 
 use super::timer::Alarm;
 use super::{End, Notify, lock};
@@ -30,16 +33,18 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 const PIT_IRQ: u8 = 0;
 
 /// The buses with everything on them.
-pub(super) struct Board {
+pub struct Board {
     ports: Bus,
     memory: Bus,
-    chips: Arc<Chips>,
+    chips: Arc<Wired>,
 }
 
 /// The chips and what they are wired to.
-struct Chips {
+struct Wired {
     /// Guest time zero.
     epoch: Instant,
+    /// The VM is paused. Held by what comes from outside while it touches chips.
+    still: Mutex<bool>,
     vm: Arc<dyn Vm>,
     notify: Arc<Notify>,
     output: Arc<Output>,
@@ -55,15 +60,26 @@ struct Chips {
 }
 
 /// Both interrupt controllers: a line goes to both.
-struct Interrupts {
-    pic: Pic,
-    io_apic: IoApic,
+pub struct Interrupts {
+    pub pic: Pic,
+    pub io_apic: IoApic,
     /// Levels of the 16 ISA lines, by bit.
-    lines: u16,
+    pub lines: u16,
+}
+
+/// Every chip of a machine that stands still, locked.
+pub struct Chips<'a> {
+    pub serial: MutexGuard<'a, Serial>,
+    pub pit: MutexGuard<'a, Pit>,
+    pub rtc: MutexGuard<'a, Rtc>,
+    pub i8042: MutexGuard<'a, I8042>,
+    pub acpi_pm: MutexGuard<'a, AcpiPm>,
+    pub pci: &'a PciRoot,
+    pub interrupts: MutexGuard<'a, Interrupts>,
 }
 
 impl Board {
-    pub fn new(
+    pub(super) fn new(
         config: &Config,
         vm: Arc<dyn Vm>,
         output: &Arc<Output>,
@@ -72,8 +88,9 @@ impl Board {
     ) -> Board {
         let utc = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let low = config.memory.min(layout::LOW_RAM_LIMIT);
-        let chips = Arc::new(Chips {
+        let chips = Arc::new(Wired {
             epoch: Instant::now(),
+            still: Mutex::new(false),
             vm,
             notify: notify.clone(),
             output: output.clone(),
@@ -92,19 +109,20 @@ impl Board {
     }
 
     /// Lets the console's input reach the serial port, now and whenever more comes.
-    pub fn connect_input(&self) {
+    pub(super) fn connect_input(&self) {
         let chips = self.chips.clone();
-        self.chips.input.set_ready(Some(Arc::new(move || {
-            let mut serial = lock(&chips.serial);
-            chips.feed_serial(&mut serial);
-        })));
-        self.chips.feed_serial(&mut lock(&self.chips.serial));
+        self.chips.input.set_ready(Some(Arc::new(move || chips.take_input())));
+        self.chips.take_input();
     }
 
-    /// Runs the chips' timers until [`Board::stop_timers`].
-    pub fn run_timers(&self) {
+    /// Runs the chips' timers until `stop_timers`.
+    pub(super) fn run_timers(&self) {
         let chips = &self.chips;
         chips.alarm.run(chips.epoch, |now| {
+            let still = lock(&chips.still);
+            if *still {
+                return None;
+            }
             let pit = chips.settle_pit(&mut lock(&chips.pit), now);
             let mut rtc = lock(&chips.rtc);
             rtc.poll(now);
@@ -116,13 +134,52 @@ impl Board {
         });
     }
 
-    pub fn stop_timers(&self) {
+    pub(super) fn stop_timers(&self) {
         self.chips.alarm.stop();
+    }
+
+    /// Lets nothing in from outside, until `let_go`. When this returns nothing is under way either.
+    pub(super) fn hold_still(&self) {
+        *lock(&self.chips.still) = true;
+    }
+
+    /// Goes on after `hold_still`: what came due or was typed meanwhile comes in now.
+    pub(super) fn let_go(&self) {
+        *lock(&self.chips.still) = false;
+        self.chips.alarm.look_again();
+        self.chips.take_input();
+    }
+
+    /// Nanoseconds of guest time that the chips count in.
+    pub fn now(&self) -> u64 {
+        self.chips.now()
+    }
+
+    /// The chips, for a machine that stands still.
+    pub fn chips(&self) -> Chips<'_> {
+        let chips = &*self.chips;
+        Chips {
+            serial: lock(&chips.serial),
+            pit: lock(&chips.pit),
+            rtc: lock(&chips.rtc),
+            i8042: lock(&chips.i8042),
+            acpi_pm: lock(&chips.acpi_pm),
+            pci: &chips.pci,
+            interrupts: lock(&chips.interrupts),
+        }
+    }
+
+    /// Presses the power button; says whether the guest has its event enabled.
+    pub fn press_power_button(&self) -> bool {
+        let mut pm = lock(&self.chips.acpi_pm);
+        let heard = pm.press_power_button();
+        self.chips.alarm.set(self.chips.settle_acpi_pm(&mut pm));
+        heard
     }
 }
 
 /// Who answers which address.
-fn buses(chips: &Arc<Chips>, debug_exit: bool) -> (Bus, Bus) {
+fn buses(chips: &Arc<Wired>, debug_exit: bool) -> (Bus, Bus) {
     let device = |chip: Chip, base: u16| Arc::new(OnBus { chips: chips.clone(), chip, base });
     let mut ports = Bus::new();
     let mut add = |base: u16, length: u64, width: Width, chip: Chip| {
@@ -172,7 +229,7 @@ enum Chip {
 
 /// A chip at a place on a bus. Byte-wide chips see single bytes, because the bus splits accesses for them.
 struct OnBus {
-    chips: Arc<Chips>,
+    chips: Arc<Wired>,
     chip: Chip,
     /// First port.
     base: u16,
@@ -269,7 +326,7 @@ fn copy_lanes(offset: u64, value: u32, data: &mut [u8]) {
     data.copy_from_slice(&bytes[first..first + data.len()]);
 }
 
-impl Chips {
+impl Wired {
     fn now(&self) -> u64 {
         self.epoch.elapsed().as_nanos() as u64
     }
@@ -362,6 +419,14 @@ impl Chips {
             self.feed_serial(serial);
         } else {
             self.set_line(serial::COM1_IRQ, serial.interrupt());
+        }
+    }
+
+    /// Input that waits goes to the serial port, unless the VM is paused.
+    fn take_input(&self) {
+        let still = lock(&self.still);
+        if !*still {
+            self.feed_serial(&mut lock(&self.serial));
         }
     }
 

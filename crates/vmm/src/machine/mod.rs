@@ -1,20 +1,28 @@
 //! One VM's life: built from a [`Config`], run, and ended for one reason.
 //!
 //! ```text
-//!   build ──> run ──> ending ──> End            (power off, debug exit, triple fault, failure, stop)
-//!     ^                  │
-//!     └──────────────────┘                      (reset, with --on-reboot restart)
+//!             pause
+//!   build ──> run <──> paused ──> ending ──> End   (power off, debug exit, triple fault, failure, stop)
+//!     ^        └────────────────────^ │
+//!     └───────────────────────────────┘            (reset, with --on-reboot restart)
 //! ```
 //!
 //! The thread that calls [`run`] owns the VM. vCPUs, chips and the outside only send it events; the first
 //! event that ends the VM decides how it ends, later ones are dropped. So that a guest does not run on far
-//! beyond the access that ended it, the sender also kicks every vCPU out of guest code.
+//! beyond the access that ended it, the sender also kicks every vCPU out of guest code. Requests from the
+//! outside ([`Remote`]) are events too: the owner alone pauses, resumes and looks inside.
 //!
 //! Threads: one per vCPU, one for the timers of all chips ([`timer`]), the serial writer, and outside this
-//! crate the serial reader. A vCPU's thread ends when the VM ends, or with an event of its own, also if it
-//! panics: the owner never waits for an event that cannot come.
+//! module the serial reader and the control socket's. A vCPU's thread ends when the VM ends, or with an event
+//! of its own, also if it panics: the owner never waits for an event that cannot come.
+//!
+//! A paused VM stands still: its vCPU threads wait at the [`gate`], their vCPUs unlocked, and the board lets
+//! neither timers nor input in.
 
 mod board;
+mod gate;
+mod live;
+mod remote;
 mod timer;
 mod vcpu;
 
@@ -22,9 +30,13 @@ use crate::config::{OnReboot, show_size};
 use crate::console::{Input, Output};
 use crate::{Config, Error, Result, acpi, boot, memory};
 use anyvisor_devices::PowerEvent;
-use anyvisor_engine::{Engine, Kicker, Vcpu, VcpuId};
-use board::Board;
-use std::sync::atomic::{AtomicBool, Ordering};
+use anyvisor_engine::{Engine, Kicker, Vcpu, VcpuId, Vm};
+pub use board::{Board, Chips};
+use gate::Gate;
+use live::Live;
+pub use remote::{Paused, Refused, Remote, State};
+use remote::{Request, Status};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
@@ -55,34 +67,33 @@ enum Event {
         end: End,
     },
     Outside(End),
+    Request(Request),
 }
 
 /// The owner's end of a VM's control.
 pub struct Control {
     events: mpsc::Receiver<Event>,
     sender: mpsc::Sender<Event>,
-}
-
-/// Ends the VM from outside, from any thread.
-#[derive(Clone)]
-pub struct Remote(mpsc::Sender<Event>);
-
-impl Remote {
-    /// Ends the VM now, as a signal does.
-    pub fn stop(&self) {
-        // Nobody listens any more if the VM has ended.
-        let _ = self.0.send(Event::Outside(End::Stopped));
-    }
-    /// Ends the VM now, because the user at its console wants to leave.
-    pub fn leave(&self) {
-        let _ = self.0.send(Event::Outside(End::Left));
-    }
+    status: Arc<Status>,
+    /// Requests that came as a VM was ending, for the next one.
+    deferred: Mutex<VecDeque<Request>>,
 }
 
 /// A VM's control, before there is a VM.
 pub fn control() -> (Control, Remote) {
     let (sender, events) = mpsc::channel();
-    (Control { events, sender: sender.clone() }, Remote(sender))
+    let status = Arc::new(Status::new());
+    let remote = Remote { sender: sender.clone(), status: status.clone() };
+    (Control { events, sender, status, deferred: Mutex::default() }, remote)
+}
+
+impl Control {
+    /// Nobody is left to answer requests: drops those that wait, and lets later ones see why.
+    fn close(&self) {
+        self.status.set(State::Ended);
+        lock(&self.deferred).clear();
+        while self.events.try_recv().is_ok() {}
+    }
 }
 
 /// Builds the VM that `config` describes on `engine` and runs it until it ends. The console is at `output`
@@ -98,39 +109,53 @@ pub fn run(
     control: &Control,
     built: impl FnOnce() -> Result<()>,
 ) -> Result<End> {
+    let end = run_to_end(config, engine, output, input, control, built);
+    control.close();
+    if end.is_ok() {
+        output.finish();
+    }
+    end
+}
+
+fn run_to_end(
+    config: &Config,
+    engine: &dyn Engine,
+    output: &Arc<Output>,
+    input: &Arc<Input>,
+    control: &Control,
+    built: impl FnOnce() -> Result<()>,
+) -> Result<End> {
     config.validate()?;
     let mut generation = 0;
     let mut built = Some(built);
-    let end = loop {
+    loop {
+        control.status.set(State::Starting);
         let notify = Arc::new(Notify::new(generation, control.sender.clone()));
         let machine = Machine::build(config, engine, output, input, notify)?;
         if let Some(built) = built.take() {
             built()?;
         }
         tracing::info!(id = config.id, engine = engine.name(), memory = show_size(config.memory), "VM runs");
-        let end = machine.run(input, control, output);
+        let end = machine.run(config, engine.name(), input, control, output);
         if end != End::Reboot || config.on_reboot == OnReboot::Exit {
-            break end;
+            return Ok(end);
         }
         tracing::info!(id = config.id, "VM restarts");
         generation += 1;
-    };
-    output.finish();
-    Ok(end)
+    }
 }
 
-/// How the parts of one VM tell its owner that it ends.
+/// How the parts of one VM tell its owner that it ends, and where its vCPU threads wait.
 struct Notify {
     generation: u32,
-    /// Guest code should not run any more.
-    ending: AtomicBool,
     sender: mpsc::Sender<Event>,
+    gate: Gate,
     kickers: Mutex<Vec<Kicker>>,
 }
 
 impl Notify {
     fn new(generation: u32, sender: mpsc::Sender<Event>) -> Notify {
-        Notify { generation, ending: AtomicBool::new(false), sender, kickers: Mutex::default() }
+        Notify { generation, sender, gate: Gate::default(), kickers: Mutex::default() }
     }
 
     fn end(&self, end: End) {
@@ -148,18 +173,19 @@ impl Notify {
     }
 
     fn stop_vcpus(&self) {
-        self.ending.store(true, Ordering::SeqCst);
-        lock(&self.kickers).iter().for_each(Kicker::kick);
+        self.gate.end();
+        self.kick_vcpus();
     }
 
-    fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::SeqCst)
+    fn kick_vcpus(&self) {
+        lock(&self.kickers).iter().for_each(Kicker::kick);
     }
 }
 
 /// A VM that is built and not yet running.
 struct Machine {
     memory: GuestMemoryMmap,
+    vm: Arc<dyn Vm>,
     board: Arc<Board>,
     vcpus: Vec<Box<dyn Vcpu>>,
     notify: Arc<Notify>,
@@ -200,12 +226,13 @@ impl Machine {
             lock(&notify.kickers).push(vcpu.kicker());
             vcpus.push(vcpu);
         }
-        Ok(Machine { memory, board, vcpus, notify })
+        Ok(Machine { memory, vm, board, vcpus, notify })
     }
 
     /// Runs until the VM ends, and tears it down.
-    fn run(self, input: &Arc<Input>, control: &Control, output: &Output) -> End {
-        let Machine { memory, board, vcpus, notify } = self;
+    fn run(self, config: &Config, engine: &str, input: &Arc<Input>, control: &Control, output: &Output) -> End {
+        let Machine { memory, vm, board, vcpus, notify } = self;
+        let vcpus: Vec<vcpu::SharedVcpu> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
         let mut threads = Vec::new();
         let timer_board = board.clone();
         let spawned = std::thread::Builder::new().name("timer".into()).spawn(move || timer_board.run_timers());
@@ -213,15 +240,17 @@ impl Machine {
             Ok(thread) => threads.push(thread),
             Err(error) => notify.end(End::Failed(format!("cannot start the timer thread: {error}"))),
         }
-        for (cpu, vcpu) in vcpus.into_iter().enumerate() {
-            match vcpu::spawn(cpu, vcpu, board.clone(), memory.clone(), notify.clone()) {
+        for (cpu, vcpu) in vcpus.iter().enumerate() {
+            match vcpu::spawn(cpu, vcpu.clone(), board.clone(), memory.clone(), notify.clone()) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => notify.end(End::Failed(format!("cannot start the thread of vCPU {cpu}: {error}"))),
             }
         }
         board.connect_input();
+        control.status.set(State::Running);
 
-        let end = next_end(control, notify.generation);
+        let live = Live { config, engine, vm: &*vm, memory: &memory, board: &board, vcpus: &vcpus, notify: &notify };
+        let end = live.run(control, output);
         tracing::info!(?end, "VM ends");
         notify.stop_vcpus();
         input.set_ready(None);
@@ -235,17 +264,6 @@ impl Machine {
             }
         }
         end
-    }
-}
-
-/// Waits for the first event that ends VM number `generation`.
-fn next_end(control: &Control, generation: u32) -> End {
-    loop {
-        match control.events.recv().expect("the control holds a sender itself") {
-            Event::Outside(end) => return end,
-            Event::Vm { generation: from, end } if from == generation => return end,
-            Event::Vm { .. } => {}
-        }
     }
 }
 

@@ -7,6 +7,7 @@ use anyvisor_x86::{Msi, VcpuState};
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Condvar;
+use std::sync::atomic::Ordering;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 type Guest = Arc<dyn Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync>;
@@ -24,6 +25,7 @@ struct FakeVm {
     intr: Mutex<bool>,
     clock: Mutex<u64>,
     states: Arc<Mutex<Vec<VcpuState>>>,
+    kickers: Mutex<Vec<Kicker>>,
     this: std::sync::Weak<FakeVm>,
 }
 
@@ -63,6 +65,7 @@ impl Engine for FakeEngine {
             intr: Mutex::default(),
             clock: Mutex::default(),
             states: self.states.clone(),
+            kickers: Mutex::default(),
             this: this.clone(),
         }))
     }
@@ -71,7 +74,9 @@ impl Engine for FakeEngine {
 impl Vm for FakeVm {
     fn create_vcpu(&self, id: VcpuId, _cpuid: &Cpuid) -> anyvisor_engine::Result<Box<dyn Vcpu>> {
         let vm = self.this.upgrade().unwrap();
-        Ok(Box::new(FakeVcpu { id: id.0, vm, kicked: Arc::default() }))
+        let kicked = Arc::<Kicked>::default();
+        self.kickers.lock().unwrap().push(Kicker::new(kicked.clone()));
+        Ok(Box::new(FakeVcpu { id: id.0, vm, kicked }))
     }
     fn signal_msi(&self, msi: Msi) -> anyvisor_engine::Result<()> {
         self.messages.lock().unwrap().push(msi);
@@ -372,6 +377,192 @@ fn a_stop_from_outside_ends_a_busy_vm() {
     });
     assert_eq!(run(&config(&kernel), &engine, &output, &Input::new(), &control, || Ok(())).unwrap(), End::Stopped);
     stopper.join().unwrap();
+}
+
+/// Runs a VM of `cpus` vCPUs on `guest`, with `outside` on a thread of its own.
+fn with_outside(
+    cpus: u32,
+    guest: impl Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync + 'static,
+    outside: impl FnOnce(Remote) + Send + 'static,
+) -> End {
+    let kernel = KernelFile::new();
+    let config = Config { cpus, on_reboot: OnReboot::Restart, ..config(&kernel) };
+    let output = Arc::new(Output::new(Box::new(std::io::sink())).unwrap());
+    let engine = FakeEngine { guest: Arc::new(guest), states: Arc::default() };
+    let (control, remote) = control();
+    let thread = std::thread::spawn(move || {
+        // Whatever happens here, the VM ends.
+        struct Stop(Remote);
+        impl Drop for Stop {
+            fn drop(&mut self) {
+                self.0.stop();
+            }
+        }
+        let _stop = Stop(remote.clone());
+        outside(remote);
+    });
+    let end = run(&config, &engine, &output, &Input::new(), &control, || Ok(())).unwrap();
+    thread.join().unwrap();
+    end
+}
+
+#[test]
+fn a_paused_vm_stands_still_and_goes_on() {
+    let steps = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let count = steps.clone();
+    let wait = |done: &dyn Fn() -> bool| {
+        let start = std::time::Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(20), "it takes too long");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let end = with_outside(
+        3,
+        move |vm, cpu, io| {
+            if cpu == 1 {
+                count.fetch_add(1, Ordering::SeqCst);
+                // A failed exit would end the VM; this one is like a guest that loops and gets kicked.
+                std::thread::sleep(Duration::from_micros(100));
+                let mut data = [0];
+                io.pio_read(0x61, &mut data);
+                let this = vm.kickers.lock().unwrap()[1].clone();
+                this.kick();
+            }
+            Exit::Kicked
+        },
+        move |remote| {
+            let now = || steps.load(Ordering::SeqCst);
+            for round in 0..20 {
+                let before = now();
+                wait(&|| now() > before);
+                remote.pause().unwrap();
+                remote.pause().unwrap();
+                assert_eq!(remote.state(), State::Paused);
+                assert!(matches!(remote.press_power_button(), Err(Refused::State(_))));
+                let paused_at = now();
+                std::thread::sleep(Duration::from_millis(2));
+                let cpus = remote.with_paused(|paused| {
+                    assert_eq!(paused.board.chips().interrupts.lines & 1 << 4, 0);
+                    paused.vcpus.iter_mut().map(|vcpu| vcpu.state().unwrap()).count()
+                });
+                assert_eq!(cpus.unwrap(), 3);
+                assert_eq!((now(), remote.state()), (paused_at, State::Paused), "round {round}");
+                remote.resume().unwrap();
+                remote.resume().unwrap();
+                assert_eq!(remote.state(), State::Running);
+            }
+            // Of a running VM too, which then runs on.
+            let at = steps.clone();
+            let moved = remote.with_paused(move |_| {
+                let before = at.load(Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(2));
+                at.load(Ordering::SeqCst) - before
+            });
+            assert_eq!(moved.unwrap(), 0);
+            assert_eq!(remote.state(), State::Running);
+            assert!(!remote.press_power_button().unwrap(), "nobody listens");
+            // A paused VM can be stopped, and then knows no more requests.
+            remote.pause().unwrap();
+            remote.stop();
+            wait(&|| remote.state() == State::Ended);
+            assert!(matches!(remote.pause(), Err(Refused::Ended)));
+            assert!(matches!(remote.with_paused(|_| ()), Err(Refused::Ended)));
+        },
+    );
+    assert_eq!(end, End::Stopped);
+}
+
+/// Input and timers wait outside a paused machine.
+#[test]
+fn chips_of_a_paused_vm_do_not_change() {
+    let end = with_outside(
+        1,
+        |_, _, io| {
+            // The RTC's periodic interrupt, 1024 Hz: its flag in register C would rise within a millisecond.
+            for (register, value) in [(0x0a, 0x26), (0x0b, 0x42)] {
+                outb(io, 0x70, register);
+                outb(io, 0x71, value);
+            }
+            Exit::Kicked
+        },
+        |remote| {
+            std::thread::sleep(Duration::from_millis(20));
+            remote.pause().unwrap();
+            let look = |remote: &Remote| {
+                remote
+                    .with_paused(|paused| {
+                        let chips = paused.board.chips();
+                        format!("{:?} {:?} {}", *chips.rtc, *chips.serial, chips.interrupts.lines)
+                    })
+                    .unwrap()
+            };
+            let before = look(&remote);
+            std::thread::sleep(Duration::from_millis(20));
+            assert_eq!(look(&remote), before);
+            remote.stop();
+        },
+    );
+    assert_eq!(end, End::Stopped);
+}
+
+/// Requests while a VM restarts and restarts go to one that runs, and every one is answered.
+#[test]
+fn requests_survive_restarts() {
+    let boots = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let count = boots.clone();
+    let end = with_outside(
+        2,
+        move |_, cpu, io| {
+            if cpu == 1 && count.fetch_add(1, Ordering::SeqCst) < 30 {
+                outb(io, 0xcf9, 6);
+            }
+            Exit::Kicked
+        },
+        move |remote| {
+            while boots.load(Ordering::SeqCst) <= 30 {
+                remote.pause().unwrap();
+                remote.resume().unwrap();
+                remote.with_paused(|paused| assert_eq!(paused.vcpus.len(), 2)).unwrap();
+            }
+            remote.stop();
+        },
+    );
+    assert_eq!(end, End::Stopped);
+}
+
+#[test]
+fn a_reader_who_does_not_read_keeps_no_vm_from_pausing() {
+    struct Stalled(mpsc::Receiver<()>);
+    impl Write for Stalled {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            let _ = self.0.recv();
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let kernel = KernelFile::new();
+    let (hold, held) = mpsc::channel();
+    let output = Arc::new(Output::new(Box::new(Stalled(held))).unwrap());
+    let guest = |vm: &FakeVm, _, io: &dyn GuestIo| {
+        (0..100_000).for_each(|_| outb(io, 0x3f8, b'x'));
+        vm.kickers.lock().unwrap()[0].kick();
+        Exit::Kicked
+    };
+    let engine = FakeEngine { guest: Arc::new(guest), states: Arc::default() };
+    let (control, remote) = control();
+    let outside = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        remote.pause().unwrap();
+        remote.resume().unwrap();
+        remote.pause().unwrap();
+        remote.stop();
+    });
+    assert_eq!(run(&config(&kernel), &engine, &output, &Input::new(), &control, || Ok(())).unwrap(), End::Stopped);
+    outside.join().unwrap();
+    drop(hold);
 }
 
 #[test]

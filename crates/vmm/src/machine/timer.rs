@@ -34,6 +34,12 @@ impl Alarm {
         }
     }
 
+    /// Has the chips asked again now.
+    pub fn look_again(&self) {
+        lock(&self.state).again = true;
+        self.changed.notify_one();
+    }
+
     /// Ends [`Alarm::run`].
     pub fn stop(&self) {
         lock(&self.state).stopped = true;

@@ -1,23 +1,27 @@
 //! The thread that drives one vCPU.
 
-use super::{Board, End, Notify};
+use super::{Board, End, Notify, lock};
 use crate::dump;
 use anyvisor_engine::{Exit, Vcpu};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vm_memory::GuestMemoryMmap;
+
+/// A vCPU, locked by its thread while it runs and by the owner while it is paused.
+pub(super) type SharedVcpu = Arc<Mutex<Box<dyn Vcpu>>>;
 
 /// Starts the thread of vCPU `cpu`. It ends with the VM, or ends the VM.
 pub(super) fn spawn(
     cpu: usize,
-    mut vcpu: Box<dyn Vcpu>,
+    vcpu: SharedVcpu,
     board: Arc<Board>,
     memory: GuestMemoryMmap,
     notify: Arc<Notify>,
 ) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(format!("vcpu{cpu}")).spawn(move || {
         let guard = PanicGuard { cpu, notify: &notify };
-        while !notify.is_ending() {
+        while notify.gate.pass() {
+            let mut vcpu = lock(&vcpu);
             let end = match vcpu.run(&*board) {
                 Ok(Exit::Kicked) => continue,
                 Ok(Exit::Shutdown) => End::TripleFault(match vcpu.state() {

@@ -1,0 +1,181 @@
+//! A running VM's control from outside: what other threads may ask of the owner, and what it tells them.
+//!
+//! A [`Remote`] sends requests to the thread in [`super::run`], which carries them out one after another
+//! between the VM's own events, and answers each. A request that comes while the VM restarts waits for the
+//! new one; one that comes as it ends is answered [`Refused::Ended`]. What others merely want to know (the
+//! state) does not go through the owner, which may be busy.
+
+use super::{Board, End, Event};
+use crate::Config;
+use anyvisor_engine::{Vcpu, Vm};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, MutexGuard, mpsc};
+use std::time::Duration;
+use vm_memory::GuestMemoryMmap;
+
+/// Where a VM is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// Being built, for the first time or again after a reset.
+    Starting,
+    Running,
+    Paused,
+    Ended,
+}
+
+impl State {
+    /// One word, as users see it.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Starting => "Starting",
+            State::Running => "Running",
+            State::Paused => "Paused",
+            State::Ended => "Ended",
+        }
+    }
+}
+
+/// The VM's state, readable at any time.
+pub(super) struct Status(AtomicU8);
+
+impl Status {
+    pub fn new() -> Status {
+        Status(AtomicU8::new(State::Starting as u8))
+    }
+    pub fn set(&self, state: State) {
+        self.0.store(state as u8, Ordering::SeqCst);
+    }
+    pub fn get(&self) -> State {
+        let value = self.0.load(Ordering::SeqCst);
+        [State::Starting, State::Running, State::Paused, State::Ended][usize::from(value)]
+    }
+}
+
+/// Why a request was not carried out. The message is one line for users, without the VM's name.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    #[error("the VM has ended")]
+    Ended,
+    /// The VM is in a state in which this cannot be done.
+    #[error("{0}")]
+    State(String),
+    /// It was tried and failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A VM that stands still: every vCPU at an instruction boundary, no chip doing anything.
+pub struct Paused<'a> {
+    pub config: &'a Config,
+    /// The engine's name.
+    pub engine: &'a str,
+    pub vm: &'a dyn Vm,
+    pub memory: &'a GuestMemoryMmap,
+    pub board: &'a Board,
+    /// By number. Nobody else runs or asks them.
+    pub vcpus: Vec<MutexGuard<'a, Box<dyn Vcpu>>>,
+}
+
+/// What is done to a VM that stands still, or why it cannot be. What it returns sends the answer, once the VM
+/// is in its old state again.
+type Work = Box<dyn FnOnce(Result<&mut Paused, Refused>) -> Box<dyn FnOnce()> + Send>;
+
+/// What the owner is asked.
+pub(super) enum Request {
+    Pause(Answer<()>),
+    Resume(Answer<()>),
+    PressPowerButton(Answer<bool>),
+    WithPaused(Work),
+}
+
+/// Where the answer goes. If it is dropped, the VM has ended.
+pub(super) type Answer<T> = mpsc::Sender<Result<T, Refused>>;
+
+/// Controls the VM from outside, from any thread.
+#[derive(Clone)]
+pub struct Remote {
+    pub(super) sender: mpsc::Sender<Event>,
+    pub(super) status: Arc<Status>,
+}
+
+impl Remote {
+    /// Ends the VM now, as a signal does.
+    pub fn stop(&self) {
+        // Nobody listens any more if the VM has ended.
+        let _ = self.sender.send(Event::Outside(End::Stopped));
+    }
+
+    /// Ends the VM now, because the user at its console wants to leave.
+    pub fn leave(&self) {
+        let _ = self.sender.send(Event::Outside(End::Left));
+    }
+
+    /// The VM's state now.
+    pub fn state(&self) -> State {
+        self.status.get()
+    }
+
+    /// Stops every vCPU at an instruction boundary and holds the chips still. Does nothing to a paused VM.
+    ///
+    /// Guest time goes on, as it does for a process under SIGSTOP: after [`Remote::resume`] the guest's clocks
+    /// are right, and timers that came due meanwhile fire at once, each once. A guest with kvmclock is told by
+    /// its GUEST_STOPPED flag, so that it does not take the pause for a lockup.
+    ///
+    /// # Errors
+    /// The VM has ended, or a vCPU does not come to a boundary.
+    pub fn pause(&self) -> Result<(), Refused> {
+        self.ask(Request::Pause)
+    }
+
+    /// Goes on after [`Remote::pause`]. Does nothing to a running VM.
+    ///
+    /// # Errors
+    /// The VM has ended.
+    pub fn resume(&self) -> Result<(), Refused> {
+        self.ask(Request::Resume)
+    }
+
+    /// Presses the ACPI power button. Says whether the guest has the button's event enabled; without, the
+    /// press is forgotten by most guests.
+    ///
+    /// # Errors
+    /// The VM has ended or is paused.
+    pub fn press_power_button(&self) -> Result<bool, Refused> {
+        self.ask(Request::PressPowerButton)
+    }
+
+    /// Calls `work` on the VM while it stands still: pauses it for that, unless it is paused already. `work`
+    /// runs on the owner's thread; nothing else happens to the VM meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Remote::pause`].
+    pub fn with_paused<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Paused) -> T + Send + 'static,
+    ) -> Result<T, Refused> {
+        self.ask(|answer| {
+            Request::WithPaused(Box::new(move |paused| {
+                let result = paused.map(work);
+                // Whoever asked may have gone.
+                Box::new(move || drop(answer.send(result)))
+            }))
+        })
+    }
+
+    fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, Refused> {
+        let (answer, answered) = mpsc::channel();
+        self.sender.send(Event::Request(request(answer))).map_err(|_| Refused::Ended)?;
+        loop {
+            match answered.recv_timeout(Duration::from_millis(100)) {
+                Ok(answer) => return answer,
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(Refused::Ended),
+                // A request that came after the last look into the queue is never answered.
+                Err(mpsc::RecvTimeoutError::Timeout) if self.state() == State::Ended => {
+                    return answered.try_recv().unwrap_or(Err(Refused::Ended));
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+}
