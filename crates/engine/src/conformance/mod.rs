@@ -74,7 +74,7 @@ pub fn equal<T: PartialEq + std::fmt::Debug>(what: &str, got: T, expected: T) ->
     if got == expected {
         return Ok(());
     }
-    Err(Mismatch(format!("{what}: expected {expected:#x?}, got {got:#x?}")))
+    Err(Mismatch(format!("{what}: expected {expected:x?}, got {got:x?}")))
 }
 
 /// `Err` with `what` unless `holds`.

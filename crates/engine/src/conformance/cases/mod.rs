@@ -1,6 +1,8 @@
 //! The cases, a file for each part of the architecture.
 
 mod exceptions;
+mod mmio;
+mod port_io;
 
 use super::{Case, Suite};
 
@@ -36,6 +38,8 @@ mod prelude {
 /// All cases, in order.
 pub fn cases() -> Vec<Case> {
     let mut suite = Suite { cases: Vec::new(), group: "" };
-    exceptions::add(suite.group("exceptions"));
+    exceptions::add(&mut suite);
+    port_io::add(&mut suite);
+    mmio::add(&mut suite);
     suite.cases
 }
