@@ -2,6 +2,7 @@
 
 use crate::engines;
 use anyvisor_engine::Engine;
+use anyvisor_engine_kvm::Kvm;
 use anyvisor_engine_translator::Translator;
 use anyvisor_vmm::Result;
 use anyvisor_x86::cpuid::CpuModel;
@@ -20,19 +21,43 @@ const TRANSLATOR_USES: [(&str, &str); 4] = [
 
 /// Prints the report; returns the exit code: 0 if a guest of the default model can run, else 1.
 pub fn command() -> Result<u8> {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpuinfo = cpuinfo();
     let mut report = String::new();
     // Writing to a string cannot fail.
     let _ = host(&mut report, &cpuinfo);
-    let _ = kvm(&mut report, &cpuinfo);
-    let works = translator(&mut report, &cpuinfo);
-    let _ = writeln!(
-        report,
-        "auto\n  takes {}",
-        if works { format!("translator, because {}", engines::AUTO_REASON) } else { "nothing: see above".into() }
-    );
+    let kvm = engines::usable_kvm();
+    let kvm_works = kvm_section(&mut report, &cpuinfo, &kvm);
+    let translator_works = translator(&mut report, &cpuinfo);
+    let auto = match &kvm {
+        Ok(_) if kvm_works || !translator_works => "kvm, because 64-bit kernel code runs on the CPU in it".into(),
+        Ok(_) => "kvm; only --engine translator runs the default CPU model".into(),
+        Err(why) if translator_works => format!("translator, because {why}"),
+        Err(_) => "nothing that runs the default CPU model: see above".to_owned(),
+    };
+    let _ = writeln!(report, "auto\n  takes {auto}");
     print!("{report}");
-    Ok(u8::from(!works))
+    Ok(u8::from(!(translator_works || kvm_works)))
+}
+
+fn cpuinfo() -> String {
+    fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
+}
+
+/// What `CPUID` lacks on a host without hardware virtualization.
+pub const NO_HARDWARE: &str = "this CPU shows neither VT-x, vmx, nor AMD-V, svm";
+
+/// Whether the host's CPU shows VT-x or AMD-V.
+pub fn has_hardware_virtualization() -> bool {
+    let cpuinfo = cpuinfo();
+    has_flag(&cpuinfo, "vmx") || has_flag(&cpuinfo, "svm")
+}
+
+/// Why KVM could not be opened, and what to do, in one line.
+pub fn kvm_refused(error: &anyvisor_engine::Error) -> String {
+    match error {
+        anyvisor_engine::Error::Host { .. } => format!("/dev/kvm is {}", device(Path::new(DEVICE))),
+        other => other.to_string(),
+    }
 }
 
 /// The value of the first line `key : value`.
@@ -55,22 +80,39 @@ fn host(out: &mut String, cpuinfo: &str) -> std::fmt::Result {
     Ok(())
 }
 
-fn kvm(out: &mut String, cpuinfo: &str) -> std::fmt::Result {
-    writeln!(out, "kvm")?;
-    let (vmx, svm) = (has_flag(cpuinfo, "vmx"), has_flag(cpuinfo, "svm"));
-    match (vmx, svm) {
-        (true, _) => writeln!(out, "  hardware virtualization: VT-x (vmx)")?,
-        (_, true) => writeln!(out, "  hardware virtualization: AMD-V (svm)")?,
-        _ => writeln!(out, "  hardware virtualization: none (neither vmx nor svm in CPUID)")?,
+const DEVICE: &str = "/dev/kvm";
+
+/// KVM's section; whether it runs a guest of the default model.
+fn kvm_section(out: &mut String, cpuinfo: &str, kvm: &std::result::Result<Kvm, String>) -> bool {
+    // Writing to a string cannot fail, here and below.
+    let _ = writeln!(out, "kvm");
+    let hardware = match (has_flag(cpuinfo, "vmx"), has_flag(cpuinfo, "svm")) {
+        (true, _) => "VT-x (vmx)",
+        (_, true) => "AMD-V (svm)",
+        _ => "none (neither vmx nor svm in CPUID: none in this CPU, off in the firmware, or not given to this VM)",
+    };
+    let _ = writeln!(out, "  hardware virtualization: {hardware}");
+    let _ = writeln!(out, "  {DEVICE}: {}", device(Path::new(DEVICE)));
+    if Path::new("/sys/module/kvm_pvm").exists() {
+        let _ = writeln!(out, "  kvm_pvm: loaded, a KVM on page tables alone, which emulates most kernel-mode code");
     }
-    writeln!(out, "  /dev/kvm: {}", device(Path::new("/dev/kvm")))?;
     for module in ["kvm_intel", "kvm_amd"] {
         if let Ok(nested) = fs::read_to_string(format!("/sys/module/{module}/parameters/nested")) {
             let nested = matches!(nested.trim(), "Y" | "1");
-            writeln!(out, "  {module}: nested virtualization {}", if nested { "on" } else { "off" })?;
+            let _ = writeln!(out, "  {module}: nested virtualization {}", if nested { "on" } else { "off" });
         }
     }
-    writeln!(out, "  verdict: not usable, {}", engines::AUTO_REASON)
+    match kvm {
+        Ok(engine) => {
+            let works = models(out, engine);
+            let _ = writeln!(out, "  verdict: usable, a probe VM ran 64-bit kernel code at the CPU's speed");
+            works
+        }
+        Err(why) => {
+            let _ = writeln!(out, "  verdict: not usable, {why}");
+            false
+        }
+    }
 }
 
 /// Whether the device at `path` can be opened and, if not, what to do.
@@ -124,20 +166,24 @@ fn translator(out: &mut String, cpuinfo: &str) -> bool {
             return false;
         }
     };
+    let default_works = models(out, &engine);
+    let _ = writeln!(out, "  verdict: usable, needs no device and no privilege");
+    default_works
+}
+
+/// Which CPU models an engine has here; whether the default one is among them.
+fn models(out: &mut String, engine: &dyn Engine) -> bool {
     let supported = engine.supported_cpuid();
     let mut default_works = false;
     for model in [CpuModel::V3, CpuModel::V2, CpuModel::Host] {
-        match model.table(&supported, 1, 0) {
+        let _ = match model.table(&supported, 1, 0) {
             Ok(_) => {
                 default_works |= model == CpuModel::V3;
-                let _ = writeln!(out, "  model {model}: yes");
+                writeln!(out, "  model {model}: yes")
             }
-            Err(error) => {
-                let _ = writeln!(out, "  model {model}: no, {error}");
-            }
-        }
+            Err(error) => writeln!(out, "  model {model}: no, {error}"),
+        };
     }
-    let _ = writeln!(out, "  verdict: usable, needs no device and no privilege");
     default_works
 }
 

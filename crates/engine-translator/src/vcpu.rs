@@ -47,6 +47,8 @@ pub struct TranslatorVcpu {
     timer: Option<ThreadTimer>,
     /// From a restored state: to be delivered before anything else.
     exception: Option<Exception>,
+    /// From a restored state: an interrupt of the 8259 that has been acknowledged.
+    interrupt: Option<u8>,
 }
 
 impl TranslatorVcpu {
@@ -54,7 +56,7 @@ impl TranslatorVcpu {
     pub(crate) fn new(core: Core, translator: Option<Translator>) -> Result<TranslatorVcpu> {
         let state = VcpuState::reset(core.shared.id, core.cpuid(1, 0).eax);
         let mut vcpu =
-            TranslatorVcpu { core, translator, x87: Box::new(Fxsave([0; 512])), timer: None, exception: None };
+            TranslatorVcpu { core, translator, x87: Box::new(Fxsave([0; 512])), timer: None, exception: None, interrupt: None };
         vcpu.set_state(&state)?;
         Ok(vcpu)
     }
@@ -123,6 +125,12 @@ impl TranslatorVcpu {
             && system::deliver_exception(core, io, exception) == Step::Shutdown
         {
             return Exit::Shutdown;
+        }
+        if let Some(vector) = self.interrupt.take() {
+            core.cpu.halted = false;
+            if system::deliver_interrupt(core, io, vector) == Step::Shutdown {
+                return Exit::Shutdown;
+            }
         }
         core.cpu.pending.fetch_or(pending::EVENT, Ordering::SeqCst);
         loop {
@@ -240,6 +248,7 @@ impl Vcpu for TranslatorVcpu {
                 nmi_pending,
                 nmi_blocked: cpu.nmi_blocked,
                 interrupt_shadow: cpu.interrupt_shadow,
+                interrupt: self.interrupt,
             },
         })
     }
@@ -252,6 +261,7 @@ impl Vcpu for TranslatorVcpu {
         self.set_lapic(state)?;
         let core = &mut self.core;
         self.exception = state.events.exception;
+        self.interrupt = state.events.interrupt;
         core.nmi_pending = state.events.nmi_pending;
         core.cpu.nmi_blocked = state.events.nmi_blocked;
         core.cpu.interrupt_shadow = state.events.interrupt_shadow & 3;

@@ -37,8 +37,10 @@ pub const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 pub const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
 pub const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 pub const KVM_PV_EOI_EN: u32 = 0x4b56_4d04;
+pub const KVM_POLL_CONTROL: u32 = 0x4b56_4d05;
 
-/// The MSRs a [`crate::VcpuState`] carries, in this order.
+/// The MSRs a [`crate::VcpuState`] carries, in this order; those that an engine or a CPU model does not have are
+/// left out.
 pub const SAVED: &[u32] = &[
     IA32_TSC,
     IA32_APIC_BASE,
@@ -60,4 +62,7 @@ pub const SAVED: &[u32] = &[
     TSC_AUX,
     KVM_WALL_CLOCK_NEW,
     KVM_SYSTEM_TIME_NEW,
+    KVM_STEAL_TIME,
+    KVM_PV_EOI_EN,
+    KVM_POLL_CONTROL,
 ];

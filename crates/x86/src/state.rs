@@ -34,6 +34,10 @@ pub struct PendingEvents {
     pub nmi_blocked: bool,
     /// The next instruction boundary accepts no interrupt: after STI (bit 0) or MOV SS/POP SS (bit 1).
     pub interrupt_shadow: u8,
+    /// The vector of an interrupt that the 8259 has been asked for and that is not delivered yet. One from the
+    /// local APIC is still in IRR.
+    #[serde(default)]
+    pub interrupt: Option<u8>,
 }
 
 /// Architectural state of one vCPU at an instruction boundary.
