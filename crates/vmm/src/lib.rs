@@ -13,6 +13,7 @@ pub mod dump;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod snapshot;
 
 pub use anyvisor_devices::power::debug_exit_code;
 pub use config::Config;

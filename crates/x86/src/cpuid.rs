@@ -54,9 +54,67 @@ impl Cpuid {
         }
     }
 
+    /// Frequency of the TSC in kHz, from the timing leaf, which engines always show.
+    pub fn tsc_khz(&self) -> Option<u64> {
+        self.get(0x4000_0010, 0).map(|result| u64::from(result.eax)).filter(|khz| *khz != 0)
+    }
+
     /// Whether `feature` is set.
     pub fn has(&self, feature: &Feature) -> bool {
         self.get(feature.leaf, feature.subleaf).is_some_and(|r| feature.register.of(&r) >> feature.bit & 1 != 0)
+    }
+}
+
+/// Registers that hold a feature in each bit, which must all be in a host's table to be in a vCPU's.
+const FEATURE_REGISTERS: &[(u32, u32, Register)] = &[
+    (1, 0, Register::Ecx),
+    (1, 0, Register::Edx),
+    (7, 0, Register::Ebx),
+    (7, 0, Register::Ecx),
+    (7, 0, Register::Edx),
+    (7, 1, Register::Eax),
+    (7, 1, Register::Edx),
+    (7, 2, Register::Edx),
+    (0x4000_0001, 0, Register::Eax),
+    (0x8000_0001, 0, Register::Ecx),
+    (0x8000_0001, 0, Register::Edx),
+    (0x8000_0007, 0, Register::Edx),
+    (0x8000_0008, 0, Register::Ebx),
+];
+
+/// Bits of these that say what software or the topology does, not what the processor can: OSXSAVE, hypervisor,
+/// HT.
+const NOT_FEATURES: &[(u32, Register, u32)] = &[(1, Register::Ecx, 1 << 27 | 1 << 31), (1, Register::Edx, 1 << 28)];
+
+impl Cpuid {
+    /// What a vCPU with this table, saved elsewhere, needs and `supported` lacks, by name; empty if it can go on
+    /// there. Frequencies are not compared.
+    pub fn differences(&self, supported: &Cpuid) -> Vec<String> {
+        let mut missing = Vec::new();
+        for &(leaf, subleaf, register) in FEATURE_REGISTERS {
+            let bits = |table: &Cpuid| table.get(leaf, subleaf).map_or(0, |result| register.of(&result));
+            let ignored = NOT_FEATURES.iter().find(|(l, r, _)| (*l, *r) == (leaf, register)).map_or(0, |entry| entry.2);
+            let lacking = bits(self) & !bits(supported) & !ignored;
+            missing.extend((0..32).filter(|bit| lacking >> bit & 1 != 0).map(|bit| name(leaf, subleaf, register, bit)));
+        }
+        let signature = |table: &Cpuid| table.get(0x4000_0000, 0).map(|r| (r.ebx, r.ecx, r.edx));
+        if signature(self).is_some_and(|own| Some(own) != signature(supported)) {
+            missing.push("KVM's paravirtual interface".into());
+        }
+        let width = |table: &Cpuid| table.get(0x8000_0008, 0).map_or(36, |result| result.eax & 0xff);
+        if width(self) > width(supported) {
+            missing.push(format!("{}-bit physical addresses", width(self)));
+        }
+        missing
+    }
+}
+
+/// The name of a feature bit: Linux's, or where it is.
+fn name(leaf: u32, subleaf: u32, register: Register, bit: u32) -> String {
+    let known = [BASELINE, V2, V3, SYSTEM, HOST_EXTRAS].into_iter().flatten();
+    match known.into_iter().find(|f| (f.leaf, f.subleaf, f.register, f.bit) == (leaf, subleaf, register, bit)) {
+        Some(feature) => feature.name.to_owned(),
+        None => format!("CPUID {leaf:X}h.{subleaf}:{register:?} bit {bit}").replace(":E", ":e"),
     }
 }
 
@@ -300,6 +358,10 @@ const NAMED_SIGNATURE: u32 = 0x0008_06f4;
 /// Physical address bits that named models show at most, so that VMs can move.
 const NAMED_PHYSICAL_BITS: u32 = 46;
 
+/// KVM features that named models show, because every engine has them: no delay after port I/O (1), kvmclock (3)
+/// and that it is stable (24).
+const NAMED_PARAVIRTUAL: u32 = 1 << 1 | 1 << 3 | 1 << 24;
+
 /// Highest basic leaf of a table: 16h, the frequencies.
 const MAX_BASIC: u32 = 0x16;
 
@@ -341,7 +403,11 @@ impl CpuModel {
         self.basic_leaves(supported, cpus, apic_id, &mut table);
         self.extended_leaves(supported, cpus, &mut table);
         for leaf in supported.leaves.iter().filter(|l| (0x4000_0000..=0x4fff_ffff).contains(&l.leaf)) {
-            table.set(leaf.leaf, leaf.subleaf, leaf.result);
+            let mut result = leaf.result;
+            if leaf.leaf == 0x4000_0001 && self != CpuModel::Host {
+                result.eax &= NAMED_PARAVIRTUAL;
+            }
+            table.set(leaf.leaf, leaf.subleaf, result);
         }
         Ok(table)
     }
@@ -583,7 +649,9 @@ mod tests {
         assert_eq!(table.get(7, 0).unwrap().ebx & (1 << 16 | 1 << 11 | 1 << 4), 0, "AVX-512F, RTM, HLE");
         assert_eq!(table.get(7, 0).unwrap().ecx & (1 << 16 | 1 << 3), 0, "LA57, PKU");
         assert_eq!(table.get(0x8000_0008, 0).unwrap().eax, 48 << 8 | 46);
-        assert_eq!(table.get(0x4000_0001, 0).unwrap().eax, 0xb);
+        assert_eq!(table.get(0x4000_0001, 0).unwrap().eax, 0xa);
+        let own = CpuModel::Host.table(&rich_host(), 1, 0).unwrap();
+        assert_eq!(own.get(0x4000_0001, 0).unwrap().eax, 0xb);
         assert_eq!(table.get(0, 0).unwrap().ebx, u32::from_le_bytes(*b"Genu"));
     }
 
@@ -628,6 +696,23 @@ mod tests {
             assert_eq!(table.get(4, 3).unwrap().eax >> 26, (1 << cores.eax) - 1);
             assert_eq!(table.has(&HT), cpus > 1);
         }
+    }
+
+    #[test]
+    fn differences_are_named() {
+        let host = rich_host();
+        let table = CpuModel::V3.table(&host, 2, 0).unwrap();
+        assert_eq!(table.differences(&host), [] as [String; 0]);
+        let mut poor = host.clone();
+        let mut leaf7 = poor.get(7, 0).unwrap();
+        leaf7.ebx &= !(1 << 5);
+        poor.set(7, Some(0), leaf7);
+        poor.set(0x8000_0008, None, CpuidResult { eax: 40, ..CpuidResult::default() });
+        poor.set(0x4000_0001, None, CpuidResult { eax: 0x3, ..CpuidResult::default() });
+        assert_eq!(table.differences(&poor), ["avx2", "CPUID 40000001h.0:eax bit 3", "46-bit physical addresses"]);
+        let mut named = table.clone();
+        named.set(0x4000_0000, None, text_leaf(0, b"KVMKVMKVM\0\0\0"));
+        assert_eq!(named.differences(&host), ["KVM's paravirtual interface"]);
     }
 
     #[test]

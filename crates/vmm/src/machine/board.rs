@@ -9,6 +9,10 @@
 //!
 //! Lock order: `still`, a chip, then `interrupts` or the alarm or the console, then the engine's own.
 
+mod state;
+
+pub use state::BoardState;
+
 use super::timer::Alarm;
 use super::{End, Notify, lock};
 use crate::acpi::SCI;
@@ -26,6 +30,7 @@ use anyvisor_devices::serial::{self, Serial};
 use anyvisor_devices::{Bus, BusDevice, Width};
 use anyvisor_engine::{GuestIo, Vm};
 use anyvisor_x86::Msi;
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -41,8 +46,9 @@ pub struct Board {
 
 /// The chips and what they are wired to.
 struct Wired {
-    /// Guest time zero.
+    /// When the board was made, and what guest time it was then, in nanoseconds.
     epoch: Instant,
+    start: u64,
     /// The VM is paused. Held by what comes from outside while it touches chips.
     still: Mutex<bool>,
     vm: Arc<dyn Vm>,
@@ -60,6 +66,8 @@ struct Wired {
 }
 
 /// Both interrupt controllers: a line goes to both.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Interrupts {
     pub pic: Pic,
     pub io_apic: IoApic,
@@ -79,17 +87,20 @@ pub struct Chips<'a> {
 }
 
 impl Board {
+    /// The chips after power-on, at guest time `start` in nanoseconds.
     pub(super) fn new(
         config: &Config,
         vm: Arc<dyn Vm>,
         output: &Arc<Output>,
         input: &Arc<Input>,
         notify: &Arc<Notify>,
+        start: u64,
     ) -> Board {
         let utc = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let low = config.memory.min(layout::LOW_RAM_LIMIT);
         let chips = Arc::new(Wired {
             epoch: Instant::now(),
+            start,
             still: Mutex::new(false),
             vm,
             notify: notify.clone(),
@@ -98,7 +109,7 @@ impl Board {
             alarm: Alarm::default(),
             serial: Mutex::new(Serial::new()),
             pit: Mutex::new(Pit::new()),
-            rtc: Mutex::new(Rtc::new(utc, 0, low, config.memory - low)),
+            rtc: Mutex::new(Rtc::new(utc, start, low, config.memory - low)),
             i8042: Mutex::new(I8042::new()),
             acpi_pm: Mutex::new(AcpiPm::new()),
             pci: PciRoot::new(),
@@ -118,20 +129,23 @@ impl Board {
     /// Runs the chips' timers until `stop_timers`.
     pub(super) fn run_timers(&self) {
         let chips = &self.chips;
-        chips.alarm.run(chips.epoch, |now| {
-            let still = lock(&chips.still);
-            if *still {
-                return None;
-            }
-            let pit = chips.settle_pit(&mut lock(&chips.pit), now);
-            let mut rtc = lock(&chips.rtc);
-            rtc.poll(now);
-            let rtc = chips.settle_rtc(&mut rtc);
-            let mut pm = lock(&chips.acpi_pm);
-            pm.poll(now);
-            let pm = chips.settle_acpi_pm(&mut pm);
-            [pit, rtc, pm].into_iter().flatten().min()
-        });
+        chips.alarm.run(
+            || chips.now(),
+            |now| {
+                let still = lock(&chips.still);
+                if *still {
+                    return None;
+                }
+                let pit = chips.settle_pit(&mut lock(&chips.pit), now);
+                let mut rtc = lock(&chips.rtc);
+                rtc.poll(now);
+                let rtc = chips.settle_rtc(&mut rtc);
+                let mut pm = lock(&chips.acpi_pm);
+                pm.poll(now);
+                let pm = chips.settle_acpi_pm(&mut pm);
+                [pit, rtc, pm].into_iter().flatten().min()
+            },
+        );
     }
 
     pub(super) fn stop_timers(&self) {
@@ -328,7 +342,7 @@ fn copy_lanes(offset: u64, value: u32, data: &mut [u8]) {
 
 impl Wired {
     fn now(&self) -> u64 {
-        self.epoch.elapsed().as_nanos() as u64
+        self.start + self.epoch.elapsed().as_nanos() as u64
     }
 
     fn power(&self, event: Option<anyvisor_devices::PowerEvent>) {

@@ -5,9 +5,10 @@ use super::vcpu::SharedVcpu;
 use super::{Board, Control, End, Event, Notify, State, gate, lock};
 use crate::Config;
 use crate::console::Output;
+use crate::snapshot::History;
 use anyvisor_engine::Vm;
-use anyvisor_x86::msr;
-use std::sync::Arc;
+use anyvisor_x86::{Cpuid, msr};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -27,6 +28,9 @@ pub(super) struct Live<'a> {
     pub memory: &'a GuestMemoryMmap,
     pub board: &'a Arc<Board>,
     pub vcpus: &'a [SharedVcpu],
+    pub tables: &'a [Cpuid],
+    pub tsc_khz: Option<u64>,
+    pub history: Arc<Mutex<History>>,
     pub notify: &'a Notify,
 }
 
@@ -142,6 +146,9 @@ impl Live<'_> {
             memory: self.memory,
             board: self.board,
             vcpus: self.vcpus.iter().map(|vcpu| lock(vcpu)).collect(),
+            tables: self.tables,
+            tsc_khz: self.tsc_khz,
+            history: &self.history,
         }
     }
 
@@ -155,6 +162,7 @@ impl Live<'_> {
             // A guest that put its clock where there is no memory gets no flag.
             if let Ok(value) = self.memory.read_obj::<u8>(flags) {
                 let _ = self.memory.write_obj(value | GUEST_STOPPED, flags);
+                lock(&self.history).note(flags.0);
             }
         }
         Ok(())

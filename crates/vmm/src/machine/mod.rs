@@ -23,19 +23,23 @@ mod board;
 mod gate;
 mod live;
 mod remote;
+mod restore;
 mod timer;
 mod vcpu;
 
 use crate::config::{OnReboot, show_size};
 use crate::console::{Input, Output};
+use crate::snapshot::{History, Snapshot};
 use crate::{Config, Error, Result, acpi, boot, memory};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Vcpu, VcpuId, Vm};
-pub use board::{Board, Chips};
+use anyvisor_x86::Cpuid;
+pub use board::{Board, BoardState, Chips};
 use gate::Gate;
 use live::Live;
 pub use remote::{Paused, Refused, Remote, State};
 use remote::{Request, Status};
+use restore::Verification;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::time::Duration;
@@ -109,7 +113,28 @@ pub fn run(
     control: &Control,
     built: impl FnOnce() -> Result<()>,
 ) -> Result<End> {
-    let end = run_to_end(config, engine, output, input, control, built);
+    let end = run_to_end(config, None, engine, output, input, control, built);
+    control.close();
+    if end.is_ok() {
+        output.finish();
+    }
+    end
+}
+
+/// As [`run`], but the VM goes on from `snapshot`, whose machine `config` must describe.
+///
+/// # Errors
+/// As for [`run`], and when the engine on this host cannot run what was saved: everything that differs.
+pub fn go_on(
+    config: &Config,
+    snapshot: &Arc<Snapshot>,
+    engine: &dyn Engine,
+    output: &Arc<Output>,
+    input: &Arc<Input>,
+    control: &Control,
+    built: impl FnOnce() -> Result<()>,
+) -> Result<End> {
+    let end = run_to_end(config, Some(snapshot.clone()), engine, output, input, control, built);
     control.close();
     if end.is_ok() {
         output.finish();
@@ -119,6 +144,7 @@ pub fn run(
 
 fn run_to_end(
     config: &Config,
+    mut snapshot: Option<Arc<Snapshot>>,
     engine: &dyn Engine,
     output: &Arc<Output>,
     input: &Arc<Input>,
@@ -131,7 +157,10 @@ fn run_to_end(
     loop {
         control.status.set(State::Starting);
         let notify = Arc::new(Notify::new(generation, control.sender.clone()));
-        let machine = Machine::build(config, engine, output, input, notify)?;
+        let machine = match snapshot.take() {
+            Some(snapshot) => Machine::restore(config, &snapshot, engine, output, input, notify)?,
+            None => Machine::build(config, engine, output, input, notify)?,
+        };
         if let Some(built) = built.take() {
             built()?;
         }
@@ -188,6 +217,12 @@ struct Machine {
     vm: Arc<dyn Vm>,
     board: Arc<Board>,
     vcpus: Vec<Box<dyn Vcpu>>,
+    /// What each vCPU shows as its CPUID.
+    tables: Vec<Cpuid>,
+    tsc_khz: Option<u64>,
+    history: History,
+    /// What it goes on from, if its memory's checksums are still to be compared.
+    unverified: Option<Arc<Snapshot>>,
     notify: Arc<Notify>,
 }
 
@@ -214,10 +249,11 @@ impl Machine {
             },
         )?;
         let vm = engine.create_vm(memory.clone())?;
-        let board = Arc::new(Board::new(config, vm.clone(), output, input, &notify));
+        let board = Arc::new(Board::new(config, vm.clone(), output, input, &notify, 0));
+        let tables = (0..config.cpus).map(table).collect::<Result<Vec<_>>>()?;
         let mut vcpus = Vec::new();
-        for cpu in 0..config.cpus {
-            let mut vcpu = vm.create_vcpu(VcpuId(cpu), &table(cpu)?)?;
+        for (cpu, table) in (0..).zip(&tables) {
+            let mut vcpu = vm.create_vcpu(VcpuId(cpu), table)?;
             if cpu == 0 {
                 let mut state = vcpu.state()?;
                 entry.apply(&mut state);
@@ -226,12 +262,14 @@ impl Machine {
             lock(&notify.kickers).push(vcpu.kicker());
             vcpus.push(vcpu);
         }
-        Ok(Machine { memory, vm, board, vcpus, notify })
+        let (tsc_khz, history) = (supported.tsc_khz(), History::new(config.memory));
+        Ok(Machine { memory, vm, board, vcpus, tables, tsc_khz, history, unverified: None, notify })
     }
 
     /// Runs until the VM ends, and tears it down.
     fn run(self, config: &Config, engine: &str, input: &Arc<Input>, control: &Control, output: &Output) -> End {
-        let Machine { memory, vm, board, vcpus, notify } = self;
+        let Machine { memory, vm, board, vcpus, tables, tsc_khz, history, unverified, notify } = self;
+        let verification = unverified.map(|snapshot| Verification::start(snapshot, notify.clone()));
         let vcpus: Vec<vcpu::SharedVcpu> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
         let mut threads = Vec::new();
         let timer_board = board.clone();
@@ -249,8 +287,20 @@ impl Machine {
         board.connect_input();
         control.status.set(State::Running);
 
-        let live = Live { config, engine, vm: &*vm, memory: &memory, board: &board, vcpus: &vcpus, notify: &notify };
+        let live = Live {
+            config,
+            engine,
+            vm: &*vm,
+            memory: &memory,
+            board: &board,
+            vcpus: &vcpus,
+            tables: &tables,
+            tsc_khz,
+            history: Arc::new(Mutex::new(history)),
+            notify: &notify,
+        };
         let end = live.run(control, output);
+        let end = verification.map_or(end.clone(), |verification| verification.judge(end));
         tracing::info!(?end, "VM ends");
         notify.stop_vcpus();
         input.set_ready(None);

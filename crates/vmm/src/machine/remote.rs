@@ -7,9 +7,11 @@
 
 use super::{Board, End, Event};
 use crate::Config;
+use crate::snapshot::History;
 use anyvisor_engine::{Vcpu, Vm};
+use anyvisor_x86::Cpuid;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, MutexGuard, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
@@ -75,6 +77,12 @@ pub struct Paused<'a> {
     pub board: &'a Board,
     /// By number. Nobody else runs or asks them.
     pub vcpus: Vec<MutexGuard<'a, Box<dyn Vcpu>>>,
+    /// What each vCPU shows as its CPUID.
+    pub tables: &'a [Cpuid],
+    /// Frequency of the guest's TSC, if the engine tells.
+    pub tsc_khz: Option<u64>,
+    /// What was written since the VM's snapshots. Locked after everything else.
+    pub history: &'a Arc<Mutex<History>>,
 }
 
 /// What is done to a VM that stands still, or why it cannot be. What it returns sends the answer, once the VM

@@ -6,7 +6,7 @@
 
 use super::lock;
 use std::sync::{Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The deadline and its thread's bed.
 #[derive(Default)]
@@ -46,10 +46,9 @@ impl Alarm {
         self.changed.notify_one();
     }
 
-    /// Calls `poll` with the guest time since `epoch` whenever something is due; it returns when that is
+    /// Calls `poll` with the guest time `now` whenever something is due; it returns when that is
     /// the case again, if ever.
-    pub fn run(&self, epoch: Instant, mut poll: impl FnMut(u64) -> Option<u64>) {
-        let now = || epoch.elapsed().as_nanos() as u64;
+    pub fn run(&self, now: impl Fn() -> u64, mut poll: impl FnMut(u64) -> Option<u64>) {
         loop {
             let due = poll(now()).unwrap_or(u64::MAX);
             let mut state = lock(&self.state);
@@ -75,6 +74,7 @@ impl Alarm {
 mod tests {
     use super::*;
     use std::sync::{Arc, mpsc};
+    use std::time::Instant;
 
     #[test]
     fn an_earlier_event_wakes_the_thread() {
@@ -84,7 +84,8 @@ mod tests {
         let (thread_alarm, thread_due) = (alarm.clone(), due.clone());
         let epoch = Instant::now();
         let thread = std::thread::spawn(move || {
-            thread_alarm.run(epoch, |now| {
+            let now = || epoch.elapsed().as_nanos() as u64;
+            thread_alarm.run(now, |now| {
                 tell.send(now).unwrap();
                 lock(&thread_due).take()
             });

@@ -1,0 +1,96 @@
+//! The board in a snapshot: its chips, and the guest time they count in.
+//!
+//! Guest time stands still while the VM is saved, for every chip but the RTC: that has a battery.
+
+use super::{Board, Interrupts};
+use crate::machine::lock;
+use anyvisor_devices::acpi_pm::AcpiPm;
+use anyvisor_devices::i8042::I8042;
+use anyvisor_devices::pci::PciState;
+use anyvisor_devices::pit::Pit;
+use anyvisor_devices::rtc::Rtc;
+use anyvisor_devices::serial::Serial;
+use anyvisor_devices::state::BadState;
+use serde::{Deserialize, Serialize};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Every chip at one moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BoardState {
+    /// Guest time in nanoseconds, as the chips count it.
+    pub now: u64,
+    /// The real time at that moment, in nanoseconds since 1970 (UTC).
+    pub real: u64,
+    pub serial: Serial,
+    pub pit: Pit,
+    pub rtc: Rtc,
+    pub i8042: I8042,
+    pub acpi_pm: AcpiPm,
+    pub pci: PciState,
+    pub interrupts: Interrupts,
+}
+
+impl BoardState {
+    /// Refuses what no guest can have made of the chips. Those that lock themselves check on
+    /// [`Board::restore`].
+    ///
+    /// # Errors
+    /// The first chip that is wrong, and what is.
+    pub fn check(&self) -> Result<(), BadState> {
+        self.serial.check()?;
+        self.pit.check(self.now)?;
+        self.rtc.check(self.now)?;
+        self.i8042.check()?;
+        self.acpi_pm.check(self.now)?;
+        self.interrupts.io_apic.check()?;
+        self.interrupts.pic.clone().check()
+    }
+}
+
+fn real_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
+}
+
+impl Board {
+    /// The state of a board that stands still.
+    pub fn save(&self) -> BoardState {
+        let chips = self.chips();
+        let interrupts = &*chips.interrupts;
+        BoardState {
+            now: self.now(),
+            real: real_now(),
+            serial: chips.serial.clone(),
+            pit: chips.pit.clone(),
+            rtc: chips.rtc.clone(),
+            i8042: chips.i8042.clone(),
+            acpi_pm: chips.acpi_pm.clone(),
+            pci: chips.pci.save(),
+            interrupts: interrupts.clone(),
+        }
+    }
+
+    /// Makes the chips of a new board, whose time begins at `state.now`, what they were, and drives their
+    /// wires. Nothing runs yet.
+    ///
+    /// # Errors
+    /// A chip refuses its state.
+    pub(in crate::machine) fn restore(&self, state: &BoardState) -> Result<(), BadState> {
+        state.check()?;
+        let chips = &*self.chips;
+        chips.pci.restore(&state.pci)?;
+        *lock(&chips.serial) = state.serial.clone();
+        *lock(&chips.pit) = state.pit.clone();
+        *lock(&chips.i8042) = state.i8042.clone();
+        *lock(&chips.acpi_pm) = state.acpi_pm.clone();
+        let mut rtc = state.rtc.clone();
+        let away = i128::from(real_now()) - i128::from(state.real);
+        rtc.skip(i64::try_from(away).map_err(|_| BadState { chip: "RTC", what: "an impossible time" })?);
+        *lock(&chips.rtc) = rtc;
+        let mut interrupts = lock(&chips.interrupts);
+        *interrupts = state.interrupts.clone();
+        interrupts.pic.check()?;
+        chips.tell_intr(&mut interrupts);
+        Ok(())
+    }
+}

@@ -1,0 +1,112 @@
+//! A machine from a snapshot, ready to go on.
+
+use super::{Board, End, Machine, Notify, lock};
+use crate::console::{Input, Output};
+use crate::snapshot::{History, Manifest, Snapshot};
+use crate::{Config, Result};
+use anyvisor_engine::{Engine, VcpuId};
+use anyvisor_x86::Cpuid;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+/// How far the TSC's frequency may be from what the guest was told, in parts per million: KVM's own measure
+/// (its parameter `tsc_tolerance_ppm`), half of what NTP corrects.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+impl Machine {
+    /// The machine that `snapshot` holds, on `engine`, which need not be the one it was saved on.
+    ///
+    /// # Errors
+    /// The engine on this host lacks what the guest uses: everything that differs, in one line. Or the
+    /// state makes no sense, or the host failed.
+    pub(super) fn restore(
+        config: &Config,
+        snapshot: &Arc<Snapshot>,
+        engine: &dyn Engine,
+        output: &Arc<Output>,
+        input: &Arc<Input>,
+        notify: Arc<Notify>,
+    ) -> Result<Machine> {
+        let saved = snapshot.manifest();
+        let supported = engine.supported_cpuid();
+        let differences = differences(saved, &supported);
+        if !differences.is_empty() {
+            let list = differences.join(", ");
+            let name = engine.name();
+            return Err(snapshot.error(&format!("cannot go on under engine {name} on this host, which lacks {list}")));
+        }
+        let memory = snapshot.map_memory()?;
+        let vm = engine.create_vm(memory.clone())?;
+        let board = Arc::new(Board::new(config, vm.clone(), output, input, &notify, saved.board.now));
+        let nonsense = |what: String| snapshot.error(&format!("makes no sense: {what}"));
+        board.restore(&saved.board).map_err(|error| nonsense(error.to_string()))?;
+        let mut vcpus = Vec::new();
+        for (cpu, vcpu) in (0..).zip(&saved.vcpus) {
+            vcpus.push(vm.create_vcpu(VcpuId(cpu), &vcpu.cpuid)?);
+        }
+        for (vcpu, saved) in vcpus.iter_mut().zip(&saved.vcpus) {
+            vcpu.set_state(&saved.state).map_err(|error| match error {
+                anyvisor_engine::Error::BadState(_) => nonsense(error.to_string()),
+                error => error.into(),
+            })?;
+            lock(&notify.kickers).push(vcpu.kicker());
+        }
+        vm.set_clock(saved.clock)?;
+        let history = History::since(config.memory, snapshot.checksum(), &*vm)?;
+        let tables = saved.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
+        let (tsc_khz, unverified) = (supported.tsc_khz(), Some(snapshot.clone()));
+        Ok(Machine { memory, vm, board, vcpus, tables, tsc_khz, history, unverified, notify })
+    }
+}
+
+/// What the guest was shown and would miss under an engine that supports `supported`.
+fn differences(saved: &Manifest, supported: &Cpuid) -> Vec<String> {
+    let mut list: Vec<String> = saved.vcpus.iter().flat_map(|vcpu| vcpu.cpuid.differences(supported)).collect();
+    list.sort();
+    list.dedup();
+    let (was, is) = (saved.tsc_khz, supported.tsc_khz());
+    if is.is_none_or(|is| u128::from(is.abs_diff(was)) * 1_000_000 > u128::from(was) * u128::from(TSC_TOLERANCE_PPM)) {
+        let is = is.map_or("an unknown one".to_owned(), |is| format!("{is} kHz"));
+        list.push(format!("its TSC frequency ({was} kHz; here {is})"));
+    }
+    list
+}
+
+/// The comparison of a restored VM's memory with its checksums, while the VM runs already.
+///
+/// A VM that runs on damaged memory may end in any way: how it ended counts only when the memory was right.
+pub(super) struct Verification {
+    thread: std::io::Result<JoinHandle<Option<String>>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Verification {
+    /// Starts it. Damage ends the VM.
+    pub fn start(snapshot: Arc<Snapshot>, notify: Arc<Notify>) -> Verification {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let ending = notify.clone();
+        let thread = std::thread::Builder::new().name("verify".into()).spawn(move || {
+            let damage = snapshot.verify(&stopped).err()?.to_string();
+            notify.end(End::Failed(damage.clone()));
+            Some(damage)
+        });
+        if let Err(error) = &thread {
+            ending.end(End::Failed(format!("cannot start the thread that verifies memory: {error}")));
+        }
+        Verification { thread, stop }
+    }
+
+    /// How the VM ended, in truth.
+    pub fn judge(self, end: End) -> End {
+        if matches!(end, End::Stopped | End::Left) {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+        match self.thread.map(JoinHandle::join) {
+            Ok(Ok(Some(damage))) => End::Failed(damage),
+            Ok(Ok(None)) | Err(_) => end,
+            Ok(Err(_)) => End::Failed("internal error, see above; please report it".into()),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! What a running VM has written since each of its snapshots.
+//!
+//! The engine's log of written pages starts anew each time it is asked. So that a save that fails loses
+//! nothing, and that any earlier snapshot can be a parent, what it gives is kept in a list: one bitmap for
+//! each stretch of time between two snapshots. What was written since a snapshot is in its bitmap or a later one.
+
+use super::Checksum;
+use crate::layout;
+use anyvisor_engine::{DirtyPages, Vm};
+use std::collections::{BTreeSet, VecDeque};
+
+/// Snapshots that can be a parent: the latest ones.
+const KEPT: usize = 16;
+
+/// A set of pages by number.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PageSet(Vec<u64>);
+
+impl PageSet {
+    fn new(pages: u64) -> PageSet {
+        PageSet(vec![0; pages.div_ceil(64) as usize])
+    }
+
+    pub fn contains(&self, page: u64) -> bool {
+        self.0.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 != 0)
+    }
+
+    fn insert(&mut self, page: u64) {
+        if let Some(word) = self.0.get_mut((page / 64) as usize) {
+            *word |= 1 << (page % 64);
+        }
+    }
+
+    fn join(&mut self, other: &PageSet) {
+        for (word, more) in self.0.iter_mut().zip(&other.0) {
+            *word |= more;
+        }
+    }
+}
+
+/// A stretch of time.
+struct Stretch {
+    /// The snapshot with which it begins; `None` while that is being written, and if it failed.
+    since: Option<Checksum>,
+    /// What was written in it.
+    written: PageSet,
+}
+
+/// Marks a snapshot that is being written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mark(u64);
+
+/// The stretches of a VM's life since its first snapshot.
+pub struct History {
+    ram: u64,
+    stretches: VecDeque<Stretch>,
+    /// Number of the first stretch in the list.
+    first: u64,
+    /// Guest-physical addresses of pages that the machine itself has written since the log was last taken.
+    own: BTreeSet<u64>,
+}
+
+impl History {
+    /// For a VM with `ram` bytes that has not been saved.
+    pub fn new(ram: u64) -> History {
+        History { ram, stretches: VecDeque::new(), first: 0, own: BTreeSet::new() }
+    }
+
+    /// For a VM with `ram` bytes that goes on from snapshot `since`. Starts the log.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn since(ram: u64, since: Checksum, vm: &dyn Vm) -> anyvisor_engine::Result<History> {
+        vm.log_dirty(true)?;
+        let mut history = History::new(ram);
+        history.stretches.push_back(Stretch { since: Some(since), written: PageSet::new(history.pages()) });
+        Ok(history)
+    }
+
+    /// The machine wrote to RAM at guest-physical address `gpa`, within a page, past the engine.
+    pub fn note(&mut self, gpa: u64) {
+        // Without a snapshot nobody will ask.
+        if !self.stretches.is_empty() {
+            self.own.insert(gpa & !0xfff);
+        }
+    }
+
+    fn pages(&self) -> u64 {
+        self.ram / super::PAGE
+    }
+
+    /// Closes the stretch that ends now, for a snapshot that is to be written, and begins the next. The first
+    /// time, it starts the log.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(super) fn mark(&mut self, vm: &dyn Vm) -> anyvisor_engine::Result<Mark> {
+        if self.stretches.is_empty() {
+            vm.log_dirty(true)?;
+        } else {
+            match vm.take_dirty() {
+                Ok(dirty) => self.add(&dirty),
+                Err(error) => {
+                    // Some of it may be lost: nothing saved so far can be a parent any more.
+                    self.first += self.stretches.len() as u64;
+                    self.stretches.clear();
+                    return Err(error);
+                }
+            }
+        }
+        if self.stretches.len() == KEPT {
+            self.stretches.pop_front();
+            self.first += 1;
+        }
+        self.stretches.push_back(Stretch { since: None, written: PageSet::new(self.pages()) });
+        Ok(Mark(self.first + self.stretches.len() as u64 - 1))
+    }
+
+    fn add(&mut self, dirty: &DirtyPages) {
+        let own = std::mem::take(&mut self.own);
+        let ram = self.ram;
+        let Some(last) = self.stretches.back_mut() else { return };
+        for gpa in dirty.addresses().chain(own) {
+            if let Some(page) = page_number(ram, gpa) {
+                last.written.insert(page);
+            }
+        }
+    }
+
+    /// The snapshot at `mark` is written, as `checksum`.
+    pub(super) fn succeeded(&mut self, mark: Mark, checksum: Checksum) {
+        let at = mark.0.checked_sub(self.first).and_then(|n| usize::try_from(n).ok());
+        if let Some(stretch) = at.and_then(|n| self.stretches.get_mut(n)) {
+            stretch.since = Some(checksum);
+        }
+    }
+
+    /// What was written between snapshot `parent` and `mark`; `None` if this VM does not know `parent`.
+    pub(super) fn written_since(&self, parent: Checksum, mark: Mark) -> Option<PageSet> {
+        let from = self.stretches.iter().position(|stretch| stretch.since == Some(parent))?;
+        let to = usize::try_from(mark.0.checked_sub(self.first)?).ok()?;
+        let mut all = PageSet::new(self.pages());
+        self.stretches.range(from..to).for_each(|stretch| all.join(&stretch.written));
+        Some(all)
+    }
+}
+
+/// Number of the page at guest-physical address `gpa` in a machine with `ram` bytes.
+fn page_number(ram: u64, gpa: u64) -> Option<u64> {
+    let mut before = 0;
+    for (start, size) in layout::ram_pieces(ram) {
+        if (start..start + size).contains(&gpa) {
+            return Some((before + gpa - start) / super::PAGE);
+        }
+        before += size;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_numbered_through_all_ram() {
+        let ram = (3 << 30) + (1 << 20);
+        assert_eq!(page_number(ram, 0xfff), Some(0));
+        assert_eq!(page_number(ram, 0xbfff_f000), Some((3 << 18) - 1));
+        assert_eq!(page_number(ram, 0xc000_0000), None);
+        assert_eq!(page_number(ram, 1 << 32), Some(3 << 18));
+        assert_eq!(page_number(ram, (1 << 32) + (1 << 20)), None);
+    }
+}

@@ -1,0 +1,225 @@
+//! The manifest: one line that says what it is and vouches for the rest, and the rest in JSON.
+
+use super::{PAGE, pages};
+use crate::Config;
+use crate::config::{OnReboot, Serial};
+use crate::machine::BoardState;
+use anyvisor_devices::state::LATEST;
+use anyvisor_x86::cpuid::CpuModel;
+use anyvisor_x86::{Cpuid, VcpuState};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::fmt;
+use std::path::PathBuf;
+
+/// Version of the format that this build writes, and the only one it reads.
+pub const FORMAT: u32 = 1;
+
+/// What the first line begins with.
+const MAGIC: &str = "anyvisor-snapshot";
+/// Bytes that a manifest has at most: 64 vCPUs take less than 2 MiB.
+pub(super) const SIZE_MAX: u64 = 16 << 20;
+/// Most entries of a vCPU's tables.
+const LEAVES_MAX: usize = 1024;
+const MSRS_MAX: usize = 1024;
+/// Largest XSAVE area that any processor has, rounded up (SDM vol. 1 13.5).
+const XSAVE_MAX: usize = 64 << 10;
+const LAPIC_SIZE: usize = 1024;
+
+/// A SHA-256.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Checksum(#[serde(with = "anyvisor_devices::state::hex")] [u8; 32]);
+
+impl Checksum {
+    pub fn of(bytes: &[u8]) -> Checksum {
+        Checksum(Sha256::digest(bytes).into())
+    }
+}
+
+/// A SHA-256 in the making.
+#[derive(Default)]
+pub(super) struct Hash(Sha256);
+
+impl Hash {
+    pub fn add(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    pub fn finish(self) -> Checksum {
+        Checksum(self.0.finalize().into())
+    }
+}
+
+impl fmt::Display for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// All of a saved VM but its memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Program and version that saved it, and the engine it ran on: for people.
+    pub writer: String,
+    pub engine: String,
+    /// When it was saved, in nanoseconds since 1970 (UTC).
+    pub saved_at: u64,
+    /// The snapshot that has the pages which this one lacks.
+    pub parent: Option<Parent>,
+    pub machine: Machine,
+    /// Frequency of the guest's TSC in kHz.
+    pub tsc_khz: u64,
+    /// Nanoseconds of guest time, as kvmclock shows it.
+    pub clock: u64,
+    /// By number.
+    pub vcpus: Vec<Vcpu>,
+    pub board: BoardState,
+    pub memory: Memory,
+}
+
+/// The snapshot that another builds on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Parent {
+    /// Its folder, from the folder of the snapshot that builds on it.
+    pub path: PathBuf,
+    pub checksum: Checksum,
+}
+
+/// What of [`Config`] makes the machine the one it is. The rest is the business of each run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    pub id: String,
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    pub command_line: String,
+    /// RAM in bytes.
+    pub memory: u64,
+    pub cpus: u32,
+    pub cpu_model: CpuModel,
+    pub debug_exit: bool,
+}
+
+impl Machine {
+    pub fn of(config: &Config) -> Machine {
+        Machine {
+            id: config.id.clone(),
+            kernel: config.kernel.clone(),
+            initrd: config.initrd.clone(),
+            command_line: config.command_line.clone(),
+            memory: config.memory,
+            cpus: config.cpus,
+            cpu_model: config.cpu_model,
+            debug_exit: config.debug_exit,
+        }
+    }
+
+    /// The VM to run, with what this run decides.
+    pub fn config(&self, serial: Serial, on_reboot: OnReboot) -> Config {
+        Config {
+            id: self.id.clone(),
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            command_line: self.command_line.clone(),
+            memory: self.memory,
+            cpus: self.cpus,
+            cpu_model: self.cpu_model,
+            serial,
+            debug_exit: self.debug_exit,
+            on_reboot,
+        }
+    }
+}
+
+/// One vCPU: what it looks like to its guest, and its state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vcpu {
+    pub cpuid: Cpuid,
+    pub state: VcpuState,
+}
+
+/// The files with the memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// Entries of `pages`, and the checksum of the whole file.
+    pub extents: u64,
+    pub checksum: Checksum,
+}
+
+impl Manifest {
+    /// The file's contents, and the checksum that names the snapshot.
+    ///
+    /// # Errors
+    /// Something that JSON cannot hold: a path that is not UTF-8.
+    pub fn encode(&self) -> std::result::Result<(Vec<u8>, Checksum), serde_json::Error> {
+        let mut body = serde_json::to_vec(self)?;
+        body.push(b'\n');
+        let checksum = Checksum::of(&body);
+        Ok(([format!("{MAGIC} {FORMAT} {checksum}\n").as_bytes(), &body].concat(), checksum))
+    }
+
+    /// Reads and checks a file's contents. Whether an engine can run it is another question.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words that follow "its manifest".
+    pub fn decode(bytes: &[u8]) -> std::result::Result<(Manifest, Checksum), String> {
+        let cut = || "is not whole".to_owned();
+        let end = bytes.iter().take(200).position(|byte| *byte == b'\n');
+        let head = std::str::from_utf8(&bytes[..end.unwrap_or(0)]).unwrap_or("");
+        let mut words = head.split(' ');
+        if words.next() != Some(MAGIC) {
+            return Err("is none of anyvisor's".into());
+        }
+        let format = words.next().unwrap_or("");
+        if format != FORMAT.to_string() {
+            return Err(format!("has format '{}', and this build reads format {FORMAT} only", format.escape_debug()));
+        }
+        let body = &bytes[end.ok_or_else(cut)? + 1..];
+        let checksum = Checksum::of(body);
+        if words.next() != Some(&checksum.to_string()) || words.next().is_some() {
+            return Err("does not have its checksum: it is damaged or not whole".into());
+        }
+        let manifest: Manifest = serde_json::from_slice(body).map_err(|error| format!("makes no sense: {error}"))?;
+        manifest.check().map_err(|what| format!("makes no sense: {what}"))?;
+        Ok((manifest, checksum))
+    }
+
+    /// Refuses what no machine can be, and what this build relies on not to see.
+    fn check(&self) -> std::result::Result<(), String> {
+        self.machine.config(Serial::Null, OnReboot::Exit).validate().map_err(|error| error.to_string())?;
+        let require = |holds: bool, what: &str| if holds { Ok(()) } else { Err(what.to_owned()) };
+        require(self.machine.memory.is_multiple_of(PAGE), "half a page of memory")?;
+        require(self.vcpus.len() == self.machine.cpus as usize, "not as many vCPUs as it says")?;
+        require((1_000..=1 << 32).contains(&self.tsc_khz), "an impossible TSC frequency")?;
+        require(self.clock <= LATEST, "an impossible time")?;
+        require(self.memory.extents <= self.machine.memory / PAGE, "more pieces of memory than pages")?;
+        for vcpu in &self.vcpus {
+            let state = &vcpu.state;
+            require(vcpu.cpuid.leaves.len() <= LEAVES_MAX, "too many CPUID leaves")?;
+            require(state.msrs.len() <= MSRS_MAX, "too many MSRs")?;
+            require(state.xsave.len() <= XSAVE_MAX, "too large an XSAVE area")?;
+            require(state.lapic.len() == LAPIC_SIZE, "a local APIC of another size")?;
+        }
+        self.board.check().map_err(|error| error.to_string())
+    }
+
+    /// Pages of RAM.
+    pub(super) fn page_count(&self) -> u64 {
+        self.machine.memory / PAGE
+    }
+
+    /// Bytes that `pages` must have.
+    pub(super) fn pages_size(&self) -> u64 {
+        pages::file_size(self.memory.extents)
+    }
+}
