@@ -1,7 +1,10 @@
 //! The cases, a file for each part of the architecture.
 
+mod events;
 mod exceptions;
+mod interrupts;
 mod mmio;
+mod paging;
 mod port_io;
 
 use super::{Case, Suite};
@@ -41,5 +44,8 @@ pub fn cases() -> Vec<Case> {
     exceptions::add(&mut suite);
     port_io::add(&mut suite);
     mmio::add(&mut suite);
+    paging::add(&mut suite);
+    events::add(&mut suite);
+    interrupts::add(&mut suite);
     suite.cases
 }
