@@ -1,12 +1,16 @@
 //! The command line, parsed into types. Every mistake is one line on stderr and exit code 2.
 
 use crate::engines::EngineChoice;
-use anyvisor_vmm::config::{Config, OnReboot, Serial, parse_size};
+use anyvisor_vmm::config::{Config, OnReboot, Serial, parse_size, show_size};
+use anyvisor_vmm::{Error, Result, snapshot};
 use anyvisor_x86::cpuid::CpuModel;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+/// Name of a VM that was given none.
+const DEFAULT_ID: &str = "vm";
 
 /// Runs unmodified x86-64 operating systems, with or without hardware virtualization.
 #[derive(Debug, Parser)]
@@ -39,26 +43,33 @@ impl Command {
 #[derive(Debug, Args)]
 pub struct RunOptions {
     /// Linux bzImage (vmlinuz), or ELF vmlinux with a PVH note
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "restore")]
+    pub kernel: Option<PathBuf>,
+    /// Go on from a snapshot; of the machine's options, only those that agree with it can be given
+    #[arg(long, value_name = "FOLDER")]
+    pub restore: Option<PathBuf>,
+    /// With --restore: compare all of the snapshot's memory with its checksums before the guest goes on, and
+    /// not while it does
+    #[arg(long, requires = "restore")]
+    pub verify_first: bool,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line
-    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
-    pub cmdline: String,
-    /// RAM
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
-    pub memory: u64,
-    /// Number of vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub cpus: u32,
+    /// Kernel command line [default: console=ttyS0]
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// RAM [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// Number of vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
     /// What executes guest code: auto, translator or kvm
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub engine: EngineChoice,
-    /// x86-64-v3, x86-64-v2 or host
-    #[arg(long, value_name = "MODEL", default_value = "x86-64-v3")]
-    pub cpu_model: CpuModel,
+    /// x86-64-v3, x86-64-v2 or host [default: x86-64-v3]
+    #[arg(long, value_name = "MODEL")]
+    pub cpu_model: Option<CpuModel>,
     /// Serial console: stdio, file:PATH or null
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: Serial,
@@ -68,9 +79,9 @@ pub struct RunOptions {
     /// What a guest's reboot does: exit or restart
     #[arg(long, value_name = "ACTION", default_value = "exit")]
     pub on_reboot: OnReboot,
-    /// Name of the VM in messages
-    #[arg(long, value_name = "NAME", default_value = "vm")]
-    pub id: String,
+    /// Name of the VM [default: vm, or the snapshot's]
+    #[arg(long, value_name = "NAME")]
+    pub id: Option<String>,
     /// More messages on stderr; repeat for more
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -80,17 +91,57 @@ impl RunOptions {
     /// The VM that the options describe.
     pub fn config(&self) -> Config {
         Config {
-            id: self.id.clone(),
-            kernel: self.kernel.clone(),
+            id: self.id.clone().unwrap_or_else(|| DEFAULT_ID.into()),
+            kernel: self.kernel.clone().unwrap_or_default(),
             initrd: self.initrd.clone(),
-            command_line: self.cmdline.clone(),
-            memory: self.memory,
-            cpus: self.cpus,
-            cpu_model: self.cpu_model,
+            command_line: self.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into()),
+            memory: self.memory.unwrap_or(512 << 20),
+            cpus: self.cpus.unwrap_or(1),
+            cpu_model: self.cpu_model.unwrap_or(CpuModel::V3),
             serial: self.serial.clone(),
             debug_exit: self.debug_exit,
             on_reboot: self.on_reboot,
         }
+    }
+
+    /// The VM that goes on from a snapshot of `machine`, in folder `from`.
+    ///
+    /// # Errors
+    /// An option that contradicts what was saved.
+    pub fn restored(&self, machine: &snapshot::Machine, from: &Path) -> Result<Config> {
+        let contradicts = |option: &str, given: String, saved: String| {
+            Err(Error::user(format!(
+                "--{option} {given} contradicts snapshot '{}', which has {saved}; leave --{option} out",
+                from.display()
+            )))
+        };
+        if let Some(given) = self.memory.filter(|given| *given != machine.memory) {
+            return contradicts("memory", show_size(given), show_size(machine.memory));
+        }
+        if let Some(given) = self.cpus.filter(|given| *given != machine.cpus) {
+            return contradicts("cpus", given.to_string(), machine.cpus.to_string());
+        }
+        if let Some(given) = self.cpu_model.filter(|given| *given != machine.cpu_model) {
+            return contradicts("cpu-model", given.to_string(), machine.cpu_model.to_string());
+        }
+        if let Some(given) = self.cmdline.as_ref().filter(|given| **given != machine.command_line) {
+            return contradicts("cmdline", format!("'{given}'"), format!("'{}'", machine.command_line.escape_debug()));
+        }
+        let shown = |path: Option<&PathBuf>| path.map_or("none".into(), |path| format!("'{}'", path.display()));
+        if self.kernel.is_some() && self.kernel.as_ref() != Some(&machine.kernel) {
+            return contradicts("kernel", shown(self.kernel.as_ref()), shown(Some(&machine.kernel)));
+        }
+        if self.initrd.is_some() && self.initrd != machine.initrd {
+            return contradicts("initrd", shown(self.initrd.as_ref()), shown(machine.initrd.as_ref()));
+        }
+        if self.debug_exit && !machine.debug_exit {
+            return Err(Error::user(format!(
+                "--debug-exit contradicts snapshot '{}', which has no debug-exit port; leave it out",
+                from.display()
+            )));
+        }
+        let config = machine.config(self.serial.clone(), self.on_reboot);
+        Ok(Config { id: self.id.clone().unwrap_or(config.id), ..config })
     }
 }
 
@@ -176,6 +227,7 @@ mod tests {
         assert!(mistake(&["run", "--kernel", "k", "--serial", "x"]).contains("serial"));
         assert!(mistake(&["run", "--kernel", "k", "--cpus", "many"]).contains("many"));
         assert!(mistake(&["run", "--kernel", "k", "--bogus"]).contains("--bogus"));
+        assert!(mistake(&["run", "--kernel", "k", "--verify-first"]).contains("--restore"));
         assert!(mistake(&["fly"]).contains("fly"));
     }
 }

@@ -5,25 +5,46 @@ use crate::engines::Chosen;
 use crate::{engines, signals, terminal};
 use anyvisor_vmm::config::Serial;
 use anyvisor_vmm::console::{Input, Output};
+use anyvisor_vmm::snapshot::Snapshot;
 use anyvisor_vmm::{Config, End, Error, Remote, Result, machine};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// Runs the VM that `options` describe; returns the process's exit code.
 pub fn command(options: RunOptions) -> Result<u8> {
-    let config = options.config();
+    let snapshot = options.restore.as_deref().map(|folder| open_snapshot(folder, options.verify_first)).transpose()?;
+    let config = match (&snapshot, &options.restore) {
+        (Some(snapshot), Some(folder)) => options.restored(&snapshot.manifest().machine, folder)?,
+        _ => options.config(),
+    };
     config.validate()?;
     let chosen = engines::open(options.engine)?;
     let output = open_output(&config.serial)?;
-    let end = run_vm(&config, &chosen, output, None)?;
+    let end = run_vm(&config, snapshot.as_ref(), &chosen, output, None)?;
     Ok(exit_code(&config, &end))
 }
 
-/// Runs one VM with its console at `output` and, for [`Serial::Stdio`], stdin. Signals end it, and so does
+fn open_snapshot(folder: &Path, verify: bool) -> Result<Arc<Snapshot>> {
+    let snapshot = Snapshot::open(folder)?;
+    if verify {
+        snapshot.verify(&AtomicBool::new(false))?;
+    }
+    Ok(Arc::new(snapshot))
+}
+
+/// Runs one VM, from the beginning or from `snapshot`, with its console at `output` and, for [`Serial::Stdio`], stdin. Signals end it, and so does
 /// the time `limit`. The terminal is as it was when this returns, and untouched until the VM is built.
-pub fn run_vm(config: &Config, chosen: &Chosen, output: Box<dyn Write + Send>, limit: Option<Duration>) -> Result<End> {
+pub fn run_vm(
+    config: &Config,
+    snapshot: Option<&Arc<Snapshot>>,
+    chosen: &Chosen,
+    output: Box<dyn Write + Send>,
+    limit: Option<Duration>,
+) -> Result<End> {
     let (control, remote) = machine::control();
     // Before any thread starts, so that all inherit the mask.
     signals::end_vm_on_signals(remote.clone())?;
@@ -37,7 +58,8 @@ pub fn run_vm(config: &Config, chosen: &Chosen, output: Box<dyn Write + Send>, l
     let output = Output::new(output).map_err(|e| Error::host("cannot start the serial output thread", e))?;
     let input = Input::new();
     let mut raw = None;
-    let end = machine::run(config, &*chosen.engine, &Arc::new(output), &input, &control, || {
+    let output = Arc::new(output);
+    let built = || {
         if let Some(note) = &chosen.note {
             eprintln!("anyvisor: {note}");
         }
@@ -45,7 +67,11 @@ pub fn run_vm(config: &Config, chosen: &Chosen, output: Box<dyn Write + Send>, l
             raw = open_input(&input, &remote)?;
         }
         Ok(())
-    });
+    };
+    let end = match snapshot {
+        Some(snapshot) => machine::go_on(config, snapshot, &*chosen.engine, &output, &input, &control, built),
+        None => machine::run(config, &*chosen.engine, &output, &input, &control, built),
+    };
     drop(raw);
     end
 }

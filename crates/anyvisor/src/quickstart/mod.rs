@@ -49,7 +49,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         let (rows, columns) = terminal::size().unwrap_or((24, 80));
         config.command_line = format!("{base} anyvisor_rows={rows} anyvisor_columns={columns}");
         progress("booting; Ctrl-A X leaves");
-        let end = run::run_vm(&config, &chosen, Box::new(std::io::stdout()), None)?;
+        let end = run::run_vm(&config, None, &chosen, Box::new(std::io::stdout()), None)?;
         return Ok(if end == End::Left { 0 } else { run::exit_code(&config, &end) });
     }
     check(&mut config, &chosen, &base)
@@ -72,7 +72,7 @@ fn check(config: &mut Config, chosen: &Chosen, base: &str) -> Result<u8> {
         wanted: format!("anyvisor self-check passed: {nonce}").into_bytes(),
         seen: passed.clone(),
     };
-    let end = run::run_vm(config, chosen, Box::new(watch), Some(CHECK_LIMIT))?;
+    let end = run::run_vm(config, None, chosen, Box::new(watch), Some(CHECK_LIMIT))?;
     let code = run::exit_code(config, &end);
     if end == End::PowerOff && passed.load(Ordering::SeqCst) {
         progress("the guest passed its self-check");
