@@ -1,14 +1,17 @@
 //! Machines on an engine whose "guest code" is a closure: what it sees, and how each VM ends.
 
+mod snapshots;
+
 use super::*;
 use anyvisor_engine::{Exit, GuestIo, Kick, Vm};
 use anyvisor_x86::cpuid::{CpuModel, Cpuid, CpuidResult};
 use anyvisor_x86::{Msi, VcpuState};
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Condvar;
 use std::sync::atomic::Ordering;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 type Guest = Arc<dyn Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync>;
 
@@ -24,6 +27,8 @@ struct FakeVm {
     messages: Mutex<Vec<Msi>>,
     intr: Mutex<bool>,
     clock: Mutex<u64>,
+    /// Numbers of pages written with [`FakeVm::store`].
+    written: Mutex<BTreeSet<u64>>,
     states: Arc<Mutex<Vec<VcpuState>>>,
     kickers: Mutex<Vec<Kicker>>,
     this: std::sync::Weak<FakeVm>,
@@ -52,7 +57,7 @@ impl Engine for FakeEngine {
     fn supported_cpuid(&self) -> Cpuid {
         let mut cpuid = Cpuid::default();
         let all = CpuidResult { eax: !0, ebx: !0, ecx: !0, edx: !0 };
-        for (leaf, subleaf) in [(1, None), (7, Some(0)), (0x8000_0001, None)] {
+        for (leaf, subleaf) in [(1, None), (7, Some(0)), (0x8000_0001, None), (0x4000_0010, None)] {
             cpuid.set(leaf, subleaf, all);
         }
         cpuid
@@ -64,10 +69,23 @@ impl Engine for FakeEngine {
             messages: Mutex::default(),
             intr: Mutex::default(),
             clock: Mutex::default(),
+            written: Mutex::default(),
             states: self.states.clone(),
             kickers: Mutex::default(),
             this: this.clone(),
         }))
+    }
+}
+
+impl FakeVm {
+    /// Writes memory as a guest does.
+    fn store(&self, gpa: u64, value: u64) {
+        self.memory.write_obj(value, GuestAddress(gpa)).unwrap();
+        self.written.lock().unwrap().insert(gpa >> 12);
+    }
+
+    fn load(&self, gpa: u64) -> u64 {
+        self.memory.read_obj(GuestAddress(gpa)).unwrap()
     }
 }
 
@@ -94,15 +112,15 @@ impl Vm for FakeVm {
         Ok(())
     }
     fn log_dirty(&self, _on: bool) -> anyvisor_engine::Result<()> {
+        self.written.lock().unwrap().clear();
         Ok(())
     }
     fn take_dirty(&self) -> anyvisor_engine::Result<anyvisor_engine::DirtyPages> {
-        // Nothing is known, so everything may have been written.
-        let regions = self.memory.iter().map(|region| anyvisor_engine::DirtyRegion {
-            start: region.start_addr().0,
-            bitmap: vec![!0; (region.len() as usize >> 12).div_ceil(64)],
-        });
-        Ok(anyvisor_engine::DirtyPages { regions: regions.collect() })
+        let mut bitmap = vec![0; (self.memory.last_addr().0 as usize >> 12) / 64 + 1];
+        for page in std::mem::take(&mut *self.written.lock().unwrap()) {
+            bitmap[(page / 64) as usize] |= 1 << (page % 64);
+        }
+        Ok(anyvisor_engine::DirtyPages { regions: vec![anyvisor_engine::DirtyRegion { start: 0, bitmap }] })
     }
     fn doorbells(&self) -> Option<&dyn anyvisor_engine::Doorbells> {
         None
@@ -124,7 +142,7 @@ impl Vcpu for FakeVcpu {
         Kicker::new(self.kicked.clone())
     }
     fn state(&mut self) -> anyvisor_engine::Result<VcpuState> {
-        Ok(VcpuState::reset(self.id, 0))
+        Ok(VcpuState { lapic: vec![0; 1024], ..VcpuState::reset(self.id, 0) })
     }
     fn set_state(&mut self, state: &VcpuState) -> anyvisor_engine::Result<()> {
         self.vm.states.lock().unwrap().push(state.clone());

@@ -54,7 +54,7 @@ impl Snapshot {
             }
             let at = folder.join(&wanted.path);
             let (older, found) = read_manifest(&at).map_err(|error| {
-                Error::user(format!("snapshot '{}' builds on another, and {error}", folder.display()))
+                one_line(&format!("snapshot '{}' builds on another, and {error}", folder.display()))
             })?;
             if found != wanted.checksum {
                 let what = format!("builds on snapshot {}, and '{}' has {found}", wanted.checksum, at.display());
@@ -176,8 +176,13 @@ impl Layer {
     }
 }
 
+/// A user's error. What comes from a snapshot may hold anything; line breaks and the like are not shown.
+fn one_line(message: &str) -> Error {
+    Error::user(message.chars().map(|c| if c.is_control() { '?' } else { c }).collect::<String>())
+}
+
 fn bad(folder: &Path, what: &str) -> Error {
-    Error::user(format!("snapshot '{}' {what}", folder.display()))
+    one_line(&format!("snapshot '{}' {what}", folder.display()))
 }
 
 fn trouble(folder: &Path, error: std::io::Error) -> Error {
