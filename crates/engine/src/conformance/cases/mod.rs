@@ -1,8 +1,10 @@
 //! The cases, a file for each part of the architecture.
 
+mod apic;
 mod events;
 mod exceptions;
 mod interrupts;
+mod kicks;
 mod mmio;
 mod paging;
 mod port_io;
@@ -47,5 +49,7 @@ pub fn cases() -> Vec<Case> {
     paging::add(&mut suite);
     events::add(&mut suite);
     interrupts::add(&mut suite);
+    apic::add(&mut suite);
+    kicks::add(&mut suite);
     suite.cases
 }
