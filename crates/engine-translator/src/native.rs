@@ -248,20 +248,31 @@ fn run_on_memory(
     };
     let mut copy = [0; BOUNCE_SIZE];
     let copy = &mut copy[..memory.size];
-    // An x87 store that raises an unmasked exception stores nothing: what is written back then is what was
-    // there.
-    if memory.read || unit == Unit::X87 {
+    // A store does not read: devices would notice.
+    let x87_store = unit == Unit::X87 && memory.write && !memory.read && !is_non_waiting(insn);
+    if memory.read {
         core.read(io, address, copy, Rights::Current)?;
+    } else if x87_store {
+        copy.fill(UNTOUCHED);
     }
     let at = (address & 63) as usize;
     core.bounce.0[at..at + memory.size].copy_from_slice(copy);
     stub.run(core, at)?;
-    if memory.write {
+    if memory.write && !(x87_store && x87_stored_nothing(&core.bounce.0[at..at + memory.size])) {
         copy.copy_from_slice(&core.bounce.0[at..at + memory.size]);
         hide_pointers(insn, copy);
         core.write(io, address, copy, Rights::Current)?;
     }
     Ok(())
+}
+
+/// What the bounce buffer holds before an x87 store.
+const UNTOUCHED: u8 = 0xa5;
+
+/// Whether an x87 store to `target` has left memory alone: an unmasked exception of its own (invalid operand,
+/// overflow, underflow; SDM vol. 1 8.5) does that, and is pending then.
+fn x87_stored_nothing(target: &[u8]) -> bool {
+    x87_exception_pending() && target.iter().all(|byte| *byte == UNTOUCHED)
 }
 
 /// An x87 store whose memory operand raises `fault`. An unmasked exception of its own (invalid operand,
@@ -275,13 +286,12 @@ fn x87_store_that_faults(
     memory: MemoryOperand,
     fault: Exception,
 ) -> Result<(), Exception> {
-    const UNTOUCHED: u8 = 0xa5;
     let mut state = [0u8; 108];
     // SAFETY: FNSAVE writes 108 bytes and initializes the unit; FRSTOR brings the guest's state back.
     unsafe { std::arch::asm!("fnsave [{s}]", "frstor [{s}]", s = in(reg) state.as_mut_ptr(), options(nostack)) };
     core.bounce.0[..memory.size].fill(UNTOUCHED);
     stub.run(core, 0)?;
-    if core.bounce.0[..memory.size].iter().all(|byte| *byte == UNTOUCHED) {
+    if !is_non_waiting(insn) && x87_stored_nothing(&core.bounce.0[..memory.size]) {
         return Ok(());
     }
     // SAFETY: FNINIT clears what is pending, so that FRSTOR of the state saved above cannot fault.
