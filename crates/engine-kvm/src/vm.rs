@@ -36,6 +36,7 @@ pub(crate) struct VmShared {
     bsp: OnceLock<Arc<Shared>>,
     routes: Mutex<Routes>,
     logging: Mutex<bool>,
+    tsc_khz: OnceLock<u64>,
     /// MSRs of a state that this KVM has.
     pub msrs: OnceLock<Vec<u32>>,
     /// Mapped as long as KVM may use it.
@@ -117,6 +118,7 @@ impl KvmVm {
             bsp: OnceLock::new(),
             routes: Mutex::default(),
             logging: Mutex::new(false),
+            tsc_khz: OnceLock::new(),
             msrs: OnceLock::new(),
             memory,
         };
@@ -151,6 +153,10 @@ impl Vm for KvmVm {
             _ => host_error("creating a vCPU", error),
         })?;
         cpuid::apply(&fd, table)?;
+        if let Ok(khz) = fd.get_tsc_khz() {
+            // All vCPUs have the host's.
+            let _ = self.0.tsc_khz.set(khz.into());
+        }
         let shared = Arc::new(Shared::new(&fd)?);
         if id.0 == 0 {
             // KVM has just made sure that there is only one.
@@ -183,6 +189,11 @@ impl Vm for KvmVm {
             bsp.interrupt(reason::PIC);
         }
         Ok(())
+    }
+
+    fn tsc_khz(&self) -> Result<u64> {
+        let khz = self.0.tsc_khz.get().copied();
+        khz.ok_or_else(|| Error::Unsupported("this KVM does not tell the TSC's frequency".into()))
     }
 
     fn clock(&self) -> Result<u64> {

@@ -135,6 +135,10 @@ impl Vm for TranslatorVm {
         Ok(())
     }
 
+    fn tsc_khz(&self) -> Result<u64> {
+        Ok(self.shared.tsc_khz)
+    }
+
     fn clock(&self) -> Result<u64> {
         Ok(self.shared.clock_at(host::tsc()))
     }

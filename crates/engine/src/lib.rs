@@ -48,6 +48,9 @@ pub trait Vm: Send + Sync {
     /// high and LINT0 accepts ExtINT, the engine asks [`GuestIo::acknowledge_pic`] for the vector.
     fn set_pic_intr(&self, level: bool) -> Result<()>;
 
+    /// Frequency of the guest's TSC in kHz. A vCPU must have been made.
+    fn tsc_khz(&self) -> Result<u64>;
+
     /// Nanoseconds of guest time since the VM was made: what kvmclock shows. It follows the TSC.
     fn clock(&self) -> Result<u64>;
 

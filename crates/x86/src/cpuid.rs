@@ -54,11 +54,6 @@ impl Cpuid {
         }
     }
 
-    /// Frequency of the TSC in kHz, from the timing leaf, which engines always show.
-    pub fn tsc_khz(&self) -> Option<u64> {
-        self.get(0x4000_0010, 0).map(|result| u64::from(result.eax)).filter(|khz| *khz != 0)
-    }
-
     /// Whether `feature` is set.
     pub fn has(&self, feature: &Feature) -> bool {
         self.get(feature.leaf, feature.subleaf).is_some_and(|r| feature.register.of(&r) >> feature.bit & 1 != 0)

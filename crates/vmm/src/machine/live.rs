@@ -29,7 +29,6 @@ pub(super) struct Live<'a> {
     pub board: &'a Arc<Board>,
     pub vcpus: &'a [SharedVcpu],
     pub tables: &'a [Cpuid],
-    pub tsc_khz: Option<u64>,
     pub history: Arc<Mutex<History>>,
     pub notify: &'a Notify,
 }
@@ -147,7 +146,6 @@ impl Live<'_> {
             board: self.board,
             vcpus: self.vcpus.iter().map(|vcpu| lock(vcpu)).collect(),
             tables: self.tables,
-            tsc_khz: self.tsc_khz,
             history: &self.history,
         }
     }

@@ -219,7 +219,6 @@ struct Machine {
     vcpus: Vec<Box<dyn Vcpu>>,
     /// What each vCPU shows as its CPUID.
     tables: Vec<Cpuid>,
-    tsc_khz: Option<u64>,
     history: History,
     /// What it goes on from, if its memory's checksums are still to be compared.
     unverified: Option<Arc<Snapshot>>,
@@ -262,13 +261,13 @@ impl Machine {
             lock(&notify.kickers).push(vcpu.kicker());
             vcpus.push(vcpu);
         }
-        let (tsc_khz, history) = (supported.tsc_khz(), History::new(config.memory));
-        Ok(Machine { memory, vm, board, vcpus, tables, tsc_khz, history, unverified: None, notify })
+        let history = History::new(config.memory);
+        Ok(Machine { memory, vm, board, vcpus, tables, history, unverified: None, notify })
     }
 
     /// Runs until the VM ends, and tears it down.
     fn run(self, config: &Config, engine: &str, input: &Arc<Input>, control: &Control, output: &Output) -> End {
-        let Machine { memory, vm, board, vcpus, tables, tsc_khz, history, unverified, notify } = self;
+        let Machine { memory, vm, board, vcpus, tables, history, unverified, notify } = self;
         let verification = unverified.map(|snapshot| Verification::start(snapshot, notify.clone()));
         let vcpus: Vec<vcpu::SharedVcpu> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
         let mut threads = Vec::new();
@@ -295,7 +294,6 @@ impl Machine {
             board: &board,
             vcpus: &vcpus,
             tables: &tables,
-            tsc_khz,
             history: Arc::new(Mutex::new(history)),
             notify: &notify,
         };

@@ -79,8 +79,6 @@ pub struct Paused<'a> {
     pub vcpus: Vec<MutexGuard<'a, Box<dyn Vcpu>>>,
     /// What each vCPU shows as its CPUID.
     pub tables: &'a [Cpuid],
-    /// Frequency of the guest's TSC, if the engine tells.
-    pub tsc_khz: Option<u64>,
     /// What was written since the VM's snapshots. Locked after everything else.
     pub history: &'a Arc<Mutex<History>>,
 }

@@ -30,21 +30,24 @@ impl Machine {
     ) -> Result<Machine> {
         let saved = snapshot.manifest();
         let supported = engine.supported_cpuid();
-        let differences = differences(saved, &supported);
-        if !differences.is_empty() {
-            let list = differences.join(", ");
-            let name = engine.name();
-            return Err(snapshot.error(&format!("cannot go on under engine {name} on this host, which lacks {list}")));
-        }
         let memory = snapshot.map_memory()?;
         let vm = engine.create_vm(memory.clone())?;
+        let mut missing = missing(saved, &supported);
+        let mut vcpus = Vec::new();
+        // Without what they are to show they cannot even be made.
+        if missing.is_empty() {
+            for (cpu, vcpu) in (0..).zip(&saved.vcpus) {
+                vcpus.push(vm.create_vcpu(VcpuId(cpu), &vcpu.cpuid)?);
+            }
+            missing.extend(other_frequency(saved.tsc_khz, vm.tsc_khz()?));
+        }
+        if !missing.is_empty() {
+            let (name, list) = (engine.name(), missing.join(", "));
+            return Err(snapshot.error(&format!("cannot go on under engine {name} on this host, which lacks {list}")));
+        }
         let board = Arc::new(Board::new(config, vm.clone(), output, input, &notify, saved.board.now));
         let nonsense = |what: String| snapshot.error(&format!("makes no sense: {what}"));
         board.restore(&saved.board).map_err(|error| nonsense(error.to_string()))?;
-        let mut vcpus = Vec::new();
-        for (cpu, vcpu) in (0..).zip(&saved.vcpus) {
-            vcpus.push(vm.create_vcpu(VcpuId(cpu), &vcpu.cpuid)?);
-        }
         for (vcpu, saved) in vcpus.iter_mut().zip(&saved.vcpus) {
             vcpu.set_state(&saved.state).map_err(|error| match error {
                 anyvisor_engine::Error::BadState(_) => nonsense(error.to_string()),
@@ -55,22 +58,22 @@ impl Machine {
         vm.set_clock(saved.clock)?;
         let history = History::since(config.memory, snapshot.checksum(), &*vm)?;
         let tables = saved.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
-        let (tsc_khz, unverified) = (supported.tsc_khz(), Some(snapshot.clone()));
-        Ok(Machine { memory, vm, board, vcpus, tables, tsc_khz, history, unverified, notify })
+        Ok(Machine { memory, vm, board, vcpus, tables, history, unverified: Some(snapshot.clone()), notify })
     }
 }
 
-/// What the guest was shown and would miss under an engine that supports `supported`.
-fn differences(saved: &Manifest, supported: &Cpuid) -> Vec<String> {
+/// What the guest was shown and an engine that supports `supported` lacks.
+fn missing(saved: &Manifest, supported: &Cpuid) -> Vec<String> {
     let mut list: Vec<String> = saved.vcpus.iter().flat_map(|vcpu| vcpu.cpuid.differences(supported)).collect();
     list.sort();
     list.dedup();
-    let (was, is) = (saved.tsc_khz, supported.tsc_khz());
-    if is.is_none_or(|is| u128::from(is.abs_diff(was)) * 1_000_000 > u128::from(was) * u128::from(TSC_TOLERANCE_PPM)) {
-        let is = is.map_or("an unknown one".to_owned(), |is| format!("{is} kHz"));
-        list.push(format!("its TSC frequency ({was} kHz; here {is})"));
-    }
     list
+}
+
+/// What is wrong if the TSC counted with `was` kHz and now counts with `is`.
+fn other_frequency(was: u64, is: u64) -> Option<String> {
+    let near = u128::from(is.abs_diff(was)) * 1_000_000 <= u128::from(was) * u128::from(TSC_TOLERANCE_PPM);
+    (!near).then(|| format!("its TSC frequency ({was} kHz; here {is} kHz)"))
 }
 
 /// The comparison of a restored VM's memory with its checksums, while the VM runs already.

@@ -57,7 +57,7 @@ impl Engine for FakeEngine {
     fn supported_cpuid(&self) -> Cpuid {
         let mut cpuid = Cpuid::default();
         let all = CpuidResult { eax: !0, ebx: !0, ecx: !0, edx: !0 };
-        for (leaf, subleaf) in [(1, None), (7, Some(0)), (0x8000_0001, None), (0x4000_0010, None)] {
+        for (leaf, subleaf) in [(1, None), (7, Some(0)), (0x8000_0001, None)] {
             cpuid.set(leaf, subleaf, all);
         }
         cpuid
@@ -103,6 +103,9 @@ impl Vm for FakeVm {
     fn set_pic_intr(&self, level: bool) -> anyvisor_engine::Result<()> {
         *self.intr.lock().unwrap() = level;
         Ok(())
+    }
+    fn tsc_khz(&self) -> anyvisor_engine::Result<u64> {
+        Ok(3_000_000)
     }
     fn clock(&self) -> anyvisor_engine::Result<u64> {
         Ok(*self.clock.lock().unwrap())

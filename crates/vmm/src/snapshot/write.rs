@@ -221,9 +221,7 @@ fn describe(paused: &mut Paused, parent: Option<Parent>, memory: Memory) -> Resu
         saved_at,
         parent,
         machine: Machine::of(paused.config),
-        tsc_khz: paused.tsc_khz.ok_or_else(|| {
-            Error::user(format!("engine {} does not tell its TSC's frequency; it cannot save VMs", paused.engine))
-        })?,
+        tsc_khz: paused.vm.tsc_khz()?,
         clock: paused.vm.clock()?,
         vcpus,
         board: paused.board.save(),

@@ -311,18 +311,22 @@ fn another_host_is_told_what_it_lacks() {
     let scratch = Scratch::new("lacks");
     let folder = scratch.path("one");
     saved_vm(&folder);
+    let lacks = |parts: &[&str]| {
+        let message = restore(&folder, finds(1)).0.unwrap_err().to_string();
+        for part in parts {
+            assert!(message.contains(part) && !message.contains('\n'), "{message}");
+        }
+    };
+    rewrite(&folder, |manifest| manifest["tsc_khz"] = 3_000_751.into());
+    lacks(&["engine fake", "its TSC frequency (3000751 kHz; here 3000000 kHz)"]);
     rewrite(&folder, |manifest| {
-        manifest["tsc_khz"] = 2_000_000.into();
         for leaf in manifest["vcpus"][0]["cpuid"]["leaves"].as_array_mut().unwrap() {
             if leaf["leaf"] == 7 && leaf["subleaf"] == 1 {
-                leaf["result"]["eax"] = 0x10.into();
+                leaf["result"]["eax"] = 0x30.into();
             }
         }
     });
-    let message = restore(&folder, finds(1)).0.unwrap_err().to_string();
-    for part in ["engine fake", "avx_vnni", "TSC frequency (2000000 kHz; here 4294967295 kHz)"] {
-        assert!(message.contains(part) && !message.contains('\n'), "{message}");
-    }
+    lacks(&["lacks CPUID 7h.1:eax bit 5, avx_vnni"]);
 }
 
 #[test]
