@@ -1,5 +1,6 @@
 //! The command line, parsed into types. Every mistake is one line on stderr and exit code 2.
 
+use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
 use anyvisor_vmm::config::{Config, OnReboot, Serial, parse_size, show_size};
 use anyvisor_vmm::{Error, Result, snapshot};
@@ -8,9 +9,10 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-/// Name of a VM that was given none.
-const DEFAULT_ID: &str = "vm";
+/// How long `stop` waits for the guest.
+const STOP_TIMEOUT: &str = "30s";
 
 /// Runs unmodified x86-64 operating systems, with or without hardware virtualization.
 #[derive(Debug, Parser)]
@@ -24,6 +26,18 @@ pub struct Cli {
 pub enum Command {
     /// Boots a kernel; its serial console is on stdin and stdout (Ctrl-A X ends the VM)
     Run(RunOptions),
+    /// Lists your running VMs
+    Ps(PsOptions),
+    /// Holds a VM still until resume
+    Pause(NameOption),
+    /// Lets a paused VM go on
+    Resume(NameOption),
+    /// Ends a VM: presses its power button, and ends it by force if it has not powered off in time
+    Stop(StopOptions),
+    /// Saves a running or paused VM to a folder, for run --restore
+    Snapshot(SnapshotOptions),
+    /// Attaches this terminal to a VM's serial console (Ctrl-A X detaches)
+    Console(NameOption),
     /// Shows what this host offers each engine, and what `--engine auto` takes and why
     Doctor,
     /// Fetches a Linux kernel and a shell, and boots them
@@ -34,8 +48,8 @@ impl Command {
     pub fn verbosity(&self) -> u8 {
         match self {
             Command::Run(options) => options.verbose,
-            Command::Doctor => 0,
             Command::Quickstart(options) => options.verbose,
+            _ => 0,
         }
     }
 }
@@ -70,17 +84,26 @@ pub struct RunOptions {
     /// x86-64-v3, x86-64-v2 or host [default: x86-64-v3]
     #[arg(long, value_name = "MODEL")]
     pub cpu_model: Option<CpuModel>,
-    /// Serial console: stdio, file:PATH or null
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    pub serial: Serial,
+    /// Serial console: stdio, file:PATH or null [default: stdio; with --detach null]
+    #[arg(long, value_name = "WHERE")]
+    pub serial: Option<Serial>,
+    /// Run the VM in the background and print its name; see anyvisor console and stop
+    #[arg(short, long, conflicts_with = "no_api")]
+    pub detach: bool,
+    /// Make the control socket here instead of in the runtime folder
+    #[arg(long, value_name = "PATH", conflicts_with = "no_api")]
+    pub api_sock: Option<PathBuf>,
+    /// Make no control socket
+    #[arg(long)]
+    pub no_api: bool,
     /// Let a guest's write of v to port 0xf4 end the VM with exit code (v<<1)|1
     #[arg(long)]
     pub debug_exit: bool,
     /// What a guest's reboot does: exit or restart
     #[arg(long, value_name = "ACTION", default_value = "exit")]
     pub on_reboot: OnReboot,
-    /// Name of the VM [default: vm, or the snapshot's]
-    #[arg(long, value_name = "NAME")]
+    /// Name of the VM, one running VM's only [default: vm- and the process id, or what the snapshot's was given]
+    #[arg(long, value_name = "NAME", value_parser = check_id)]
     pub id: Option<String>,
     /// More messages on stderr; repeat for more
     #[arg(short, long, action = clap::ArgAction::Count)]
@@ -91,14 +114,14 @@ impl RunOptions {
     /// The VM that the options describe.
     pub fn config(&self) -> Config {
         Config {
-            id: self.id.clone().unwrap_or_else(|| DEFAULT_ID.into()),
+            id: self.id.clone().unwrap_or_else(default_id),
             kernel: self.kernel.clone().unwrap_or_default(),
             initrd: self.initrd.clone(),
             command_line: self.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into()),
             memory: self.memory.unwrap_or(512 << 20),
             cpus: self.cpus.unwrap_or(1),
             cpu_model: self.cpu_model.unwrap_or(CpuModel::V3),
-            serial: self.serial.clone(),
+            serial: self.serial(),
             debug_exit: self.debug_exit,
             on_reboot: self.on_reboot,
         }
@@ -140,9 +163,96 @@ impl RunOptions {
                 from.display()
             )));
         }
-        let config = machine.config(self.serial.clone(), self.on_reboot);
-        Ok(Config { id: self.id.clone().unwrap_or(config.id), ..config })
+        let config = machine.config(self.serial(), self.on_reboot);
+        let id = match &self.id {
+            Some(id) => id.clone(),
+            None if is_default_id(&config.id) => default_id(),
+            None => check_id(&config.id).map_err(|error| {
+                Error::user(format!("snapshot '{}' has a {error}; give it another --id", from.display()))
+            })?,
+        };
+        Ok(Config { id, ..config })
     }
+
+    /// Where the serial console goes.
+    fn serial(&self) -> Serial {
+        let default = if self.detach { Serial::Null } else { Serial::Stdio };
+        self.serial.clone().unwrap_or(default)
+    }
+
+    /// Where the control socket goes.
+    pub fn api(&self) -> Wanted {
+        match &self.api_sock {
+            Some(path) => Wanted::At(path.clone()),
+            None if self.no_api => Wanted::Nothing,
+            None => Wanted::InFolder,
+        }
+    }
+}
+
+/// The name of a VM that was given none.
+fn default_id() -> String {
+    format!("vm-{}", std::process::id())
+}
+
+fn is_default_id(id: &str) -> bool {
+    id.strip_prefix("vm-").is_some_and(|pid| !pid.is_empty() && pid.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+#[derive(Debug, Args)]
+pub struct PsOptions {
+    /// As a JSON array, for programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct NameOption {
+    /// The VM's name, or its control socket's path (with a slash)
+    pub id: String,
+}
+
+#[derive(Debug, Args)]
+pub struct StopOptions {
+    /// The VM's name, or its control socket's path (with a slash)
+    pub id: String,
+    /// How long the guest may take to power off
+    #[arg(long, value_name = "TIME", default_value = STOP_TIMEOUT, value_parser = parse_time)]
+    pub timeout: Duration,
+    /// End it now, without asking the guest
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotOptions {
+    /// The VM's name, or its control socket's path (with a slash)
+    pub id: String,
+    /// A new or empty folder
+    pub folder: PathBuf,
+    /// An earlier snapshot of this VM: save only what was written since
+    #[arg(long, value_name = "FOLDER")]
+    pub parent: Option<PathBuf>,
+}
+
+/// Parses a time such as `500ms`, `30s` or `2m`.
+///
+/// # Errors
+/// One line about what is wrong with `text`.
+fn parse_time(text: &str) -> std::result::Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let milliseconds: u64 = match &text[digits.len()..] {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err(format!("bad time '{text}'; write for example 500ms, 30s or 2m")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("bad time '{text}'; write for example 500ms, 30s or 2m"))?;
+    // A year is as good as for ever, and can be added to any clock.
+    let most = 365 * 24 * 3_600_000;
+    let total = number.checked_mul(milliseconds).filter(|total| *total <= most);
+    total.map(Duration::from_millis).ok_or_else(|| format!("time '{text}' is too long"))
 }
 
 #[derive(Debug, Args)]
@@ -181,7 +291,7 @@ pub fn report(error: &clap::Error) -> ExitCode {
 /// A mistake in one line: clap's message without its layout, and where to look.
 fn one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "give a command: run, doctor or quickstart; see anyvisor --help".into();
+        return "give a command, for example run, ps, doctor or quickstart; see anyvisor --help".into();
     }
     let text = error.to_string();
     let mut parts: Vec<&str> = vec![];
@@ -218,8 +328,24 @@ mod tests {
     }
 
     #[test]
+    fn times() {
+        for (text, expected) in [("0s", 0), ("500ms", 500), ("30s", 30_000), ("2m", 120_000), ("1h", 3_600_000)] {
+            assert_eq!(parse_time(text), Ok(Duration::from_millis(expected)));
+        }
+        for bad in ["", "s", "30", "-1s", "1.5s", "1 s", "1d", "99999999999999999999s", "9999999h"] {
+            assert!(parse_time(bad).unwrap_err().contains(&format!("'{bad}'")), "{bad}");
+        }
+    }
+
+    #[test]
+    fn default_names_are_told_from_given_ones() {
+        assert!(is_default_id(&default_id()) && check_id(&default_id()).is_ok());
+        assert!(!is_default_id("vm-") && !is_default_id("vm-1a") && !is_default_id("web"));
+    }
+
+    #[test]
     fn mistakes_are_one_line_that_names_the_value() {
-        assert!(mistake(&[]).contains("run, doctor or quickstart"));
+        assert!(mistake(&[]).contains("run, ps, doctor or quickstart"));
         assert!(mistake(&["run"]).contains("--kernel"));
         assert!(mistake(&["run", "--kernel", "k", "--memory", "12Q"]).contains("bad size '12Q'"));
         assert!(mistake(&["run", "--kernel", "k", "--cpu-model", "i386"]).contains("unknown CPU model 'i386'"));
@@ -229,5 +355,10 @@ mod tests {
         assert!(mistake(&["run", "--kernel", "k", "--bogus"]).contains("--bogus"));
         assert!(mistake(&["run", "--kernel", "k", "--verify-first"]).contains("--restore"));
         assert!(mistake(&["fly"]).contains("fly"));
+        assert!(mistake(&["run", "--kernel", "k", "--id", "a/b"]).contains("bad name 'a/b'"));
+        assert!(mistake(&["run", "--kernel", "k", "--id", ""]).contains("name"));
+        assert!(mistake(&["run", "--kernel", "k", "-d", "--no-api"]).contains("--no-api"));
+        assert!(mistake(&["pause"]).contains("ID"));
+        assert!(mistake(&["stop", "x", "--timeout", "30"]).contains("bad time '30'"));
     }
 }

@@ -6,6 +6,8 @@
 //! 2 for a user's mistake, 3 for a triple fault, 1 otherwise.
 
 mod cli;
+mod control;
+mod detach;
 mod doctor;
 mod engines;
 mod quickstart;
@@ -30,6 +32,12 @@ fn main() -> ExitCode {
     init_log(cli.command.verbosity());
     let result = match cli.command {
         cli::Command::Run(options) => run::command(options),
+        cli::Command::Ps(options) => control::commands::ps(&options),
+        cli::Command::Pause(vm) => control::commands::pause(&vm.id),
+        cli::Command::Resume(vm) => control::commands::resume(&vm.id),
+        cli::Command::Stop(options) => control::commands::stop(&options),
+        cli::Command::Snapshot(options) => control::commands::snapshot(&options),
+        cli::Command::Console(vm) => control::console::attach(&vm.id),
         cli::Command::Doctor => doctor::command(),
         cli::Command::Quickstart(options) => quickstart::command(options),
     };

@@ -1,10 +1,13 @@
 //! `anyvisor run`: one VM from its options to its exit code.
 
 use crate::cli::RunOptions;
+use crate::control::runtime::{Claim, Wanted};
+use crate::detach::Background;
 use crate::engines::Chosen;
-use crate::{engines, signals, terminal};
+use crate::{detach, engines, signals, terminal};
 use anyvisor_vmm::config::Serial;
 use anyvisor_vmm::console::{Input, Output};
+use anyvisor_vmm::control::{Identity, Server};
 use anyvisor_vmm::snapshot::Snapshot;
 use anyvisor_vmm::{Config, End, Error, Remote, Result, machine};
 use std::fs::File;
@@ -16,6 +19,14 @@ use std::time::Duration;
 
 /// Runs the VM that `options` describe; returns the process's exit code.
 pub fn command(options: RunOptions) -> Result<u8> {
+    if options.detach && options.serial == Some(Serial::Stdio) {
+        return Err(Error::user("a detached VM has no terminal; leave --serial stdio out, and use anyvisor console"));
+    }
+    let background = match options.detach.then(detach::begin).transpose()? {
+        Some(detach::Side::Parent(code)) => return Ok(code),
+        Some(detach::Side::Child(background)) => Some(background),
+        None => None,
+    };
     let snapshot = options.restore.as_deref().map(|folder| open_snapshot(folder, options.verify_first)).transpose()?;
     let config = match (&snapshot, &options.restore) {
         (Some(snapshot), Some(folder)) => options.restored(&snapshot.manifest().machine, folder)?,
@@ -24,8 +35,21 @@ pub fn command(options: RunOptions) -> Result<u8> {
     config.validate()?;
     let chosen = engines::open(options.engine)?;
     let output = open_output(&config.serial)?;
-    let end = run_vm(&config, snapshot.as_ref(), &chosen, output, None)?;
+    let surroundings = Surroundings { output, limit: None, api: options.api(), background };
+    let end = run_vm(&config, snapshot.as_ref(), &chosen, surroundings)?;
     Ok(exit_code(&config, &end))
+}
+
+/// What a VM has to do with on the host.
+pub struct Surroundings {
+    /// Takes the serial console's output.
+    pub output: Box<dyn Write + Send>,
+    /// When the VM is ended at the latest.
+    pub limit: Option<Duration>,
+    /// Where the control socket goes.
+    pub api: Wanted,
+    /// For a VM that is to run in the background.
+    pub background: Option<Background>,
 }
 
 fn open_snapshot(folder: &Path, verify: bool) -> Result<Arc<Snapshot>> {
@@ -36,15 +60,15 @@ fn open_snapshot(folder: &Path, verify: bool) -> Result<Arc<Snapshot>> {
     Ok(Arc::new(snapshot))
 }
 
-/// Runs one VM, from the beginning or from `snapshot`, with its console at `output` and, for [`Serial::Stdio`], stdin. Signals end it, and so does
-/// the time `limit`. The terminal is as it was when this returns, and untouched until the VM is built.
+/// Runs one VM, from the beginning or from `snapshot`; for [`Serial::Stdio`] its console reads stdin. Signals
+/// end it. The terminal is as it was when this returns, and untouched until the VM is built.
 pub fn run_vm(
     config: &Config,
     snapshot: Option<&Arc<Snapshot>>,
     chosen: &Chosen,
-    output: Box<dyn Write + Send>,
-    limit: Option<Duration>,
+    surroundings: Surroundings,
 ) -> Result<End> {
+    let Surroundings { output, limit, api, background } = surroundings;
     let (control, remote) = machine::control();
     // Before any thread starts, so that all inherit the mask.
     signals::end_vm_on_signals(remote.clone())?;
@@ -55,10 +79,20 @@ pub fn run_vm(
             remote.stop();
         });
     }
+    let claimed = Claim::new(&config.id, &api)?;
     let output = Output::new(output).map_err(|e| Error::host("cannot start the serial output thread", e))?;
-    let input = Input::new();
-    let mut raw = None;
     let output = Arc::new(output);
+    let input = Input::new();
+    let (claim, server) = match claimed {
+        None => (None, None),
+        Some((claim, listener)) => {
+            let identity = identity(config, chosen);
+            let server = Server::start(listener, identity, remote.clone(), output.clone(), input.clone())
+                .map_err(|e| Error::host("cannot start the control socket's thread", e))?;
+            (Some(claim), Some(server))
+        }
+    };
+    let mut raw = None;
     let built = || {
         if let Some(note) = &chosen.note {
             eprintln!("anyvisor: {note}");
@@ -66,14 +100,30 @@ pub fn run_vm(
         if config.serial == Serial::Stdio {
             raw = open_input(&input, &remote)?;
         }
-        Ok(())
+        match background {
+            Some(background) => background.go(&config.id, claim.as_ref()),
+            None => Ok(()),
+        }
     };
     let end = match snapshot {
         Some(snapshot) => machine::go_on(config, snapshot, &*chosen.engine, &output, &input, &control, built),
         None => machine::run(config, &*chosen.engine, &output, &input, &control, built),
     };
     drop(raw);
+    // Clients get their last answers while the name is still ours.
+    drop(server);
+    drop(claim);
     end
+}
+
+fn identity(config: &Config, chosen: &Chosen) -> Identity {
+    Identity {
+        id: config.id.clone(),
+        engine: chosen.engine.name().into(),
+        cpus: config.cpus,
+        memory: config.memory,
+        version: env!("CARGO_PKG_VERSION").into(),
+    }
 }
 
 fn open_output(serial: &Serial) -> Result<Box<dyn Write + Send>> {

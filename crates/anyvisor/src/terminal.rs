@@ -1,7 +1,7 @@
 //! The user's terminal: raw mode while a guest has it, restored on every way out.
 //!
-//! In raw mode every key goes to the guest, but for the escape: Ctrl-A X ends the VM, Ctrl-A Ctrl-A types
-//! one Ctrl-A. The settings found at the start are kept in one place, and [`restore`] puts them back from
+//! In raw mode every key goes to the guest, but for the escape: Ctrl-A X leaves (which ends the VM of `run`,
+//! and detaches from that of `console`), Ctrl-A Ctrl-A types one Ctrl-A. The settings found at the start are kept in one place, and [`restore`] puts them back from
 //! anywhere: the guard's drop, the panic hook, the signal thread, and the handler of fatal signals (an
 //! abort, or a fault in this process), which may only call what is async-signal-safe, as tcsetattr is.
 
@@ -129,14 +129,14 @@ const CTRL_A: u8 = 1;
 
 /// Finds the escape sequences in what is typed.
 #[derive(Debug, Default)]
-struct Escape {
+pub struct Escape {
     /// The last key was Ctrl-A.
     armed: bool,
 }
 
 impl Escape {
     /// What the guest gets of `typed`, and whether the user wants to leave.
-    fn filter(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
+    pub fn filter(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
         let mut bytes = Vec::with_capacity(typed.len());
         for &key in typed {
             match (std::mem::take(&mut self.armed), key) {

@@ -8,7 +8,9 @@ mod fetch;
 mod initramfs;
 
 use crate::cli::QuickstartOptions;
+use crate::control::runtime::Wanted;
 use crate::engines::Chosen;
+use crate::run::Surroundings;
 use crate::{engines, run, terminal};
 use anyvisor_vmm::config::{OnReboot, Serial};
 use anyvisor_vmm::{Config, End, Error, Result};
@@ -24,7 +26,7 @@ const CHECK_LIMIT: Duration = Duration::from_secs(15 * 60);
 pub fn command(options: QuickstartOptions) -> Result<u8> {
     let interactive = !options.check && std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let mut config = Config {
-        id: "quickstart".into(),
+        id: format!("quickstart-{}", std::process::id()),
         kernel: "vmlinuz".into(),
         initrd: None,
         command_line: String::new(),
@@ -49,10 +51,14 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         let (rows, columns) = terminal::size().unwrap_or((24, 80));
         config.command_line = format!("{base} anyvisor_rows={rows} anyvisor_columns={columns}");
         progress("booting; Ctrl-A X leaves");
-        let end = run::run_vm(&config, None, &chosen, Box::new(std::io::stdout()), None)?;
+        let end = run::run_vm(&config, None, &chosen, surroundings(Box::new(std::io::stdout()), None))?;
         return Ok(if end == End::Left { 0 } else { run::exit_code(&config, &end) });
     }
     check(&mut config, &chosen, &base)
+}
+
+fn surroundings(output: Box<dyn Write + Send>, limit: Option<Duration>) -> Surroundings {
+    Surroundings { output, limit, api: Wanted::InFolder, background: None }
 }
 
 /// Boots the guest to check itself.
@@ -72,7 +78,7 @@ fn check(config: &mut Config, chosen: &Chosen, base: &str) -> Result<u8> {
         wanted: format!("anyvisor self-check passed: {nonce}").into_bytes(),
         seen: passed.clone(),
     };
-    let end = run::run_vm(config, None, chosen, Box::new(watch), Some(CHECK_LIMIT))?;
+    let end = run::run_vm(config, None, chosen, surroundings(Box::new(watch), Some(CHECK_LIMIT)))?;
     let code = run::exit_code(config, &end);
     if end == End::PowerOff && passed.load(Ordering::SeqCst) {
         progress("the guest passed its self-check");

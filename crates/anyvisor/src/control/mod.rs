@@ -1,0 +1,13 @@
+//! Running VMs from outside: where their control sockets are, and the commands that talk to them.
+//!
+//! | file | does |
+//! |---|---|
+//! | [`runtime`] | the runtime folder: names, locks, what dead VMs left |
+//! | [`client`] | one request to a VM, or a console |
+//! | [`commands`] | `ps`, `pause`, `resume`, `stop`, `snapshot` |
+//! | [`console`] | `console` |
+
+pub mod client;
+pub mod commands;
+pub mod console;
+pub mod runtime;
