@@ -4,6 +4,7 @@ use anyvisor_engine::{Error, Result};
 use anyvisor_x86::lapic::BUS_HZ;
 use anyvisor_x86::{Cpuid, CpuidResult};
 use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc, _xgetbv};
+use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -156,7 +157,8 @@ fn extended_leaves(table: &mut Cpuid) {
     table.set(0x8000_0008, None, CpuidResult { eax: physical | 48 << 8, ..CpuidResult::default() });
 }
 
-/// The TSC's frequency in kHz: as a hypervisor under us says, as CPUID 15h says, or measured (once).
+/// The TSC's frequency in kHz: as a hypervisor under us says, as CPUID 15h says, as the kernel found out when
+/// it booted, or measured (once).
 pub fn tsc_khz() -> u64 {
     static KHZ: OnceLock<u64> = OnceLock::new();
     *KHZ.get_or_init(|| {
@@ -170,12 +172,27 @@ pub fn tsc_khz() -> u64 {
         if !virtualized && ratio.eax != 0 && ratio.ebx != 0 && ratio.ecx != 0 {
             return u64::from(ratio.ecx) * u64::from(ratio.ebx) / u64::from(ratio.eax) / 1000;
         }
-        measure_tsc()
+        // One millisecond is enough to tell whether the kernel's number is the TSC's.
+        match boot_khz() {
+            Some(khz) if measure_tsc(Duration::from_millis(1)).abs_diff(khz) < khz / 1000 => khz,
+            _ => measure_tsc(Duration::from_millis(25)),
+        }
     })
 }
 
-/// Counts the TSC against CLOCK_MONOTONIC.
-fn measure_tsc() -> u64 {
+/// The frequency that Linux calibrated when it booted, which is what /proc/cpuinfo shows on processors whose
+/// speed it cannot follow (no APERF and MPERF, no cpufreq driver): most virtual machines. Unlike a measurement
+/// it is the same each time.
+fn boot_khz() -> Option<u64> {
+    let followed = leaf(6, 0).ecx & 1 != 0 || Path::new("/sys/devices/system/cpu/cpu0/cpufreq").exists();
+    let cpuinfo = if followed { None } else { std::fs::read_to_string("/proc/cpuinfo").ok() }?;
+    let (mhz, khz) =
+        cpuinfo.lines().find_map(|line| line.strip_prefix("cpu MHz"))?.split_once(':')?.1.trim().split_once('.')?;
+    Some(1000 * mhz.parse::<u64>().ok()? + khz.parse::<u64>().ok().filter(|_| khz.len() == 3)?)
+}
+
+/// Counts the TSC against CLOCK_MONOTONIC for some time.
+fn measure_tsc(time: Duration) -> u64 {
     let sample = || {
         // The tightest of a few readings bounds the error of the pair.
         (0..8)
@@ -189,7 +206,7 @@ fn measure_tsc() -> u64 {
             .expect("eight samples")
     };
     let (_, start, start_tsc) = sample();
-    std::thread::sleep(Duration::from_millis(25));
+    std::thread::sleep(time);
     let (_, end, end_tsc) = sample();
     let nanoseconds = end.duration_since(start).as_nanos().max(1);
     (u128::from(end_tsc - start_tsc) * 1_000_000 / nanoseconds) as u64
@@ -228,7 +245,7 @@ mod tests {
 
     #[test]
     fn frequency_agrees_with_the_clock() {
-        let (said, measured) = (tsc_khz(), measure_tsc());
+        let (said, measured) = (tsc_khz(), measure_tsc(Duration::from_millis(25)));
         assert!(said.abs_diff(measured) * 100 < said, "{said} kHz, measured {measured}");
     }
 

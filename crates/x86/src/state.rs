@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// Segment registers by encoding index (ES, CS, SS, DS, FS, GS), then LDTR and TR.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Segments {
     pub seg: [Segment; 6],
     pub ldtr: Segment,
@@ -25,6 +26,7 @@ pub enum Activity {
 
 /// Events that are neither registers nor LAPIC contents (SDM vol. 3C 25.4.2 lists the same).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PendingEvents {
     /// Raised but not yet delivered.
     pub exception: Option<Exception>,
@@ -42,6 +44,7 @@ pub struct PendingEvents {
 
 /// Architectural state of one vCPU at an instruction boundary.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VcpuState {
     /// General registers in encoding order (RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8–R15).
     pub gpr: [u64; 16],
