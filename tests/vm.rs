@@ -1,7 +1,9 @@
 //! The `anyvisor` binary as a child process: with a deadline, its output collected, never left behind.
 
 use anyhow::{Context, Result};
+use std::fs::DirBuilder;
 use std::io::{Read, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -37,12 +39,45 @@ pub fn binary() -> PathBuf {
         .clone()
 }
 
+/// A command of the binary, with a runtime folder of this process's own.
+pub fn command() -> Command {
+    let mut command = Command::new(binary());
+    command.env("XDG_RUNTIME_DIR", runtime_folder());
+    command
+}
+
+/// `$XDG_RUNTIME_DIR` of everything started here. Short, because a socket's path must be.
+pub fn runtime_folder() -> &'static Path {
+    const NAME: &str = "anyvisor-tests-";
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let base = std::env::temp_dir();
+        // What processes that have ended left behind.
+        for entry in std::fs::read_dir(&base).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.strip_prefix(NAME).is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
+        let folder = base.join(format!("{NAME}{}", std::process::id()));
+        DirBuilder::new().mode(0o700).recursive(true).create(&folder).expect("a folder for temporary files");
+        folder
+    })
+}
+
 /// A running `anyvisor`. Killed when dropped.
 pub struct Vm {
     child: Child,
     input: Option<ChildStdin>,
     output: Collector,
     errors: Collector,
+}
+
+/// The folder that anyvisor's control sockets are under: the tests' own.
+fn runtime_folder() -> Result<PathBuf> {
+    let folder = crate::assets::folder().join("run");
+    std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    Ok(folder)
 }
 
 /// How an `anyvisor` ended.
@@ -96,8 +131,9 @@ impl Vm {
     /// # Errors
     /// When it cannot be started.
     pub fn start<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Result<Vm> {
-        let mut child = Command::new(binary())
+        let mut child = command()
             .args(arguments)
+            .env("XDG_RUNTIME_DIR", runtime_folder()?)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -107,6 +143,11 @@ impl Vm {
         let errors = Collector::new(child.stderr.take().expect("piped"));
         let input = child.stdin.take();
         Ok(Vm { child, input, output, errors })
+    }
+
+    /// What it said on stderr so far.
+    pub fn errors(&self) -> String {
+        self.errors.text()
     }
 
     /// The serial console's output so far.

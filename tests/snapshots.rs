@@ -1,0 +1,395 @@
+//! Saving and restoring: a Linux goes on where it was, whatever it was doing, and nothing that happens to a
+//! save costs an earlier snapshot.
+
+use anyvisor_tests::{assets, vm};
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(120);
+const QUIET: &[&str] = &["--cmdline", "console=ttyS0 quiet"];
+
+/// A chain of hashes; each line has the step, the hash, the time since boot and the time of day.
+const HASHES: &str = r#"
+i=0; h=start
+while [ $i -lt 60 ]; do
+    h=$(echo $h | sha256sum | cut -c1-64); i=$((i + 1))
+    echo "step $i $h $(cut -d' ' -f1 /proc/uptime) $(date +%s)"
+    usleep 10000
+done
+echo "result $h"
+poweroff -f
+"#;
+
+/// What the guest's chain of hashes comes to.
+fn chain(steps: usize) -> String {
+    (0..steps).fold("start".to_owned(), |text, _| {
+        Sha256::digest(format!("{text}\n")).iter().map(|byte| format!("{byte:02x}")).collect()
+    })
+}
+
+/// A folder for the snapshots of one test, removed with the value.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Scratch {
+        let path = assets::folder().join(format!("snapshots-{}-{name}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Scratch(path)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A name for a VM that no other test uses.
+fn name(test: &str) -> String {
+    format!("snapshots-{test}-{}", std::process::id())
+}
+
+/// Boots Linux with `script` as init, called `id`.
+fn boot(id: &str, script: &str, more: &[&str]) -> vm::Vm {
+    let kernel = assets::kernel().expect("a kernel");
+    let initramfs = assets::scratch(id, &assets::initramfs(script).expect("busybox")).unwrap();
+    let initramfs = initramfs.display().to_string();
+    let mut options = vec!["--initrd", &initramfs, "--id", id];
+    options.extend_from_slice(more);
+    vm::Vm::start(&vm::arguments(&kernel, &options)).expect("anyvisor starts")
+}
+
+/// Saves VM `id`, which must work.
+fn save(id: &str, folder: &Path, parent: Option<&Path>) {
+    let ended = try_save(id, folder, parent);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+}
+
+fn try_save(id: &str, folder: &Path, parent: Option<&Path>) -> vm::Ended {
+    start_save(id, folder, parent).end(PATIENCE)
+}
+
+fn start_save(id: &str, folder: &Path, parent: Option<&Path>) -> vm::Vm {
+    let mut arguments = vec!["snapshot".into(), id.into(), folder.display().to_string()];
+    if let Some(parent) = parent {
+        arguments.extend(["--parent".into(), parent.display().to_string()]);
+    }
+    vm::Vm::start(&arguments).expect("anyvisor starts")
+}
+
+fn restore(folder: &Path, more: &[&str]) -> vm::Vm {
+    let folder = folder.display().to_string();
+    vm::Vm::start(&[&["run", "--restore", &folder], more].concat()).expect("anyvisor starts")
+}
+
+/// Ends a VM as a power cut does.
+fn kill(vm: vm::Vm) -> vm::Ended {
+    vm.signal(libc::SIGKILL);
+    vm.end(PATIENCE)
+}
+
+/// A line of [`HASHES`]: step, seconds since boot, seconds since 1970.
+fn steps(output: &str) -> Vec<(usize, f64, u64)> {
+    let line = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let &["step", step, hash, uptime, date] = words.as_slice() else { return None };
+        let step: usize = step.parse().ok()?;
+        assert_eq!(hash, chain(step), "a wrong result");
+        Some((step, uptime.parse().ok()?, date.parse().ok()?))
+    };
+    output.lines().filter_map(line).collect()
+}
+
+/// The restored guest goes on with the next step but for those it did after it was saved, its clocks go on too,
+/// and its result is right.
+fn check_hashes(before: &str, ended: &vm::Ended) {
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    assert!(ended.output.contains(&format!("result {}", chain(60))), "{ended:?}");
+    let (before, after) = (steps(before), steps(&ended.output));
+    let (&first, &last) = (after.first().expect("steps"), after.last().expect("steps"));
+    assert_eq!(last.0, 60, "{ended:?}");
+    let known = before.iter().rfind(|step| step.0 < first.0).expect("the step before");
+    assert_eq!(known.0 + 1, first.0, "a step is missing\n{before:?}\n{ended:?}");
+    for pair in [&[*known][..], &after].concat().windows(2) {
+        assert!(pair[1].1 >= pair[0].1 && pair[1].2 >= pair[0].2, "a clock went back: {pair:?}");
+        assert!(pair[1].1 < pair[0].1 + 30.0, "a clock jumped: {pair:?}");
+    }
+}
+
+#[test]
+fn a_computation_goes_on_with_right_results_and_clock() {
+    let scratch = Scratch::new("goes-on");
+    let (id, folder) = (name("goes-on"), scratch.path("one"));
+    let mut vm = boot(&id, HASHES, QUIET);
+    vm.wait_for("step 10 ", PATIENCE);
+    save(&id, &folder, None);
+    vm.wait_for("step 25 ", PATIENCE);
+    let before = kill(vm).output;
+    check_hashes(&before, &restore(&folder, &[]).end(PATIENCE));
+    // Once more, with everything compared first; and with options that say what the snapshot says.
+    let again = restore(&folder, &["--verify-first", "--memory", "512M", "--cpus", "1", "--cpu-model", "x86-64-v3"]);
+    check_hashes(&before, &again.end(PATIENCE));
+}
+
+#[test]
+fn three_incremental_snapshots_restore_each() {
+    let scratch = Scratch::new("three");
+    let id = name("three");
+    let folders = ["a", "b", "c", "d"].map(|name| scratch.path(name));
+    let mut vm = boot(&id, HASHES, QUIET);
+    for (n, folder) in folders.iter().enumerate() {
+        vm.wait_for(&format!("step {} ", 8 * n + 4), PATIENCE);
+        save(&id, folder, n.checked_sub(1).map(|n| &*folders[n]));
+    }
+    let before = vm.end(PATIENCE);
+    assert_eq!(before.code(), 0, "the original is none the worse\n{before:?}");
+    for (n, folder) in folders.iter().enumerate() {
+        check_hashes(&before.output, &restore(folder, &[]).end(PATIENCE));
+        let pages = std::fs::metadata(folder.join("memory")).map(|data| std::os::unix::fs::MetadataExt::blocks(&data));
+        assert!(n == 0 || pages.unwrap() * 512 < 32 << 20, "an incremental snapshot is small");
+    }
+}
+
+#[test]
+fn a_restored_vm_can_be_saved_and_restored_again() {
+    let scratch = Scratch::new("again");
+    let id = name("again");
+    let mut before = String::new();
+    let mut parent: Option<PathBuf> = None;
+    let mut vm = boot(&id, HASHES, QUIET);
+    for generation in 1..4 {
+        vm.wait_for(&format!("step {} ", 12 * generation), PATIENCE);
+        let folder = scratch.path(&generation.to_string());
+        save(&id, &folder, parent.as_deref());
+        before.push_str(&kill(vm).output);
+        vm = restore(&folder, &["--id", &id]);
+        parent = Some(folder);
+    }
+    check_hashes(&before, &vm.end(PATIENCE));
+}
+
+#[test]
+fn it_goes_on_from_anywhere_in_the_boot() {
+    let scratch = Scratch::new("boot");
+    let id = name("boot");
+    let vm = boot(&id, "echo hello from init; poweroff -f", &["--memory", "256M"]);
+    let mut parent: Option<PathBuf> = None;
+    let mut folders = vec![];
+    for n in 0..6 {
+        std::thread::sleep(Duration::from_millis(if n < 3 { 20 } else { 150 }));
+        let folder = scratch.path(&n.to_string());
+        // The first may come before the VM has its socket, the last after its end.
+        if try_save(&id, &folder, parent.as_deref()).code() == 0 {
+            parent = Some(folder.clone());
+            folders.push(folder);
+        }
+    }
+    kill(vm);
+    assert!(folders.len() >= 2, "{folders:?}");
+    for folder in folders {
+        let ended = restore(&folder, &[]).end(PATIENCE);
+        assert_eq!(ended.code(), 0, "{folder:?}\n{ended:?}");
+        assert!(ended.output.contains("hello from init"), "{folder:?}\n{ended:?}");
+        assert!(!ended.output.contains("Call Trace"), "{folder:?}\n{ended:?}");
+    }
+}
+
+#[test]
+fn a_halted_guest_wakes_up_and_takes_input() {
+    let scratch = Scratch::new("halted");
+    let (id, folder) = (name("halted"), scratch.path("one"));
+    let script = "echo ready; exec setsid cttyhack sh -i";
+    let mut vm = boot(&id, script, QUIET);
+    vm.wait_for("ready", PATIENCE);
+    std::thread::sleep(Duration::from_millis(500));
+    save(&id, &folder, None);
+    kill(vm);
+    let mut vm = restore(&folder, &[]);
+    vm.type_in("sleep 1; echo $((6 * 7)) is the answer\n").unwrap();
+    vm.wait_for("42 is the answer", PATIENCE);
+    vm.type_in("dmesg | grep -c -E 'soft lockup|Call Trace|BUG:'; poweroff -f\n").unwrap();
+    let ended = vm.end(PATIENCE);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    assert!(ended.output.lines().any(|line| line.trim() == "0"), "no complaints\n{ended:?}");
+}
+
+#[test]
+fn a_busy_program_goes_on_in_its_registers() {
+    let scratch = Scratch::new("busy");
+    let (id, folder) = (name("busy"), scratch.path("one"));
+    // bc and awk keep integers and floating point going, without asking the kernel for anything.
+    let script = "echo ready
+awk 'BEGIN { x = 0.5; for (i = 0; i < 3000000; i++) { x = 3.75 * x * (1 - x); s += i % 7 } printf \"awk %.15f %d\\n\", x, s }'
+poweroff -f";
+    let mut vm = boot(&id, script, QUIET);
+    vm.wait_for("ready", PATIENCE);
+    std::thread::sleep(Duration::from_millis(150));
+    save(&id, &folder, None);
+    let result = |output: &str| output.lines().find(|line| line.starts_with("awk ")).map(|line| line.trim().to_owned());
+    let whole = result(&vm.end(PATIENCE).output).expect("the original's result");
+    let ended = restore(&folder, &[]).end(PATIENCE);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    assert_eq!(result(&ended.output), Some(whole), "{ended:?}");
+}
+
+/// How often the next test kills: a few times, or what this variable says.
+const KILLS_VARIABLE: &str = "ANYVISOR_KILLS";
+
+#[test]
+fn a_save_cut_short_costs_nothing() {
+    let scratch = Scratch::new("killed");
+    let (id, first) = (name("killed"), scratch.path("first"));
+    let script =
+        "n=0; while true; do n=$((n + 1)); dd if=/dev/urandom of=/tmp/x bs=1M count=4 2>/dev/null; echo round $n; done";
+    let mut vm = boot(&id, script, QUIET);
+    vm.wait_for("round 3", PATIENCE);
+    save(&id, &first, None);
+    kill(vm);
+    let kills = std::env::var(KILLS_VARIABLE).ok().and_then(|text| text.parse().ok()).unwrap_or(10);
+    let (mut finished, mut cut) = (0, 0);
+    for n in 0..kills {
+        let folder = scratch.path(&n.to_string());
+        // This restores the earlier snapshot each time.
+        let mut vm = restore(&first, &["--id", &id]);
+        vm.wait_for("round", PATIENCE);
+        let full = n % 3 == 2;
+        let saving = start_save(&id, &folder, (!full).then_some(&*first));
+        // From before it begins to after it is done, at odd moments.
+        std::thread::sleep(Duration::from_micros(n * 7_919 % if full { 300_000 } else { 90_000 }));
+        kill(vm);
+        saving.end(PATIENCE);
+        let mut again = restore(&folder, &["--id", &id]);
+        if folder.join("manifest").exists() {
+            again.wait_for("round", PATIENCE);
+            kill(again);
+            finished += 1;
+        } else {
+            let ended = again.end(PATIENCE);
+            assert_eq!(ended.code(), 2, "{ended:?}");
+            assert_eq!(
+                ended
+                    .errors
+                    .trim()
+                    .lines()
+                    .filter(|line| line.contains("snapshot") || line.contains("there is no"))
+                    .count(),
+                1,
+                "{ended:?}"
+            );
+            cut += 1;
+        }
+        let _ = std::fs::remove_dir_all(&folder);
+    }
+    println!("{kills} kills: {cut} saves cut short, {finished} finished");
+    assert!(cut > 0, "no save was cut short");
+}
+
+/// A file system of a few MiB, if this user may mount one.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn new(path: PathBuf) -> Option<SmallDisk> {
+        std::fs::create_dir_all(&path).unwrap();
+        let mut command = std::process::Command::new("mount");
+        let mounted = assets::run(command.args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"]).arg(&path));
+        mounted.is_ok().then_some(SmallDisk(path))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = assets::run(std::process::Command::new("umount").arg(&self.0));
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_nothing_more() {
+    let scratch = Scratch::new("full");
+    let Some(disk) = SmallDisk::new(scratch.path("disk")) else {
+        println!("left out: only root can mount a small file system");
+        return;
+    };
+    let (id, first, second) = (name("full"), scratch.path("first"), disk.0.join("second"));
+    let mut vm = boot(&id, HASHES, QUIET);
+    vm.wait_for("step 5 ", PATIENCE);
+    save(&id, &first, None);
+    let ended = try_save(&id, &second, None);
+    assert_ne!(ended.code(), 0, "{ended:?}");
+    assert!(ended.errors.contains("No space left") && ended.errors.contains("disk/second"), "{ended:?}");
+    assert_eq!(ended.errors.trim().lines().count(), 1, "{ended:?}");
+    assert!(!second.exists(), "nothing is left of it");
+    // The log of written pages was not lost with it.
+    vm.wait_for("step 20 ", PATIENCE);
+    save(&id, &scratch.path("third"), Some(&first));
+    let whole = vm.end(PATIENCE);
+    assert_eq!(whole.code(), 0, "the VM goes on\n{whole:?}");
+    for name in ["first", "third"] {
+        check_hashes(&whole.output, &restore(&scratch.path(name), &[]).end(PATIENCE));
+    }
+}
+
+#[test]
+fn what_cannot_be_restored_is_refused_in_one_line() {
+    let scratch = Scratch::new("refused");
+    let (id, folder) = (name("refused"), scratch.path("one"));
+    let mut vm = boot(&id, "echo ready; while true; do :; done", &[QUIET, &["--memory", "128M"]].concat());
+    vm.wait_for("ready", PATIENCE);
+    save(&id, &folder, None);
+    let taken = try_save(&id, &folder, None);
+    assert!(taken.code() == 2 && taken.errors.contains("has a snapshot already"), "{taken:?}");
+    kill(vm);
+    let refused = |options: &[&str], parts: &[&str]| {
+        let ended = restore(&folder, options).end(PATIENCE);
+        assert_eq!(ended.code(), 2, "{ended:?}");
+        let line = ended.errors.trim();
+        assert!(line.lines().count() == 1 && parts.iter().all(|part| line.contains(part)), "{ended:?}");
+    };
+    refused(&["--memory", "1G"], &["--memory 1G contradicts", "128M"]);
+    refused(&["--cpus", "2"], &["--cpus 2 contradicts", "which has 1"]);
+    refused(&["--cpu-model", "host"], &["--cpu-model host contradicts", "x86-64-v3"]);
+    refused(&["--cmdline", "quiet"], &["--cmdline 'quiet' contradicts", "console=ttyS0 quiet"]);
+    refused(&["--kernel", "/boot/other"], &["--kernel '/boot/other' contradicts"]);
+    refused(&["--initrd", "/boot/other"], &["--initrd '/boot/other' contradicts"]);
+    refused(&["--debug-exit"], &["--debug-exit contradicts"]);
+    let manifest = folder.join("manifest");
+    let good = std::fs::read_to_string(&manifest).unwrap();
+    std::fs::write(&manifest, good.replacen("anyvisor-snapshot 1 ", "anyvisor-snapshot 99 ", 1)).unwrap();
+    refused(&[], &["has format '99'", "format 1"]);
+    std::fs::write(&manifest, good.replacen("\"clock\":", "\"clock\":1", 1)).unwrap();
+    refused(&[], &["does not have its checksum"]);
+    std::fs::write(&manifest, &good).unwrap();
+    let memory = std::fs::OpenOptions::new().write(true).open(folder.join("memory")).unwrap();
+    memory.set_len(1 << 20).unwrap();
+    refused(&[], &["its memory has 1048576 bytes"]);
+    std::fs::remove_file(&manifest).unwrap();
+    refused(&[], &["holds a snapshot that was never finished"]);
+}
+
+#[test]
+fn a_flipped_bit_of_memory_is_found() {
+    use std::os::unix::fs::FileExt;
+    let scratch = Scratch::new("flipped");
+    let (id, folder) = (name("flipped"), scratch.path("one"));
+    let mut vm = boot(&id, "echo ready; sleep 1; echo survived; poweroff -f", &[QUIET, &["--memory", "128M"]].concat());
+    vm.wait_for("ready", PATIENCE);
+    save(&id, &folder, None);
+    kill(vm);
+    // In the first page that the table names; entries begin after 8 bytes with the page's number.
+    let table = std::fs::read(folder.join("pages")).unwrap();
+    let page = u64::from_le_bytes(table[8..16].try_into().unwrap());
+    let memory = std::fs::OpenOptions::new().read(true).write(true).open(folder.join("memory")).unwrap();
+    let mut byte = [0];
+    memory.read_exact_at(&mut byte, 4096 * page + 5).unwrap();
+    memory.write_all_at(&[byte[0] ^ 0x10], 4096 * page + 5).unwrap();
+    for (options, code) in [(&[][..], 1), (&["--verify-first"], 2)] {
+        let ended = restore(&folder, options).end(PATIENCE);
+        assert_eq!(ended.code(), code, "{ended:?}");
+        assert!(ended.errors.contains("is damaged: its memory at byte"), "{ended:?}");
+    }
+}
