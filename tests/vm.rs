@@ -73,13 +73,6 @@ pub struct Vm {
     errors: Collector,
 }
 
-/// The folder that anyvisor's control sockets are under: the tests' own.
-fn runtime_folder() -> Result<PathBuf> {
-    let folder = crate::assets::folder().join("run");
-    std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    Ok(folder)
-}
-
 /// How an `anyvisor` ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -133,7 +126,6 @@ impl Vm {
     pub fn start<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Result<Vm> {
         let mut child = command()
             .args(arguments)
-            .env("XDG_RUNTIME_DIR", runtime_folder()?)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
