@@ -3,11 +3,14 @@
 mod apic;
 mod events;
 mod exceptions;
+mod identity;
 mod interrupts;
 mod kicks;
 mod mmio;
 mod paging;
 mod port_io;
+mod segments;
+mod transfers;
 
 use super::{Case, Suite};
 
@@ -51,5 +54,8 @@ pub fn cases() -> Vec<Case> {
     interrupts::add(&mut suite);
     apic::add(&mut suite);
     kicks::add(&mut suite);
+    identity::add(&mut suite);
+    segments::add(&mut suite);
+    transfers::add(&mut suite);
     suite.cases
 }
