@@ -38,10 +38,29 @@ pub fn kernel() -> Result<PathBuf> {
             return Ok(());
         }
         let unpacked = fetch(&kernel_package()?)?;
-        let found = first_kernel(&unpacked.join("boot")).context("no vmlinuz in the kernel package")?;
+        let found = kernel_of(&unpacked)?;
         std::fs::copy(found, to)?;
         Ok(())
     })
+}
+
+/// The unpacked package of the distribution's cloud kernel, with its modules.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn kernel_tree() -> Result<PathBuf> {
+    let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);
+    let package = kernel_package()?;
+    let tree = folder().join(&package);
+    if tree.join("lib/modules").exists() && kernel_of(&tree).is_ok() { Ok(tree) } else { fetch(&package) }
+}
+
+/// The kernel image in an unpacked package.
+///
+/// # Errors
+/// When there is none.
+pub fn kernel_of(tree: &Path) -> Result<PathBuf> {
+    first_kernel(&tree.join("boot")).context("no vmlinuz in the kernel package")
 }
 
 /// A statically linked busybox.
@@ -159,14 +178,78 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// The modules called `names` of [`kernel`], as `NAME.ko`, without those that are built in.
+///
+/// # Errors
+/// A module is there, but cannot be read or unpacked.
+pub fn modules(names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
+    let version = kernel_version(&std::fs::read(kernel()?)?).context("the kernel's version")?;
+    let fetched = std::fs::read_dir(folder())?.flatten().map(|e| e.path().join("lib/modules").join(&version));
+    let mut roots = fetched.chain([Path::new("/lib/modules").join(&version)]);
+    let Some(root) = roots.find(|root| root.is_dir()) else { return Ok(vec![]) };
+    let mut found = vec![];
+    collect_modules(&root, names, &mut found)?;
+    Ok(found)
+}
+
+/// The version in a bzImage's header (Linux Documentation/arch/x86/boot.rst, `kernel_version`).
+fn kernel_version(image: &[u8]) -> Option<String> {
+    let offset = u16::from_le_bytes(image.get(0x20e..0x210)?.try_into().ok()?);
+    let text = image.get(usize::from(offset) + 0x200..)?;
+    let end = text.iter().position(|byte| *byte == b' ' || *byte == 0)?;
+    String::from_utf8(text[..end].to_vec()).ok()
+}
+
+fn collect_modules(folder: &Path, names: &[&str], found: &mut Vec<(String, Vec<u8>)>) -> Result<()> {
+    for entry in std::fs::read_dir(folder)?.flatten() {
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            collect_modules(&path, names, found)?;
+            continue;
+        }
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let Some((name, kind)) = file.split_once(".ko") else { continue };
+        if !names.contains(&name) {
+            continue;
+        }
+        let content = match kind {
+            "" => std::fs::read(&path)?,
+            ".xz" => unpacked("xz", &path)?,
+            ".zst" => unpacked("zstd", &path)?,
+            _ => bail!("{} is packed in an unknown way", path.display()),
+        };
+        found.push((format!("{name}.ko"), content));
+    }
+    Ok(())
+}
+
+fn unpacked(program: &str, path: &Path) -> Result<Vec<u8>> {
+    let output = Command::new(program).arg("-dc").arg(path).output().with_context(|| format!("starting {program}"))?;
+    if !output.status.success() {
+        bail!("{program} cannot unpack {}", path.display());
+    }
+    Ok(output.stdout)
+}
+
 /// An initramfs in which busybox's shell runs `script` as init.
 ///
 /// # Errors
 /// As for [`busybox`].
 pub fn initramfs(script: &str) -> Result<Vec<u8>> {
+    initramfs_with(script, &[])
+}
+
+/// As [`initramfs`], with more files, executable, by path.
+///
+/// # Errors
+/// As for [`busybox`].
+pub fn initramfs_with(script: &str, files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     let busybox = std::fs::read(busybox()?)?;
     let mut archive = crate::cpio::Archive::new();
     archive.program("bin/busybox", &busybox);
+    for (name, content) in files {
+        archive.program(name, content);
+    }
     archive.program("init", format!("#!/bin/busybox sh\n{PRELUDE}\n{script}\n").as_bytes());
     Ok(archive.finish())
 }

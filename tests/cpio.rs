@@ -22,6 +22,12 @@ impl Archive {
         archive
     }
 
+    /// Adds a folder, whose parent is there.
+    pub fn directory(&mut self, name: &str) -> &mut Archive {
+        self.entry(name, DIRECTORY | 0o755, (0, 0), &[]);
+        self
+    }
+
     /// Adds an executable file.
     pub fn program(&mut self, name: &str, content: &[u8]) -> &mut Archive {
         self.entry(name, REGULAR | 0o755, (0, 0), content);

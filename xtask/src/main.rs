@@ -4,6 +4,7 @@
 //! - `tidy`: the rules of ARCHITECTURE.md that a compiler does not check.
 //! - `bench`: guestbench natively, in QEMU's TCG and in anyvisor, into docs/performance.md.
 //! - `boots`: Linux to a shell and off, fifty times.
+//! - `test-nested`: the KVM engine on emulated AMD-V or VT-x.
 //! - `fuzz-insn`: the per-instruction differential fuzzer.
 #![forbid(unsafe_code)]
 
@@ -11,6 +12,7 @@ mod bench;
 mod boots;
 mod chart;
 mod measure;
+mod nested;
 mod report;
 mod test;
 mod tidy;
@@ -37,6 +39,8 @@ enum Task {
     Bench(bench::Options),
     /// Boots Linux many times; all must end well
     Boots(boots::Options),
+    /// Tests the KVM engine in a Linux on an emulated CPU with AMD-V or VT-x
+    TestNested(nested::Options),
     /// Compares random instructions on the host CPU, the interpreter and the translator
     FuzzInsn {
         /// Options of the fuzzer; `--help` lists them
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::tidy(),
         Task::Bench(options) => bench::bench(&options),
         Task::Boots(options) => boots::boots(&options),
+        Task::TestNested(options) => nested::nested(&options),
         Task::FuzzInsn { options } => fuzz_insn(&options),
     };
     match result {
