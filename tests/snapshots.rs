@@ -393,3 +393,106 @@ fn a_flipped_bit_of_memory_is_found() {
         assert!(ended.errors.contains("is damaged: its memory at byte"), "{ended:?}");
     }
 }
+
+/// How many forgeries the next test tries: some, or what this variable says.
+const FORGERIES_VARIABLE: &str = "ANYVISOR_FORGERIES";
+
+/// An adversary makes snapshots with right checksums. Whatever they say, anyvisor refuses them in a line, or runs
+/// a guest that does what it likes within its VM.
+#[test]
+fn forged_snapshots_are_refused_or_run_as_guests() {
+    let scratch = Scratch::new("forged");
+    let (id, folder) = (name("forged"), scratch.path("one"));
+    let script = "echo ready; i=0; while true; do i=$((i + 1)); done";
+    let mut vm = boot(&id, script, &[QUIET, &["--memory", "128M"]].concat());
+    vm.wait_for("ready", PATIENCE);
+    save(&id, &folder, None);
+    kill(vm);
+    let manifest = folder.join("manifest");
+    let good = std::fs::read_to_string(&manifest).unwrap();
+    let good: serde_json::Value = serde_json::from_str(good.split_once('\n').unwrap().1).unwrap();
+    let count = std::env::var(FORGERIES_VARIABLE).ok().and_then(|text| text.parse().ok()).unwrap_or(60);
+    let seed = std::env::var("ANYVISOR_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+    let mut random = Random(seed);
+    let (mut refused, mut ran) = (0, 0);
+    for n in 0..count {
+        let mut forged = good.clone();
+        for _ in 0..=random.below(3) {
+            // The vCPU's state is what an engine must make sense of.
+            if random.below(4) != 0 {
+                forge(&mut random, &mut forged["vcpus"][0]["state"]);
+            } else {
+                forge(&mut random, &mut forged);
+            }
+        }
+        let body = forged.to_string();
+        let checksum: String = Sha256::digest(&body).iter().map(|byte| format!("{byte:02x}")).collect();
+        std::fs::write(&manifest, format!("anyvisor-snapshot 1 {checksum}\n{body}")).unwrap();
+        let vm = restore(&folder, &["--id", &id]);
+        let ended = match vm.try_end(Duration::from_millis(150)) {
+            Ok(ended) => ended,
+            Err(vm) => {
+                vm.signal(libc::SIGTERM);
+                vm.end(PATIENCE)
+            }
+        };
+        let kept = || {
+            let kept = assets::folder().join(format!("forged-{seed}-{n}"));
+            std::fs::copy(&manifest, &kept).unwrap();
+            kept
+        };
+        // 0 to 3 are ways to end; anything else is a panic or a crash.
+        let status = ended.status.code();
+        assert!(matches!(status, Some(0..=3)), "{status:?}, kept as {}\n{ended:?}", kept().display());
+        assert!(!ended.errors.contains("panicked"), "kept as {}\n{ended:?}", kept().display());
+        if status == Some(2) {
+            let lines: Vec<_> = ended.errors.lines().filter(|line| !line.starts_with("anyvisor: engine ")).collect();
+            assert_eq!(lines.len(), 1, "kept as {}\n{ended:?}", kept().display());
+            refused += 1;
+        } else {
+            ran += 1;
+        }
+    }
+    println!("{count} forgeries: {refused} refused, {ran} ran");
+    assert!(refused > 0 && ran > 0, "{refused} refused, {ran} ran");
+}
+
+/// Knuth's linear congruential generator: the same numbers for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % limit.max(1)
+    }
+}
+
+/// Changes one thing somewhere in `value`.
+fn forge(random: &mut Random, value: &mut serde_json::Value) {
+    use serde_json::Value;
+    match value {
+        Value::Object(fields) if !fields.is_empty() => {
+            let n = random.below(fields.len());
+            forge(random, fields.values_mut().nth(n).expect("that many"));
+        }
+        Value::Array(items) if !items.is_empty() && random.below(20) != 0 => {
+            let n = random.below(items.len());
+            forge(random, &mut items[n]);
+        }
+        Value::Array(items) => items.truncate(random.below(items.len())),
+        Value::String(text) => text.push_str("..."),
+        Value::Bool(value) => *value = !*value,
+        Value::Number(number) => {
+            let number = number.as_u64().unwrap_or(0);
+            *value = match random.below(6) {
+                0 => Value::from(random.below(256)),
+                1 => Value::from(u64::MAX),
+                2 => Value::from(number ^ 1 << random.below(64)),
+                3 => Value::from(number ^ 1 << random.below(16)),
+                4 => Value::from(1u64 << random.below(64)),
+                _ => Value::from((random.below(1 << 31) as u64) << random.below(33)),
+            };
+        }
+        _ => *value = serde_json::json!({ "vector": random.below(256), "error_code": 5, "payload": 7 }),
+    }
+}
