@@ -508,6 +508,10 @@ poweroff -f
 "#;
     let mut vm = linux("busy", script, "console=ttyS0 quiet watchdog_thresh=1");
     vm.wait_for("started", LINUX_PATIENCE);
+    // An idle processor's watchdog does not mind; this one works.
+    fine(&["pause", "busy"]);
+    std::thread::sleep(Duration::from_secs(5));
+    fine(&["resume", "busy"]);
     let mut pauses = 0;
     while !vm.output().contains("computed") {
         fine(&["pause", "busy"]);
@@ -524,7 +528,7 @@ poweroff -f
     wait_until("the clocks", || numbers(&vm.output(), "computed").len() == 2 && vm.output().ends_with('\n'));
     std::thread::sleep(Duration::from_millis(200));
     fine(&["pause", "busy"]);
-    std::thread::sleep(Duration::from_secs(6));
+    std::thread::sleep(Duration::from_secs(3));
     // Typed while it is paused, and read when it goes on.
     vm.type_in("go\n").unwrap();
     fine(&["resume", "busy"]);
@@ -534,7 +538,7 @@ poweroff -f
     assert!(ended.output.contains("checks done") && !ended.output.contains("complaints"), "{ended:?}");
     let (before, after) = (numbers(&ended.output, "computed"), numbers(&ended.output, "after the pause"));
     for (before, after) in before.iter().zip(&after) {
-        assert!((6..40).contains(&(after - before)), "time goes on in a pause: {before} to {after}\n{ended:?}");
+        assert!((3..40).contains(&(after - before)), "time goes on in a pause: {before} to {after}\n{ended:?}");
     }
     assert_eq!(after.len(), 2, "{ended:?}");
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
