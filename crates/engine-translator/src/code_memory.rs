@@ -53,6 +53,11 @@ impl CodeMemory {
         self.executable as u64 + offset as u64
     }
 
+    /// Where the byte at offset 0 can be written.
+    pub fn writable(&self) -> *mut u8 {
+        self.writable
+    }
+
     /// Whether `address` is an executable address here, and at which offset.
     pub fn offset_of(&self, address: u64) -> Option<usize> {
         let offset = address.wrapping_sub(self.executable as u64);

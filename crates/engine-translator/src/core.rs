@@ -1,13 +1,15 @@
 //! What one vCPU thread owns ([`Core`]) and what other threads reach of it ([`VcpuShared`], [`VmShared`]).
 
 use crate::cpu::{Cpu, pending};
+use crate::host;
 use crate::mmu::Mmu;
 use crate::ram::Ram;
+use crate::timer;
 use anyvisor_x86::lapic::{self, LocalApic};
 use anyvisor_x86::{Cpuid, CpuidResult};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Instant;
 
@@ -28,6 +30,23 @@ pub struct VmShared {
     pub clock: Mutex<ClockReference>,
     /// The vCPU that last received a lowest-priority interrupt.
     pub last_receiver: AtomicU32,
+}
+
+impl VmShared {
+    /// A VM without vCPUs whose time starts now. `tsc_khz` is the host TSC's frequency.
+    pub fn new(ram: Arc<Ram>, tsc_khz: u64) -> VmShared {
+        let tsc_started = host::tsc();
+        VmShared {
+            ram,
+            vcpus: RwLock::default(),
+            started: Instant::now(),
+            pic_intr: AtomicBool::new(false),
+            tsc_khz,
+            tsc_started,
+            clock: Mutex::new(ClockReference { tsc: tsc_started, ns: 0 }),
+            last_receiver: AtomicU32::new(0),
+        }
+    }
 }
 
 /// Guest time was `ns` when the host's TSC was `tsc`.
@@ -57,6 +76,8 @@ pub struct VcpuShared {
     cpu: NonNull<Cpu>,
     /// Waiting in `wait`, so that a wake-up is needed.
     asleep: AtomicU32,
+    /// The thread that may be in translated code, which takes a signal to notice anything; else 0.
+    running: AtomicI32,
     pub inbox: Mutex<Vec<Message>>,
     /// The [`lapic::Address`] of the vCPU's APIC, packed; senders match destinations against it.
     address: AtomicU64,
@@ -76,6 +97,7 @@ impl VcpuShared {
             id,
             cpu,
             asleep: AtomicU32::new(0),
+            running: AtomicI32::new(0),
             inbox: Mutex::new(Vec::new()),
             address: AtomicU64::new(0),
         });
@@ -89,15 +111,29 @@ impl VcpuShared {
         unsafe { &*std::ptr::addr_of!((*self.cpu.as_ptr()).pending) }
     }
 
-    /// Sets bits of [`Cpu::pending`] and wakes the vCPU if it sleeps. Async-signal-safe.
+    /// Sets bits of [`Cpu::pending`], and wakes the vCPU if it sleeps or gets it out of translated code.
+    /// Async-signal-safe.
     pub fn notify(&self, bits: u32) {
         self.pending().fetch_or(bits, Ordering::SeqCst);
+        let thread = self.running.load(Ordering::SeqCst);
+        if thread != 0 {
+            timer::interrupt(thread);
+        }
         if self.asleep.load(Ordering::SeqCst) != 0 {
             // SAFETY: futex wake on an address that lives as long as self.
             unsafe {
                 libc::syscall(libc::SYS_futex, self.pending().as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1);
             }
         }
+    }
+
+    /// Notes that the calling thread is about to run translated code, or (0) has left it.
+    pub(crate) fn set_running(&self, thread: libc::pid_t) {
+        self.running.store(thread, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Relaxed) != 0
     }
 
     /// Queues a message for the vCPU's APIC.

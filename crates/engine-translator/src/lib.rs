@@ -26,9 +26,8 @@ use crate::ram::Ram;
 use crate::vcpu::TranslatorVcpu;
 use anyvisor_engine::{DirtyPages, Doorbells, Engine, Error, Result, Vcpu, VcpuId, Vm};
 use anyvisor_x86::{Cpuid, Msi, lapic};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use vm_memory::GuestMemoryMmap;
 
 /// The environment variable that, when set, makes the engine interpret every instruction: slow, and the
@@ -71,17 +70,7 @@ impl Engine for Translator {
     }
 
     fn create_vm(&self, memory: GuestMemoryMmap) -> Result<Arc<dyn Vm>> {
-        let tsc_started = host::tsc();
-        let shared = Arc::new(VmShared {
-            ram: Arc::new(Ram::new(memory)),
-            vcpus: RwLock::new(Vec::new()),
-            started: Instant::now(),
-            pic_intr: AtomicBool::new(false),
-            tsc_khz: self.tsc_khz,
-            tsc_started,
-            clock: Mutex::new(ClockReference { tsc: tsc_started, ns: 0 }),
-            last_receiver: AtomicU32::new(0),
-        });
+        let shared = Arc::new(VmShared::new(Arc::new(Ram::new(memory)), self.tsc_khz));
         Ok(Arc::new(TranslatorVm { shared, interpret_only: self.interpret_only }))
     }
 }

@@ -3,7 +3,7 @@
 //! Everything lies at fixed guest-physical places, identity-mapped with user access, 2 MiB pages from 2 MiB
 //! on. Exception handlers are a HLT each, at [`handler`], so that a test can see where a vector led by RIP.
 
-use crate::core::{ClockReference, Core, VcpuShared, VmShared};
+use crate::core::{Core, VcpuShared, VmShared};
 use crate::host;
 use crate::interpret;
 use crate::ram::Ram;
@@ -16,9 +16,8 @@ use anyvisor_x86::cpuid::CpuModel;
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, DescriptorTable, Segment};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 /// Guest-physical (and linear) addresses of what the machine sets up.
@@ -164,17 +163,7 @@ impl TestVm {
     pub fn new(mib: u64, method: Method) -> TestVm {
         assert!(mib >= 4);
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), (mib << 20) as usize)]).expect("host memory");
-        let tsc_started = host::tsc();
-        let vm = Arc::new(VmShared {
-            ram: Arc::new(Ram::new(memory)),
-            vcpus: RwLock::new(Vec::new()),
-            started: Instant::now(),
-            pic_intr: AtomicBool::new(false),
-            tsc_khz: host::tsc_khz(),
-            tsc_started,
-            clock: Mutex::new(ClockReference { tsc: tsc_started, ns: 0 }),
-            last_receiver: AtomicU32::new(0),
-        });
+        let vm = Arc::new(VmShared::new(Arc::new(Ram::new(memory)), host::tsc_khz()));
         let (shared, cpu) = VcpuShared::new(0);
         vm.vcpus.write().unwrap().push(shared.clone());
         let core = Core::new(vm.clone(), shared, cpu, cpuid());

@@ -1,47 +1,116 @@
-//! Interrupting guest code when the local APIC's timer is due: a POSIX timer per vCPU thread, whose signal
-//! does nothing but set [`pending::EVENT`] in the vCPU block.
+//! Interrupting guest code, when the local APIC's timer is due or another thread wants something: by a
+//! signal to the vCPU's thread.
+//!
+//! Loops in translated code poll nothing. The signal's handler sets [`pending::EVENT`] and unlinks the jumps
+//! of the block that it interrupted ([`fault::break_out`]), so that the block is left for Rust. A block may
+//! have no such jump (it returns, or jumps indirectly), or the thread may just be in a helper: so the handler
+//! has itself called again after [`RETRY_NS`], until translated code is left.
 
-use crate::core::Core;
+use crate::core::{Core, VcpuShared};
 use crate::cpu::pending;
+use crate::translate::fault;
 use anyvisor_engine::{Error, Result};
 use anyvisor_x86::lapic::{Deadline, Now};
 use std::cell::Cell;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
-thread_local! {
-    /// The `pending` word of the vCPU that this thread runs; null outside `Vcpu::run`. Plain, constant
-    /// initialization: a signal handler reads it.
-    static PENDING: Cell<*const AtomicU32> = const { Cell::new(std::ptr::null()) };
+/// Nanoseconds after which an interruption that has not ended translated code yet is repeated.
+const RETRY_NS: i64 = 40_000;
+
+/// What the signal handler of a thread knows. Plain, constant initialization: a signal handler reads it.
+struct Running {
+    /// The vCPU that this thread runs; null outside `Vcpu::run`.
+    vcpu: Cell<*const VcpuShared>,
+    timer: Cell<libc::timer_t>,
+    /// The handler has set the timer.
+    disturbed: Cell<bool>,
+    /// Translated code runs, or something that it has called.
+    entered: Cell<bool>,
+    /// The thread's number, once it has run translated code.
+    thread: Cell<libc::pid_t>,
 }
 
-/// Tells the signal handler of this thread which vCPU it runs.
+thread_local! {
+    static RUNNING: Running = const {
+        Running {
+            vcpu: Cell::new(std::ptr::null()),
+            timer: Cell::new(std::ptr::null_mut()),
+            disturbed: Cell::new(false),
+            entered: Cell::new(false),
+            thread: Cell::new(0),
+        }
+    };
+}
+
+/// Tells the signal handler of this thread which vCPU it runs, and with which timer.
 ///
 /// # Safety
-/// `pending` must stay valid until this is called again on this thread.
-pub unsafe fn set_running(pending: *const AtomicU32) {
-    PENDING.with(|cell| cell.set(pending));
+/// `vcpu` must stay valid until this is called again on this thread, with this or another value.
+pub unsafe fn set_running(vcpu: *const VcpuShared, timer: &ThreadTimer) {
+    RUNNING.with(|running| {
+        running.timer.set(timer.timer);
+        running.vcpu.set(vcpu);
+    });
 }
 
 fn signal_number() -> libc::c_int {
     libc::SIGRTMIN() + 6
 }
 
-extern "C" fn on_timer(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let word = PENDING.with(Cell::get);
-    if !word.is_null() {
-        // SAFETY: set_running's contract.
-        unsafe { (*word).fetch_or(pending::EVENT, Ordering::SeqCst) };
+/// Prepares the calling thread for translated code; returns its number.
+pub fn attach_thread() -> libc::pid_t {
+    let thread = current_thread();
+    RUNNING.with(|running| running.thread.set(thread));
+    thread
+}
+
+/// Notes that translated code is entered, or left.
+pub fn set_entered(entered: bool) {
+    RUNNING.with(|running| running.entered.set(entered));
+}
+
+/// Interrupts the vCPU that `thread` runs. Async-signal-safe.
+pub fn interrupt(thread: libc::pid_t) {
+    // A vCPU that does something to itself is not in translated code, unless a signal handler calls this.
+    if RUNNING.with(|running| running.thread.get() == thread && !running.entered.get()) {
+        return;
     }
+    // SAFETY: a plain system call. The thread may be gone; then nobody needs the signal.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal_number()) };
+}
+
+extern "C" fn on_interrupt(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    RUNNING.with(|running| {
+        // SAFETY: set_running's contract.
+        let Some(vcpu) = (unsafe { running.vcpu.get().as_ref() }) else { return };
+        vcpu.pending().fetch_or(pending::EVENT, Ordering::SeqCst);
+        if vcpu.is_running() {
+            // SAFETY: the context of the signal being handled on this thread.
+            unsafe { fault::break_out(context) };
+            running.disturbed.set(true);
+            set_timer(running.timer.get(), libc::timespec { tv_sec: 0, tv_nsec: RETRY_NS });
+        }
+    });
+}
+
+/// Sets `timer` to fire once, after `value`; zero stops it. Async-signal-safe.
+fn set_timer(timer: libc::timer_t, value: libc::timespec) {
+    let interval = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let setting = libc::itimerspec { it_interval: interval, it_value: value };
+    // SAFETY: every caller has a timer that is not deleted; it cannot fail for such and a valid time.
+    let result = unsafe { libc::timer_settime(timer, 0, &raw const setting, std::ptr::null_mut()) };
+    assert_eq!(result, 0, "timer_settime");
 }
 
 fn install_handler() -> Result<()> {
     static INSTALLED: OnceLock<bool> = OnceLock::new();
     let ok = *INSTALLED.get_or_init(|| {
-        // SAFETY: a plain system call with an initialized structure; the handler only sets an atomic word.
+        // SAFETY: a plain system call with an initialized structure; the handler is
+        // async-signal-safe.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = on_timer as *const () as usize;
+            action.sa_sigaction = on_interrupt as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
             libc::sigemptyset(&raw mut action.sa_mask);
             libc::sigaction(signal_number(), &raw const action, std::ptr::null_mut()) == 0
@@ -105,6 +174,7 @@ impl ThreadTimer {
 
     /// Sets the timer to the local APIC's next deadline, if that is not what it is set to already.
     pub fn follow(&mut self, core: &Core) {
+        self.settle();
         let Some(deadline) = core.lapic.next_deadline() else { return };
         let now = core.now();
         if let Some((armed, fires)) = self.armed
@@ -116,12 +186,18 @@ impl ThreadTimer {
         // A timer of zero would be a stopped one.
         let wait = until(deadline, now, core.vm.tsc_khz).max(1);
         self.armed = Some((deadline, now.ns.saturating_add(wait)));
-        let value = libc::timespec { tv_sec: (wait / 1_000_000_000) as i64, tv_nsec: (wait % 1_000_000_000) as i64 };
-        let interval = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        let setting = libc::itimerspec { it_interval: interval, it_value: value };
-        // SAFETY: the timer is this value's own; it cannot fail for a valid timer and a valid time.
-        let result = unsafe { libc::timer_settime(self.timer, 0, &raw const setting, std::ptr::null_mut()) };
-        assert_eq!(result, 0, "timer_settime of {wait} ns");
+        set_timer(
+            self.timer,
+            libc::timespec { tv_sec: (wait / 1_000_000_000) as i64, tv_nsec: (wait % 1_000_000_000) as i64 },
+        );
+    }
+
+    /// Stops the timer if the signal handler has set it.
+    pub fn settle(&mut self) {
+        if RUNNING.with(|running| running.disturbed.take()) {
+            self.armed = None;
+            set_timer(self.timer, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+        }
     }
 }
 

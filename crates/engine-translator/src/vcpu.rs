@@ -76,16 +76,19 @@ impl TranslatorVcpu {
         if let Some(translator) = &mut self.translator {
             translator.attach(&mut self.core)?;
         }
-        // SAFETY: the block outlives `run`, and `leave_thread` takes the address back.
-        unsafe { timer::set_running(self.core.cpu.pending.as_ptr().cast()) };
+        let timer = self.timer.as_ref().expect("made above");
+        // SAFETY: it outlives `run`, and `leave_thread` takes the address back.
+        unsafe { timer::set_running(Arc::as_ptr(&self.core.shared), timer) };
         self.load_x87();
         Ok(())
     }
 
     fn leave_thread(&mut self) {
         self.save_x87();
+        let timer = self.timer.as_mut().expect("made by enter_thread");
+        timer.settle();
         // SAFETY: null is always valid.
-        unsafe { timer::set_running(std::ptr::null()) };
+        unsafe { timer::set_running(std::ptr::null(), timer) };
         if let Some(translator) = &mut self.translator {
             translator.detach();
         }
@@ -146,12 +149,14 @@ impl TranslatorVcpu {
             if reasons != 0 && system::poll_events(core, io) == Step::Shutdown {
                 return Exit::Shutdown;
             }
+            let timer = self.timer.as_mut().expect("made by enter_thread");
             if core.cpu.halted || core.cpu.wait_for_sipi {
+                timer.settle();
                 sleep(core);
                 continue;
             }
             if reasons != 0 {
-                self.timer.as_mut().expect("made by enter_thread").follow(core);
+                timer.follow(core);
             }
             // An event may be left pending because of an interrupt shadow: one instruction ends that.
             let single = core.cpu.pending.load(Ordering::Relaxed) != 0;

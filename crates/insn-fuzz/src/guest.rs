@@ -18,9 +18,8 @@ use anyvisor_engine_translator::translate::Translator;
 use anyvisor_x86::bits::{cr0, cr4, efer, xcr0};
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, CpuidResult, DescriptorTable, Segment};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, RwLock};
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 /// Guest-physical layout: page tables from 0x1000, descriptor tables, handlers, stack; then the backing.
@@ -108,7 +107,7 @@ impl Guest {
             Executor::Interpreter => None,
             Executor::Translator => Some(Translator::new(&cpuid)?),
         };
-        let vm = Arc::new(new_vm(ram.clone()));
+        let vm = Arc::new(VmShared::new(ram.clone(), 1_000_000));
         let (shared, cpu) = VcpuShared::new(0);
         let mut core = Core::new(vm, shared, cpu, cpuid);
         set_system_state(&mut core);
@@ -292,18 +291,6 @@ impl Guest {
 
     fn write(&self, gpa: u64, bytes: &[u8]) {
         assert!(self.ram.write(gpa, bytes), "the tables are in RAM");
-    }
-}
-
-fn new_vm(ram: Arc<Ram>) -> VmShared {
-    VmShared {
-        ram,
-        vcpus: RwLock::default(),
-        started: Instant::now(),
-        pic_intr: AtomicBool::new(false),
-        tsc_khz: 1_000_000,
-        tsc_started: 0,
-        last_receiver: AtomicU32::new(0),
     }
 }
 

@@ -339,6 +339,8 @@ extern "C" fn on_tick(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_voi
         // SAFETY: null, or set by `watch` to a word that lives until `unwatch`.
         if let Some(word) = unsafe { SHARED.kick.load(Ordering::SeqCst).as_ref() } {
             word.fetch_or(pending::KICK, Ordering::SeqCst);
+            // SAFETY: the context of the signal being handled.
+            unsafe { fault::break_out(context) };
         }
     }
 }

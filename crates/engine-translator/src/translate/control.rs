@@ -1,5 +1,8 @@
-//! Control transfers out of a block: linked jumps on the same page, jump-cache probes for everything else,
-//! and the poll for pending work at every edge that can close a loop.
+//! Control transfers out of a block: linked jumps on the same page, jump-cache probes for everything else.
+//!
+//! Whatever closes a loop has to notice pending work. Linked jumps need no code for that: the signal that
+//! announces it unlinks them ([`super::fault::break_out`]). Backward jumps to other pages and indirect jumps
+//! poll. Calls and returns don't: a loop of nothing else runs out of stack.
 
 use super::assembler::*;
 use super::block::*;
@@ -21,12 +24,10 @@ impl Builder<'_> {
         (offset_of!(Cpu, jump_cache) + context * size_of::<[JumpEntry; JUMP_CACHE_ENTRIES]>()) as i32
     }
 
-    /// Jumps to `target`. `flags`: the status flags are alive there. `poll`: the jump may close a loop.
+    /// Jumps to `target`. `flags`: the status flags are alive there. `poll`: should the jump leave the page, it
+    /// may close a loop.
     pub(super) fn direct(&mut self, target: u64, flags: bool, poll: bool) {
         if self.same_page(target) {
-            if poll {
-                self.poll(target, flags);
-            }
             let hole = self.a.jmp();
             self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
         } else {
@@ -108,13 +109,10 @@ impl Builder<'_> {
 
     /// Calls `target`, to return to `next`; the guest's return address is pushed already.
     pub(super) fn call_direct(&mut self, target: u64, next: u64, flags: bool) {
-        let poll = target <= next;
         if !self.uses_return_stack() {
             self.release_flags();
-            return self.direct(target, flags, poll);
-        }
-        if poll {
-            self.poll(target, flags);
+            // Its returns are indirect jumps, which poll.
+            return self.direct(target, flags, false);
         }
         if self.same_page(target) {
             self.release_flags();
@@ -304,19 +302,6 @@ impl Builder<'_> {
         if !self.same_page(target) {
             let hole = self.a.jcc(condition);
             self.far_jumps.push(FarJump { hole, target, flags, poll: backward });
-        } else if backward && !flags {
-            // The usual loop: one fused compare-and-branch more than the guest's own.
-            let over = self.a.short(0x70 | (condition ^ 1));
-            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
-            let hole = self.a.jcc(cc::E);
-            self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
-            let hole = self.a.jmp();
-            self.exits.push(PendingExit { hole, kind: ExitKind::Poll { rip: target } });
-            self.a.bind_short(over);
-        } else if backward {
-            let over = self.a.short(0x70 | (condition ^ 1));
-            self.direct(target, flags, true);
-            self.a.bind_short(over);
         } else {
             let hole = self.a.jcc(condition);
             self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });

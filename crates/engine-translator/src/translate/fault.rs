@@ -4,9 +4,24 @@
 //! which arrive as SIGFPE and SIGSEGV. The handler only redirects the thread to the `fault` thunk; the
 //! interpreter then executes the instruction again and raises the guest's exception exactly.
 
-use super::block::word;
+use super::block::{ExitKind, word};
+use super::{Block, Exit};
 use crate::cpu::Cpu;
 use std::cell::Cell;
+
+/// The translator's tables as they are while translated code runs.
+#[derive(Clone, Copy)]
+pub(super) struct Tables {
+    pub blocks: *const [Block],
+    pub exits: *const [Exit],
+}
+
+impl Tables {
+    pub const NONE: Tables = Tables {
+        blocks: std::ptr::slice_from_raw_parts(std::ptr::null(), 0),
+        exits: std::ptr::slice_from_raw_parts(std::ptr::null(), 0),
+    };
+}
 
 /// What the handler needs of the vCPU that this thread runs.
 #[derive(Clone, Copy)]
@@ -18,15 +33,51 @@ pub struct Running {
     /// The guard of the return stack.
     pub guard_start: u64,
     pub guard_end: u64,
+    /// Where the code can be written.
+    pub writable: *mut u8,
 }
 
 thread_local! {
     static RUNNING: Cell<Option<Running>> = const { Cell::new(None) };
+    static TABLES: Cell<Tables> = const { Cell::new(Tables::NONE) };
 }
 
 /// Tells the handler which code is translated code on this thread.
 pub fn set_running(running: Option<Running>) {
     RUNNING.set(running);
+}
+
+/// Tells the handler what there is to unlink, before translated code runs.
+pub(super) fn set_tables(tables: Tables) {
+    TABLES.set(tables);
+}
+
+/// If a signal has interrupted a block, makes its direct jumps leave for Rust. Async-signal-safe.
+///
+/// # Safety
+/// `context` must be the `ucontext_t` of a signal delivered to this thread.
+pub unsafe fn break_out(context: *mut libc::c_void) {
+    let Some(running) = RUNNING.get() else { return };
+    // SAFETY: by the contract.
+    let rip = unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] } as u64;
+    if rip < running.code_start || rip >= running.code_end {
+        return;
+    }
+    let tables = TABLES.get();
+    // SAFETY: this thread is in translated code, so `set_tables` was called just before and no Rust code has
+    // changed the tables since.
+    let (blocks, exits) = unsafe { (&*tables.blocks, &*tables.exits) };
+    let offset = (rip - running.code_start) as u32;
+    let i = blocks.partition_point(|block| block.start <= offset);
+    let Some(block) = i.checked_sub(1).map(|i| &blocks[i]) else { return };
+    for exit in &exits[block.exits.start as usize..block.exits.end as usize] {
+        if matches!(exit.kind, ExitKind::Direct { .. }) {
+            let displacement = exit.stub.wrapping_sub(exit.site + 4) as i32;
+            // SAFETY: the displacement of a jump in code memory. This thread executes it next after the
+            // return from the signal, which serializes (SDM vol. 3A 9.3, IRET).
+            unsafe { running.writable.add(exit.site as usize).cast::<i32>().write_unaligned(displacement) };
+        }
+    }
 }
 
 /// Handles a signal if it came from translated code. Async-signal-safe.

@@ -30,6 +30,7 @@ use crate::core::Core;
 use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, Mode, TlbContext};
 use crate::interpret::{self, Step};
 use crate::system;
+use crate::timer;
 use anyvisor_engine::{GuestIo, Result};
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::segment::{attr, index};
@@ -164,6 +165,8 @@ pub struct Translator {
     /// Which block is behind each entry of the jump caches, as far as this vCPU remembers.
     jump_blocks: Box<[u32]>,
     statistics: Statistics,
+    /// The thread that is attached.
+    thread: libc::pid_t,
     /// Count interpreted instructions by mnemonic.
     count: bool,
 }
@@ -195,6 +198,7 @@ impl Translator {
             tsc_denied: false,
             jump_blocks: vec![0; JUMP_CONTEXTS * JUMP_CACHE_ENTRIES].into_boxed_slice(),
             statistics: Statistics::default(),
+            thread: 0,
             count: tracing::enabled!(tracing::Level::DEBUG),
         })
     }
@@ -205,6 +209,7 @@ impl Translator {
     /// # Errors
     /// When the host refuses a signal stack.
     pub fn attach(&mut self, core: &mut Core) -> Result<()> {
+        self.thread = timer::attach_thread();
         let code_start = self.code.address(0);
         self.return_stack.attach(&mut core.cpu, return_stack::no_return(code_start, &self.thunks))?;
         let guard = self.return_stack.guard();
@@ -215,6 +220,7 @@ impl Translator {
             cpu: std::ptr::from_mut::<Cpu>(&mut core.cpu),
             guard_start: guard.start,
             guard_end: guard.end,
+            writable: self.code.writable(),
         }));
         Ok(())
     }
@@ -227,6 +233,13 @@ impl Translator {
 
     /// Executes guest code until something is pending, the vCPU halts, or it shuts down.
     pub fn run(&mut self, core: &mut Core, io: &dyn GuestIo) -> Step {
+        core.shared.set_running(self.thread);
+        let step = self.run_until_pending(core, io);
+        core.shared.set_running(0);
+        step
+    }
+
+    fn run_until_pending(&mut self, core: &mut Core, io: &dyn GuestIo) -> Step {
         while core.cpu.pending.load(Ordering::Relaxed) == 0 && !core.cpu.halted && !core.cpu.wait_for_sipi {
             if let Step::Shutdown = self.advance(core, io) {
                 return Step::Shutdown;
@@ -372,14 +385,19 @@ impl Translator {
         let upper = core.cpu.ymm.iter().fold(0, |all, r| all | u128::from_ne_bytes(r.0[16..].try_into().unwrap()));
         core.cpu.upper_halves = u8::from(upper != 0);
         core.cpu.translated[word::CORE] = std::ptr::from_mut(core) as u64;
+        fault::set_tables(fault::Tables { blocks: &raw const *self.blocks, exits: &raw const *self.exits });
+        let exit;
+        timer::set_entered(true);
         // SAFETY: the thunk is a sysv64 function without arguments. GS points at this core's vCPU block
         // (`attach`), whose words say where to go; translated code reaches only the block, guest RAM by
         // checked addresses, and `tlb_miss`, which uses `core` while nothing else here does.
         unsafe {
             let enter: extern "sysv64" fn() -> u32 =
                 std::mem::transmute(self.code.address(self.thunks.enter) as *const ());
-            enter()
+            exit = enter();
         }
+        timer::set_entered(false);
+        exit
     }
 
     /// The block for the current RIP, made if need be; `alone` without shared probes. `None` if the code
@@ -557,8 +575,12 @@ impl Translator {
         let ExitKind::Direct { .. } = record.kind else { return };
         let from = &self.blocks[record.block as usize];
         let target = &self.blocks[to as usize];
-        if !from.alive || !target.alive || from.key.gpa >> 12 != target.key.gpa >> 12 || record.linked.is_some() {
+        if !from.alive || !target.alive || from.key.gpa >> 12 != target.key.gpa >> 12 {
             return;
+        }
+        if record.linked.is_some() {
+            // `break_out` has cut it.
+            return self.patch(record.site, target.start);
         }
         self.patch(record.site, target.start);
         self.exits[exit as usize].linked = Some(to);

@@ -1,139 +1,24 @@
-//! Small programs, translated and interpreted, with the same result.
+//! Small programs, translated and interpreted, with the same result; and loops that nothing but a kick ends.
 
-use super::*;
-use crate::core::{VcpuShared, VmShared};
-use crate::cpu::pending;
-use crate::ram::Ram;
-use anyvisor_x86::CpuidResult;
-use anyvisor_x86::bits::efer;
-use anyvisor_x86::segment::{Segment, attr};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, RwLock};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use crate::testing::{Method, TestVm};
+use anyvisor_engine::{Exit, Vcpu};
+use std::time::{Duration, Instant};
 
-struct NoIo;
-
-impl GuestIo for NoIo {
-    fn pio_read(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn pio_write(&self, _: u16, _: &[u8]) {}
-    fn mmio_read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u64, _: &[u8]) {}
-    fn eoi(&self, _: u8) {}
-    fn acknowledge_pic(&self) -> Option<u8> {
-        None
-    }
-}
-
-const CODE: u64 = 0x1_0000;
-const RAM: u64 = 16 << 20;
-
-fn cpuid() -> Cpuid {
-    let mut cpuid = Cpuid::default();
-    let leaf = |eax, ebx, ecx, edx| CpuidResult { eax, ebx, ecx, edx };
-    cpuid.set(1, None, leaf(0, 0, !0, !0));
-    cpuid.set(7, Some(0), leaf(0, !(1 << 16), 0, 0));
-    cpuid.set(0x8000_0001, None, leaf(0, 0, !0, !0));
-    cpuid.set(0x8000_0008, None, leaf(0x3028, 0, 0, 0));
-    cpuid
-}
-
-/// A vCPU at CPL 3 in 64-bit mode with the first 16 MiB identity-mapped, `code` at 0x10000.
-fn core(code: &[u8]) -> Core {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
-    let vm = Arc::new(VmShared {
-        ram: Arc::new(Ram::new(memory)),
-        vcpus: RwLock::new(Vec::new()),
-        started: std::time::Instant::now(),
-        pic_intr: AtomicBool::new(false),
-        tsc_khz: 1_000_000,
-        tsc_started: 0,
-        clock: Default::default(),
-        last_receiver: std::sync::atomic::AtomicU32::new(0),
-    });
-    let (shared, cpu) = VcpuShared::new(0);
-    let mut core = Core::new(vm, shared, cpu, cpuid());
-    let ram = core.ram.clone();
-    let entry = |gpa: u64, value: u64| assert!(ram.write(gpa, &value.to_le_bytes()));
-    entry(0x1000, 0x2000 | 7);
-    entry(0x2000, 0x3000 | 7);
-    entry(0x3000, 0x4000 | 7);
-    for page in 0..512 {
-        entry(0x4000 + 8 * page, (page << 12) | 7);
-    }
-    for page in 1..RAM >> 21 {
-        entry(0x3000 + 8 * page, (page << 21) | 0x87);
-    }
-    assert!(ram.write(CODE, code));
-    let cpu = &mut core.cpu;
-    cpu.cr0 = cr0::PE | cr0::PG | cr0::WP | cr0::NE;
-    cpu.cr3 = 0x1000;
-    cpu.cr4 = cr4::PAE | cr4::OSFXSR;
-    cpu.efer = efer::LME | efer::LMA;
-    cpu.rflags = rflags::FIXED;
-    cpu.cpl = 3;
-    let flat = |code| {
-        let kind = if code { attr::CODE | attr::L } else { attr::DB };
-        Segment {
-            base: 0,
-            limit: !0,
-            attributes: kind | 3 | attr::S | attr::P | 3 << attr::DPL_SHIFT | attr::G,
-            selector: 0x33,
-        }
-    };
-    cpu.seg = [flat(false), flat(true), flat(false), flat(false), flat(false), flat(false)];
-    cpu.rip = CODE;
-    core
-}
-
-/// Runs until RIP is `end`, where an endless loop is.
-fn run_translated(core: &mut Core, end: u64) -> Translator {
-    let mut translator = Translator::new(&cpuid()).unwrap();
-    // SAFETY: GS is not used by Rust code; the block outlives the use of the translator on this thread.
-    let result = unsafe {
-        libc::syscall(libc::SYS_arch_prctl, 0x1001, std::ptr::from_mut::<Cpu>(&mut core.cpu)) // ARCH_SET_GS
-    };
-    assert_eq!(result, 0);
-    translator.attach(core).unwrap();
-    core.cpu.pending.store(pending::KICK, Ordering::Relaxed);
-    for _ in 0..100_000 {
-        if core.cpu.rip == end {
-            return translator;
-        }
-        assert!(matches!(translator.advance(core, &NoIo), Step::Done));
-    }
-    panic!("did not reach {end:#x}, is at {:#x}", core.cpu.rip);
-}
-
-fn run_interpreted(core: &mut Core, end: u64) {
-    for _ in 0..100_000 {
-        if core.cpu.rip == end {
-            return;
-        }
-        assert!(matches!(interpret::step(core, &NoIo), Step::Done));
-    }
-    panic!("did not reach {end:#x}, is at {:#x}", core.cpu.rip);
-}
-
-/// Translates and interprets `code`, whose last two bytes are a jump to itself; compares all of it.
-fn check(code: &str) -> Core {
+/// Translates and interprets `code`, whose last two bytes are OUT 0xf4, AL; compares all of it.
+fn check(code: &str) -> TestVm {
     let code: Vec<u8> = (0..code.len()).step_by(2).map(|i| u8::from_str_radix(&code[i..i + 2], 16).unwrap()).collect();
-    let end = CODE + code.len() as u64 - 2;
-    let mut translated = core(&code);
-    run_translated(&mut translated, end);
-    let mut interpreted = core(&code);
-    run_interpreted(&mut interpreted, end);
-    assert_eq!(translated.cpu.gpr, interpreted.cpu.gpr);
-    assert_eq!(translated.cpu.rflags, interpreted.cpu.rflags);
-    let bytes = |core: &Core| {
-        let mut bytes = vec![0; RAM as usize];
-        assert!(core.ram.read(0, &mut bytes));
-        bytes
+    let run = |method| {
+        let mut test = TestVm::long_mode_by(&code, 0, method);
+        assert_eq!(test.run(), Exit::Kicked);
+        let mut bytes = vec![0; 16 << 20];
+        assert!(test.vm.ram.read(0, &mut bytes));
+        (test, bytes)
     };
-    assert!(bytes(&translated) == bytes(&interpreted), "memory differs");
+    let (mut translated, translated_bytes) = run(Method::Translate);
+    let (mut interpreted, interpreted_bytes) = run(Method::Interpret);
+    let (left, right) = (&translated.core().cpu, &interpreted.core().cpu);
+    assert_eq!((left.gpr, left.rip, left.rflags), (right.gpr, right.rip, right.rflags));
+    assert!(translated_bytes == interpreted_bytes, "memory differs");
     translated
 }
 
@@ -149,7 +34,65 @@ fn check(code: &str) -> Core {
 /// ```
 #[test]
 fn a_bit_of_everything() {
-    let core = check(include_str!("../../tests/everything.hex").trim());
-    assert_eq!(core.cpu.gpr[11], 21);
-    assert_eq!(core.cpu.gpr[15], 55);
+    let mut test = check(include_str!("../../tests/everything.hex").trim());
+    let cpu = &test.core().cpu;
+    assert_eq!(cpu.gpr[11], 21);
+    assert_eq!(cpu.gpr[15], 55);
+}
+
+/// Loops that never end by themselves, in every way that translated code can close one, as code for two
+/// adjacent pages.
+const ENDLESS: &[(&str, &[u8], &[u8])] = &[
+    ("a jump to itself", b"\xeb\xfe", b""),
+    // l: xor eax, eax / jz l
+    ("a conditional jump back", b"\x31\xc0\x74\xfc", b""),
+    // stc / l: jc l
+    ("a conditional jump back with flags alive", b"\xf9\x72\xfe", b""),
+    // l: jmp m / nop / m: jmp l
+    ("two blocks", b"\xeb\x01\x90\xeb\xfb", b""),
+    // l: mov ecx, 2 / loop . / jmp l
+    ("LOOP", b"\xb9\x02\x00\x00\x00\xe2\xfe\xeb\xf7", b""),
+    // l: call f / jmp l / f: ret
+    ("a call and its return", b"\xe8\x02\x00\x00\x00\xeb\xf9\xc3", b""),
+    // jmp s / f: ret / s: call f / jmp s
+    ("a call back", b"\xeb\x01\xc3\xe8\xfa\xff\xff\xff\xeb\xf9", b""),
+    // lea rax, [rel l] / l: jmp rax
+    ("an indirect jump", b"\x48\x8d\x05\x00\x00\x00\x00\xff\xe0", b""),
+    // l: lea rax, [rel l] / push rax / ret
+    ("returns that match no call", b"\x48\x8d\x05\xf9\xff\xff\xff\x50\xc3", b""),
+    // l: jmp m / page / m: jmp l
+    ("jumps between pages", b"\xe9\xfb\x0f\x00\x00", b"\xe9\xfb\xef\xff\xff"),
+    // l: stc / jc m / page / m: jc l + 1
+    ("conditional jumps between pages", b"\xf9\x0f\x82\xf9\x0f\x00\x00", b"\x0f\x82\xfb\xef\xff\xff"),
+    // l: call f / jmp l / page / f: ret
+    ("calls to another page", b"\xe8\xfb\x0f\x00\x00\xeb\xf9", b"\xc3"),
+    // l: add rbx, 0x1000 / and rbx, 0x7ff000 / mov rax, [rbx] / jmp l
+    ("misses", b"\x48\x81\xc3\x00\x10\x00\x00\x48\x81\xe3\x00\xf0\x7f\x00\x48\x8b\x03\xeb\xed", b""),
+    // l: mov edi, 0x400000 / mov ecx, 0x300000 / xor eax, eax / rep stosb / jmp l
+    ("string stores", b"\xbf\x00\x00\x40\x00\xb9\x00\x00\x30\x00\x31\xc0\xf3\xaa\xeb\xf0", b""),
+    // l: cpuid / jmp l
+    ("an interpreted instruction", b"\x0f\xa2\xeb\xfc", b""),
+];
+
+#[test]
+fn a_kick_ends_every_loop() {
+    for &(name, first, second) in ENDLESS {
+        let mut code = vec![0xcc; 8192];
+        code[..first.len()].copy_from_slice(first);
+        code[4096..4096 + second.len()].copy_from_slice(second);
+        let mut test = TestVm::long_mode_by(&code, 0, Method::Translate);
+        let kicker = test.vcpu.kicker();
+        for _ in 0..20 {
+            let kick = kicker.clone();
+            let other = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_micros(300));
+                kick.kick();
+            });
+            let start = Instant::now();
+            assert_eq!(test.run(), Exit::Kicked, "{name}");
+            // Far beyond what a busy host can be late, far below what a guest's clock tick is worth waiting for.
+            assert!(start.elapsed() < Duration::from_secs(5), "{name}: {:?}", start.elapsed());
+            other.join().unwrap();
+        }
+    }
 }
