@@ -120,6 +120,8 @@ pub struct Miss {
     low: i32,
     /// The address, for `probe_constant`.
     constant: Option<i32>,
+    /// The delta that RDI holds across the probe.
+    rdi: Option<u8>,
 }
 
 /// The address of an access that `probe_constant` can serve: it does not cross its page, and its page's
@@ -178,8 +180,8 @@ impl Builder<'_> {
         assert_eq!(planned, Access { ea: *ea, size, write }, "accesses are emitted as planned");
         let (slot, low, high) = match role {
             Role::Follower { slot } => {
-                self.a.load(RSI, delta(slot));
-                return self.operand(ea, keep_rdi);
+                let register = self.delta_register(slot, keep_rdi);
+                return self.operand(register, ea, keep_rdi);
             }
             Role::Leader { slot, low: 0, high: 0 } => (Some(slot), 0, size as i32),
             Role::Leader { slot, low, high } => (Some(slot), low, high),
@@ -190,6 +192,10 @@ impl Builder<'_> {
         match constant {
             Some(address) => self.probe_constant(address, write, flags),
             None => self.probe(ea, write, flags, low, high),
+        }
+        self.deltas[0] = slot;
+        if constant.is_none() || keep_rdi {
+            self.deltas[1] = None;
         }
         match slot {
             Some(slot) if constant.is_some() => self.a.store(delta(slot), RSI),
@@ -217,11 +223,31 @@ impl Builder<'_> {
             }
         }
         match slot {
-            _ if constant.is_some() => self.operand(ea, keep_rdi),
-            Some(_) => self.operand(ea, keep_rdi),
+            _ if constant.is_some() => self.operand(RSI, ea, keep_rdi),
+            Some(_) => self.operand(RSI, ea, keep_rdi),
             None if keep_rdi => Rm::Base(RSI, 0),
             None => Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 },
         }
+    }
+
+    /// A scratch register that holds the delta in `slot`: RSI if RDI must stay free.
+    fn delta_register(&mut self, slot: u8, keep_rdi: bool) -> u8 {
+        if keep_rdi {
+            self.deltas[1] = None;
+        }
+        if let Some(which) = self.deltas.iter().position(|&held| held == Some(slot)) {
+            return [RSI, RDI][which];
+        }
+        let which = usize::from(!keep_rdi && self.deltas[0].is_some() && self.deltas[1].is_none());
+        let register = [RSI, RDI][which];
+        self.a.load(register, delta(slot));
+        self.deltas[which] = Some(slot);
+        register
+    }
+
+    /// Notes that scratch register `host` is used for something else.
+    pub(super) fn clobber(&mut self, host: u8) {
+        self.deltas[usize::from(host == RDI)] = None;
     }
 
     fn table(&self) -> i32 {
@@ -276,7 +302,7 @@ impl Builder<'_> {
         }
         self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - (high - low));
         let hole = self.a.jcc(cc::A);
-        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low, constant: None });
+        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low, constant: None, rdi: None });
     }
 
     /// Probes for an access at a constant address inside its page: the entry is known, and one comparison
@@ -293,54 +319,67 @@ impl Builder<'_> {
         self.a.alu_imm(Alu::Cmp, true, Rm::Gs(entry + tag), (address & !0xfff).wrapping_neg());
         let hole = self.a.jcc(cc::NE);
         let constant = Some(address);
-        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low: 0, constant });
+        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low: 0, constant, rdi: self.deltas[1] });
         self.a.load(RSI, Rm::Gs(entry + offset_of!(TlbEntry, delta) as i32));
     }
 
-    /// The operand at `ea` when RSI holds the delta of its page. Leaves flags alone, and RDI free if
-    /// `keep_rdi`.
-    fn operand(&mut self, ea: &Ea, keep_rdi: bool) -> Rm {
+    /// The operand at `ea` when `register`, RSI or RDI, holds the delta of its page. Leaves flags alone, and
+    /// RDI free if `keep_rdi`; then `register` is RSI.
+    fn operand(&mut self, register: u8, ea: &Ea, keep_rdi: bool) -> Rm {
+        let other = if register == RSI { RDI } else { RSI };
         let displacement = ea.displacement as i32;
         if let Some(address) = ea.constant() {
             if address as i64 == i64::from(displacement) {
-                return Rm::Base(RSI, displacement);
+                return Rm::Base(register, displacement);
             }
-            self.a.mov_imm(RDI, address);
-            return self.sum(RDI, 0, 0, keep_rdi);
+            self.a.mov_imm(other, address);
+            self.clobber(other);
+            return self.sum(register, other, 0, 0, keep_rdi);
         }
         if let Some(segment) = ea.segment {
-            self.a.load(RDI, segment_base(segment));
-            return self.sum(RDI, 0, displacement, keep_rdi);
+            self.a.load(other, segment_base(segment));
+            self.clobber(other);
+            return self.sum(register, other, 0, displacement, keep_rdi);
         }
-        let (last, scale) = match (ea.base, ea.index) {
-            (Some(base), None) => (base, 0),
-            (None, Some(index)) => (index, ea.scale),
+        match (ea.base, ea.index) {
+            (Some(base), None) => {
+                let base = self.guest_register(base, other);
+                self.sum(register, base, 0, displacement, keep_rdi && base == RDI)
+            }
+            (None, Some(index)) => {
+                let index = self.guest_register(index, other);
+                self.sum(register, index, ea.scale, displacement, keep_rdi && index == RDI)
+            }
             (Some(base), Some(index)) => {
-                let base = self.guest_register(base);
-                self.a.lea(RSI, Rm::Indexed { base: RSI, index: base, scale: 0, displacement: 0 });
-                (index, ea.scale)
+                let base = self.guest_register(base, other);
+                // The delta survives if the other scratch register is free for the sum.
+                let sum = if keep_rdi || host_register(index as usize).is_none() { register } else { other };
+                self.a.lea(sum, Rm::Indexed { base: register, index: base, scale: 0, displacement: 0 });
+                self.clobber(sum);
+                let index = self.guest_register(index, other);
+                self.sum(sum, index, ea.scale, displacement, keep_rdi && index == RDI)
             }
             (None, None) => unreachable!("constant or segment-relative"),
-        };
-        let register = self.guest_register(last);
-        self.sum(register, scale, displacement, keep_rdi && register == RDI)
+        }
     }
 
-    /// `[rsi + register × 2^scale + displacement]`, computed into RSI if the register must not be used.
-    fn sum(&mut self, register: u8, scale: u8, displacement: i32, compute: bool) -> Rm {
-        let rm = Rm::Indexed { base: RSI, index: register, scale, displacement };
+    /// `[base + index × 2^scale + displacement]`, computed into `base` if the index must not be used.
+    fn sum(&mut self, base: u8, index: u8, scale: u8, displacement: i32, compute: bool) -> Rm {
+        let rm = Rm::Indexed { base, index, scale, displacement };
         if compute {
-            self.a.lea(RSI, rm);
-            return Rm::Base(RSI, 0);
+            self.a.lea(base, rm);
+            self.clobber(base);
+            return Rm::Base(base, 0);
         }
         rm
     }
 
-    /// The host register with a guest register's value: its own, or RDI.
-    fn guest_register(&mut self, number: u8) -> u8 {
+    /// The host register with a guest register's value: its own, or `other`.
+    fn guest_register(&mut self, number: u8, other: u8) -> u8 {
         host_register(number as usize).unwrap_or_else(|| {
-            self.a.load(RDI, slot(number as usize));
-            RDI
+            self.a.load(other, slot(number as usize));
+            self.clobber(other);
+            other
         })
     }
 
@@ -411,6 +450,9 @@ impl Builder<'_> {
             let context = self.source.context.tlb;
             let thunk = Thunk::Fill { context, write: miss.write, flags: miss.flags };
             self.thunk_calls.push((call.at as u32, thunk));
+            if let Some(slot) = miss.rdi {
+                self.a.load(RDI, delta(slot));
+            }
             let back = self.a.jmp();
             self.a.bind_to(back, miss.retry);
         }

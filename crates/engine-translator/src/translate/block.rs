@@ -229,8 +229,10 @@ pub struct Builder<'a> {
     pub(super) hold_flags: bool,
     /// It has done so.
     pub(super) flags_held: bool,
-    /// Guest registers that the scratch registers hold copies of.
+    /// Guest registers that the scratch registers, RSI and RDI, hold copies of.
     pub(super) held: [Option<Held>; 2],
+    /// Shared deltas that they hold, by slot. Never both for one register.
+    pub(super) deltas: [Option<u8>; 2],
     /// The instruction being emitted overwrites RAX and does not read it.
     pub(super) overwrites_rax: bool,
     /// Address of the indirect branch being emitted, and what undoes its change of RSP.
@@ -259,6 +261,7 @@ pub fn translate(source: &Source) -> Translation {
         hold_flags: false,
         flags_held: false,
         held: [None; 2],
+        deltas: [None; 2],
         overwrites_rax: false,
         origin: (source.rip, 0),
     };
@@ -522,6 +525,13 @@ impl<'a> Builder<'a> {
             Kind::Copy | Kind::JumpIf => self.write_back_all(),
             _ => self.release_scratch(),
         }
+        // These know what they do to the scratch registers.
+        if !matches!(
+            insn.kind,
+            Kind::Nop | Kind::Lea | Kind::Copy | Kind::Memory | Kind::Push | Kind::Pop | Kind::JumpIf
+        ) {
+            self.deltas = [None; 2];
+        }
         match insn.kind {
             Kind::Nop => true,
             Kind::Copy => self.copy(insn, None),
@@ -603,6 +613,7 @@ impl<'a> Builder<'a> {
         if plan.high_byte && rm.extension_bits() != (0, 0) {
             // AH–BH cannot be named next to a REX prefix.
             self.a.lea(RSI, rm);
+            self.clobber(RSI);
             rm = Rm::Base(RSI, 0);
         }
         self.emit_plan(&Plan { rm, ..plan });
@@ -700,6 +711,7 @@ impl<'a> Builder<'a> {
             return true;
         }
         self.release_scratch();
+        self.deltas = [None; 2];
         self.effective_address(&ea);
         match (register.size(), host_register(index)) {
             (8, Some(host)) => self.a.mov(host, RSI),

@@ -102,6 +102,7 @@ impl Builder<'_> {
 
     pub(super) fn emit_plan(&mut self, plan: &Plan) {
         for spill in plan.spills.used() {
+            self.clobber(spill.host);
             // Whatever else the scratch holds has to go; what is read may be newer in the other one.
             let here = held_slot(spill.host);
             if self.held[here].is_some_and(|held| held.index != spill.index) {
@@ -116,6 +117,7 @@ impl Builder<'_> {
         if plan.widen.is_some() {
             self.write_back(held_slot(RSI));
             self.held[held_slot(RSI)] = None;
+            self.clobber(RSI);
         }
         plan.layout.emit(&mut self.a, &plan.fields, plan.rm, plan.force_rex);
         if let Some(host) = plan.widen {

@@ -17,6 +17,7 @@ impl Builder<'_> {
                 let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, host.is_none());
                 if host.is_none() {
                     self.a.load(RDI, slot(index));
+                    self.clobber(RDI);
                 }
                 self.store_word(rm, host.unwrap_or(RDI));
             }
@@ -24,10 +25,12 @@ impl Builder<'_> {
                 let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
                 let rm = self.access(&ea, self.word() as usize, false, flags, false);
                 self.load_word(RDI, rm);
+                self.clobber(RDI);
                 self.a.store(scratch(VALUE), RDI);
                 let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, flags, true);
                 self.a.load(RDI, scratch(VALUE));
                 self.store_word(rm, RDI);
+                self.deltas = [None; 2];
             }
             _ => {
                 let value = instruction.immediate(0) as i64 as i32;
@@ -52,6 +55,7 @@ impl Builder<'_> {
             Some(host) => self.load_word(host, rm),
             None => {
                 self.a.load(RSI, rm);
+                self.clobber(RSI);
                 self.a.store(slot(index), RSI);
             }
         }
