@@ -55,8 +55,14 @@ impl TranslatorVcpu {
     /// A vCPU in the state after reset.
     pub(crate) fn new(core: Core, translator: Option<Translator>) -> Result<TranslatorVcpu> {
         let state = VcpuState::reset(core.shared.id, core.cpuid(1, 0).eax);
-        let mut vcpu =
-            TranslatorVcpu { core, translator, x87: Box::new(Fxsave([0; 512])), timer: None, exception: None, interrupt: None };
+        let mut vcpu = TranslatorVcpu {
+            core,
+            translator,
+            x87: Box::new(Fxsave([0; 512])),
+            timer: None,
+            exception: None,
+            interrupt: None,
+        };
         vcpu.set_state(&state)?;
         Ok(vcpu)
     }
@@ -64,6 +70,12 @@ impl TranslatorVcpu {
     /// The vCPU's inside, for tests.
     pub fn core(&mut self) -> &mut Core {
         &mut self.core
+    }
+
+    /// What translates for it, for tests.
+    #[cfg(test)]
+    pub(crate) fn translator(&self) -> Option<&Translator> {
+        self.translator.as_ref()
     }
 
     /// Makes the calling thread this vCPU's.

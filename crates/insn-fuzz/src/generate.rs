@@ -172,13 +172,16 @@ impl Generator {
         // Some sequences are a loop's body; its counter is a register that stays as it is in the body.
         let counters: Vec<u8> = (0..registers as u8).filter(|r| pinned.indices >> r & 1 != 0).collect();
         let looped = if rng.percent(25) && !counters.is_empty() { Some(rng.pick(&counters)) } else { None };
+        // The pointers of some of those move from iteration to iteration, over the ends of their pages.
+        let strides = looped.is_some() && !narrow && rng.percent(60);
+        let most = if strides { rng.pick(&[4, 40, 200]) } else { 4 };
         for register in 0..16 {
             if pinned.pointers >> register & 1 != 0 {
                 let region = if rng.percent(70) && !narrow { HIGH } else { LOW };
                 case.state.gpr[register] = region + PAGE + 256 + rng.below(2 * PAGE - 512);
             } else if pinned.indices >> register & 1 != 0 {
                 let counts = looped == Some(register as u8);
-                case.state.gpr[register] = if counts { 2 + rng.below(4) } else { rng.below(64) };
+                case.state.gpr[register] = if counts { 2 + rng.below(most) } else { rng.below(64) };
             }
         }
         let list = |mask: u32| (0..16u8).filter(|r| mask >> r & 1 != 0).collect();
@@ -209,6 +212,14 @@ impl Generator {
         }
         link_jumps(rng, &mut pieces);
         case.code = pieces.into_iter().flat_map(|p| p.bytes).collect();
+        if strides {
+            for register in 0..16u8 {
+                let free = (pinned.pointers | pinned.indices) >> register & 1 != 0 && looped != Some(register);
+                if free && usize::from(register) != RSP && rng.percent(70) {
+                    advance(rng, &mut case.code, register, pinned.indices >> register & 1 != 0);
+                }
+            }
+        }
         if let Some(counter) = looped {
             close_loop(&mut case.code, counter, narrow);
         }
@@ -302,6 +313,20 @@ impl Generator {
         if matches!(instruction.mnemonic(), Mnemonic::Leave | Mnemonic::Enter) {
             case.state.gpr[5] = target(rng, 8, low);
         }
+    }
+}
+
+/// Appends an instruction that moves `register`, an index or a pointer, by a constant.
+fn advance(rng: &mut Rng, code: &mut Vec<u8>, register: u8, index: bool) {
+    let by: i8 =
+        if index { rng.pick(&[1, 1, 2, 8, -1]) } else { rng.pick(&[1, 2, 4, 8, 8, 16, 32, 64, 96, -1, -8, -64]) };
+    let (high, low) = (register >> 3, register & 7);
+    match rng.below(3) {
+        // add or sub r64, imm8
+        0 => code.extend_from_slice(&[0x48 | high, 0x83, 0xc0 | low, by as u8]),
+        1 => code.extend_from_slice(&[0x48 | high, 0x83, 0xe8 | low, by.wrapping_neg() as u8]),
+        // lea r64, [r64 + disp8], with a SIB byte, which any base can have
+        _ => code.extend_from_slice(&[0x48 | high << 2 | high, 0x8d, 0x44 | low << 3, 0x20 | low, by as u8]),
     }
 }
 

@@ -89,6 +89,7 @@ pub struct Guest {
     core: Core,
     ram: Arc<Ram>,
     translator: Option<Translator>,
+    eager: bool,
     cases: u64,
     written: Option<(usize, usize)>,
     /// The code there is in place already: running it again uses what was translated.
@@ -111,9 +112,20 @@ impl Guest {
         let (shared, cpu) = VcpuShared::new(0);
         let mut core = Core::new(vm, shared, cpu, cpuid);
         set_system_state(&mut core);
-        let mut guest = Guest { core, ram, translator, cases: 0, written: None, loaded: Vec::new() };
+        let mut guest = Guest { core, ram, translator, eager: false, cases: 0, written: None, loaded: Vec::new() };
         guest.build_tables();
         Ok(guest)
+    }
+
+    /// Whether the translator hoists probes out of every loop from now on.
+    pub fn hoist_eagerly(&mut self, eager: bool) {
+        if let Some(translator) = &mut self.translator
+            && self.eager != eager
+        {
+            translator.hoist_eagerly(eager);
+            translator.flush(&mut self.core);
+            self.eager = eager;
+        }
     }
 
     /// The data pages.

@@ -250,7 +250,7 @@ impl Builder<'_> {
         self.deltas[usize::from(host == RDI)] = None;
     }
 
-    fn table(&self) -> i32 {
+    pub(super) fn table(&self) -> i32 {
         let tlb = self.source.context.tlb as usize;
         (offset_of!(Cpu, tlb) + tlb * size_of::<[TlbEntry; TLB_ENTRIES]>()) as i32
     }
@@ -285,6 +285,18 @@ impl Builder<'_> {
                 self.a.mov32(RSI, RSI);
             }
         }
+        self.entry_offset(ea);
+        self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + tag));
+        if low != 0 {
+            self.a.alu_imm(Alu::Add, true, Rm::Reg(RSI), low);
+        }
+        self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - (high - low));
+        let hole = self.a.jcc(cc::A);
+        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low, constant: None, rdi: None });
+    }
+
+    /// Puts the offset of the TLB entry for the address in RSI, which is that of `ea`, into RDI.
+    fn entry_offset(&mut self, ea: &Ea) {
         match ea.constant() {
             Some(address) => {
                 let index = (address >> 12) as usize & (TLB_ENTRIES - 1);
@@ -296,13 +308,17 @@ impl Builder<'_> {
                 self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), ((TLB_ENTRIES - 1) << ENTRY_BITS) as i32);
             }
         }
-        self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + tag));
-        if low != 0 {
-            self.a.alu_imm(Alu::Add, true, Rm::Reg(RSI), low);
-        }
-        self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - (high - low));
-        let hole = self.a.jcc(cc::A);
-        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low, constant: None, rdi: None });
+    }
+
+    /// Puts the address `ea`, which has no segment, into RSI and the offset of its TLB entry into RDI.
+    pub(super) fn probe_index(&mut self, ea: &Ea) {
+        self.effective_address(ea);
+        self.entry_offset(ea);
+    }
+
+    /// Keeps the delta in `register` for the followers of `slot`.
+    pub(super) fn keep_delta(&mut self, slot: u8, register: u8) {
+        self.a.store(delta(slot), register);
     }
 
     /// Probes for an access at a constant address inside its page: the entry is known, and one comparison

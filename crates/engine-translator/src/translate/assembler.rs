@@ -65,6 +65,11 @@ pub mod cc {
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
+    pub const O: u8 = 0;
+    pub const L: u8 = 12;
+    pub const GE: u8 = 13;
+    pub const LE: u8 = 14;
+    pub const G: u8 = 15;
 }
 
 /// The eight two-operand arithmetic instructions, by the number in their opcodes.
@@ -228,6 +233,14 @@ impl Assembler {
     }
     pub fn not64(&mut self, reg: u8) {
         self.op(true, &[0xf7], 2, Rm::Reg(reg));
+    }
+    /// `neg r64`
+    pub fn neg64(&mut self, reg: u8) {
+        self.op(true, &[0xf7], 3, Rm::Reg(reg));
+    }
+    /// `cmovcc r64, rm`
+    pub fn cmov(&mut self, condition: u8, reg: u8, rm: Rm) {
+        self.op(true, &[0x0f, 0x40 | condition], reg, rm);
     }
     pub fn alu_imm(&mut self, op: Alu, wide: bool, rm: Rm, value: i32) {
         if i32::from(value as i8) == value {

@@ -66,6 +66,8 @@ pub enum ExitKind {
     Direct { target: u64 },
     /// As `Direct`, but on another page, so never linked.
     Far { target: u64 },
+    /// As `Direct` to the block's own start, but linked to `inside`, a position in its own code.
+    Loop { target: u64, inside: u32 },
     /// Interpret the instruction at this address.
     Interpret { rip: u64 },
     /// Something is pending; go on at this address.
@@ -103,6 +105,10 @@ pub struct Translation {
     pub incomplete: bool,
     /// Some accesses share a probe.
     pub coalesced: bool,
+    /// It is a loop whose probes could be hoisted, or are.
+    pub hoistable: bool,
+    /// The host code of a hoisted loop's iterations, from and to.
+    pub fast: Option<(u32, u32)>,
 }
 
 /// Shared code that blocks jump to or call.
@@ -135,6 +141,8 @@ pub mod word {
     pub const TARGET: usize = 3;
     /// Host address that faulted or missed.
     pub const FAULT: usize = 4;
+    /// Host address of a block that was interrupted, or 0.
+    pub const SAMPLE: usize = 6;
     /// 1 if the last miss was a [`Fill::Misfit`](crate::mmu::Fill::Misfit).
     pub const MISFIT: usize = 5;
 }
@@ -203,6 +211,8 @@ pub struct Source<'a> {
     pub first_exit: u32,
     /// Let accesses share probes.
     pub coalesce: bool,
+    /// Hoist a loop's probes.
+    pub hoist: bool,
 }
 
 pub struct Builder<'a> {
@@ -224,6 +234,8 @@ pub struct Builder<'a> {
     /// The accesses to come, with their roles.
     pub(super) planned: std::vec::IntoIter<(Access, Role)>,
     coalesced: bool,
+    hoistable: bool,
+    pub(super) fast: Option<(u32, u32)>,
     incomplete: bool,
     /// The next probe is to leave live flags in AX (and RAX in memory) for the control transfer after it.
     pub(super) hold_flags: bool,
@@ -257,6 +269,8 @@ pub fn translate(source: &Source) -> Translation {
         flags_in_ax: false,
         planned: Vec::new().into_iter(),
         coalesced: false,
+        hoistable: false,
+        fast: None,
         incomplete: false,
         hold_flags: false,
         flags_held: false,
@@ -266,6 +280,7 @@ pub fn translate(source: &Source) -> Translation {
         origin: (source.rip, 0),
     };
     let insns = builder.decode();
+    builder.hoist(&insns);
     builder.plan_accesses(&insns);
     builder.body(&insns);
     builder.finish(&insns)
@@ -430,7 +445,19 @@ impl<'a> Builder<'a> {
         live | undecided
     }
 
-    // Pass 2: which accesses share probes.
+    // Pass 2: which accesses share probes, after those of a loop that are made before it.
+
+    fn hoist(&mut self, insns: &[Insn]) {
+        let Some(length) = self.loop_length(insns) else { return };
+        let body = &insns[..length];
+        let Some(plan) = self.plan_loop(body) else { return };
+        self.hoistable = true;
+        if self.source.hoist {
+            let accesses: Vec<_> = body.iter().flat_map(|insn| self.accesses(insn)).flatten().collect();
+            self.planned = accesses.into_iter().zip(plan.roles.iter().copied()).collect::<Vec<_>>().into_iter();
+            self.fast_loop(body, &plan);
+        }
+    }
 
     fn plan_accesses(&mut self, insns: &[Insn]) {
         let mut coalescer = Coalescer::new();
@@ -449,7 +476,7 @@ impl<'a> Builder<'a> {
     }
 
     /// The memory accesses that emitting `insn` will make, in order.
-    fn accesses(&mut self, insn: &Insn) -> [Option<Access>; 2] {
+    pub(super) fn accesses(&mut self, insn: &Insn) -> [Option<Access>; 2] {
         let instruction = &insn.instruction;
         let word = self.word() as usize;
         let bits = self.bits();
@@ -517,7 +544,7 @@ impl<'a> Builder<'a> {
     }
 
     /// Emits one instruction; `false` if it has to be interpreted after all (nothing emitted then).
-    fn emit(&mut self, insn: &Insn) -> bool {
+    pub(super) fn emit(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
         match insn.kind {
             Kind::Nop | Kind::Lea => {}
@@ -572,7 +599,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn interpret(&mut self, insn: &Insn) {
+    pub(super) fn interpret(&mut self, insn: &Insn) {
         self.write_back_all();
         let hole = self.a.jmp();
         self.exits.push(PendingExit { hole, kind: ExitKind::Interpret { rip: insn.instruction.ip() } });
@@ -749,6 +776,8 @@ impl<'a> Builder<'a> {
             peeked: self.peeked,
             incomplete: self.incomplete,
             coalesced: self.coalesced,
+            hoistable: self.hoistable,
+            fast: self.fast,
         }
     }
 }

@@ -220,18 +220,147 @@ impl Coalescer {
         let mut roles = vec![Role::Single; self.count];
         let shared = self.groups.iter().filter(|g| g.members.len() > 1).take(DELTAS);
         for (slot, group) in shared.enumerate() {
-            let slot = slot as u8;
-            let (leader, at) = group.members[0];
-            // A constant address's page is known: its own bytes are all there is to check.
-            let (low, high) = match group.origin {
-                Origin::Page(_) => (0, 0),
-                _ => ((group.low - at) as i32, (group.high - at) as i32),
-            };
-            roles[leader] = Role::Leader { slot, low, high };
-            for &(member, _) in &group.members[1..] {
-                roles[member] = Role::Follower { slot };
-            }
+            group.assign(slot as u8, &mut roles);
         }
         roles
     }
+
+    /// What can be checked before a loop, if all that was noted is its body and anything can.
+    pub fn loop_plan(self) -> Option<LoopPlan> {
+        let mut plan = LoopPlan { hoists: Vec::new(), limit: None, roles: vec![Role::Single; self.count] };
+        let mut slot = 0;
+        for group in &self.groups {
+            if usize::from(slot) == DELTAS {
+                break;
+            }
+            if plan.hoists.len() < MAX_HOISTS
+                && let Some(hoist) = self.hoist(group, slot, &mut plan.limit)
+            {
+                plan.hoists.push(hoist);
+                for &(member, _) in &group.members {
+                    plan.roles[member] = Role::Follower { slot };
+                }
+            } else if group.members.len() > 1 {
+                group.assign(slot, &mut plan.roles);
+            } else {
+                continue;
+            }
+            slot += 1;
+        }
+        (!plan.hoists.is_empty()).then_some(plan)
+    }
+
+    /// What an iteration adds to a register, if that is always the same.
+    fn stride(&self, register: u32) -> Option<i64> {
+        let value = self.values.get(register as usize)?;
+        (value.origin == register).then_some(value.offset)
+    }
+
+    fn hoist(&self, group: &Group, slot: u8, limit: &mut Option<Limit>) -> Option<Hoist> {
+        let size = (group.high - group.low) as i32;
+        let ea = Ea {
+            base: None,
+            index: None,
+            scale: 0,
+            displacement: i64::from(i32::try_from(group.low).ok()?),
+            segment: None,
+            narrow: false,
+            bit: None,
+        };
+        let (base, index) = match group.origin {
+            Origin::Page(page) => {
+                let displacement = (page << 12) as i64 + group.low;
+                let ea = Ea { displacement, ..ea };
+                return Some(Hoist { slot, ea, size, write: group.write, budget: None });
+            }
+            Origin::Registers { base, index } => (base, index),
+            Origin::Segment { .. } => return None,
+        };
+        let mut stride = 0;
+        let mut counter = None;
+        for (register, scale) in base.map(|b| (b, 0)).into_iter().chain(index) {
+            let own = self.stride(register)?;
+            stride += own << scale;
+            if own != 0 {
+                counter = Some(Limit { register: register as usize, stride: own });
+            }
+        }
+        let number = |register: u32| register as u8;
+        let (index, scale) = index.map_or((None, 0), |(index, scale)| (Some(number(index)), scale));
+        let ea = Ea { base: base.map(number), index, scale, ..ea };
+        if stride == 0 {
+            // Nothing moves, or two registers cancel each other out.
+            return Some(Hoist { slot, ea, size, write: group.write, budget: None });
+        }
+        let by = limit.or(counter)?;
+        // Bytes are counted in units of the register, exactly.
+        let exact = (MIN_RATIO..=MAX_RATIO)
+            .find(|&ratio| by.stride == shift(stride, ratio) && shift(by.stride, -ratio) == stride);
+        if stride.unsigned_abs() > MAX_STRIDE || by.stride.unsigned_abs() > MAX_STRIDE {
+            return None;
+        }
+        let ratio = exact?;
+        *limit = Some(by);
+        Some(Hoist { slot, ea, size, write: group.write, budget: Some(ratio) })
+    }
+}
+
+impl Group {
+    /// Gives the first member the probe and the others its result.
+    fn assign(&self, slot: u8, roles: &mut [Role]) {
+        let (leader, at) = self.members[0];
+        // A constant address's page is known: its own bytes are all there is to check.
+        let (low, high) = match self.origin {
+            Origin::Page(_) => (0, 0),
+            _ => ((self.low - at) as i32, (self.high - at) as i32),
+        };
+        roles[leader] = Role::Leader { slot, low, high };
+        for &(member, _) in &self.members[1..] {
+            roles[member] = Role::Follower { slot };
+        }
+    }
+}
+
+/// `value` × 2^`by`, rounded.
+fn shift(value: i64, by: i8) -> i64 {
+    if by >= 0 { value << by } else { value >> -by }
+}
+
+/// Groups that are checked before a loop at most.
+const MAX_HOISTS: usize = 6;
+/// Bytes by which an iteration may move a group that is checked before the loop: further, and the check
+/// comes too often to pay.
+const MAX_STRIDE: u64 = 128;
+/// Powers of two between a counting register's steps and an address's.
+const MIN_RATIO: i8 = -7;
+const MAX_RATIO: i8 = 7;
+
+/// A group of accesses that is checked before a loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hoist {
+    pub slot: u8,
+    /// The lowest address, in terms of the registers at the start of an iteration.
+    pub ea: Ea,
+    /// Bytes from there.
+    pub size: i32,
+    pub write: bool,
+    /// For a group that moves: the counting register moves 2^this times as far.
+    pub budget: Option<i8>,
+}
+
+/// The register that tells how far a loop has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    pub register: usize,
+    /// What an iteration adds to it; not 0.
+    pub stride: i64,
+}
+
+/// How the accesses of a loop's body do without probes.
+#[derive(Debug)]
+pub struct LoopPlan {
+    pub hoists: Vec<Hoist>,
+    /// There if any of `hoists` moves.
+    pub limit: Option<Limit>,
+    pub roles: Vec<Role>,
 }

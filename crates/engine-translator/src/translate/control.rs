@@ -347,7 +347,10 @@ impl Builder<'_> {
         let mut exits = Vec::new();
         for (i, exit) in std::mem::take(&mut self.exits).into_iter().enumerate() {
             let stub = self.a.position();
-            self.a.bind(exit.hole);
+            match exit.kind {
+                ExitKind::Loop { inside, .. } => self.a.bind_to(exit.hole, inside as usize),
+                _ => self.a.bind(exit.hole),
+            }
             self.a.store32_imm(Rm::Gs(word_offset(word::EXIT)), self.source.first_exit + i as u32);
             let jump = self.a.jmp();
             self.thunk_calls.push((jump.at as u32, Thunk::Exit));

@@ -70,8 +70,10 @@ pub unsafe fn break_out(context: *mut libc::c_void) {
     let offset = (rip - running.code_start) as u32;
     let i = blocks.partition_point(|block| block.start <= offset);
     let Some(block) = i.checked_sub(1).map(|i| &blocks[i]) else { return };
+    // SAFETY: as in `on_signal`.
+    unsafe { (*running.cpu).translated[word::SAMPLE] = rip };
     for exit in &exits[block.exits.start as usize..block.exits.end as usize] {
-        if matches!(exit.kind, ExitKind::Direct { .. }) {
+        if matches!(exit.kind, ExitKind::Direct { .. } | ExitKind::Loop { .. }) {
             let displacement = exit.stub.wrapping_sub(exit.site + 4) as i32;
             // SAFETY: the displacement of a jump in code memory. This thread executes it next after the
             // return from the signal, which serializes (SDM vol. 3A 9.3, IRET).

@@ -16,6 +16,7 @@ mod control;
 mod encoding;
 mod enter;
 pub mod fault;
+mod loops;
 pub mod planted;
 mod rename;
 mod return_stack;
@@ -57,6 +58,9 @@ const MAX_MISFITS: u8 = 64;
 /// ... if they come faster than one in this many TSC ticks; rarer ones cost less than shared probes save.
 const MISFIT_TICKS: u64 = 2_000;
 
+/// Samples outside a loop's iterations, more than inside, after which its probes are hoisted no more.
+const SAMPLES: i8 = 4;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     gpa: u64,
@@ -85,6 +89,11 @@ struct Block {
     misfits: u8,
     /// The TSC at the first of them.
     first_misfit: u64,
+    /// It is a loop whose probes could be hoisted; where they are, the host code of its iterations, and how
+    /// much more often samples met that than the check.
+    hoistable: bool,
+    fast: Option<(u32, u32)>,
+    samples: i8,
 }
 
 struct Exit {
@@ -157,6 +166,11 @@ pub struct Translator {
     pages: AddressMap<u64, CodePage>,
     /// Blocks in which shared probes did not pay.
     uncoalesced: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    /// Loops that samples met; and those of them that hoisted probes do not pay for.
+    hot_loops: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    short_loops: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    /// Hoist the probes of every loop.
+    eager: bool,
     /// Counts the times everything was dropped.
     generation: u64,
     /// What of the last context the jump caches do not tell apart: FPU, AVX, SMAP, FSGSBASE; and CR4.TSD.
@@ -193,6 +207,9 @@ impl Translator {
             index: AddressMap::default(),
             pages: AddressMap::default(),
             uncoalesced: HashSet::default(),
+            hot_loops: HashSet::default(),
+            short_loops: HashSet::default(),
+            eager: false,
             generation: 0,
             hidden: (false, false, false, false),
             tsc_denied: false,
@@ -201,6 +218,11 @@ impl Translator {
             thread: 0,
             count: tracing::enabled!(tracing::Level::DEBUG),
         })
+    }
+
+    /// Whether to hoist the probes of every loop from now on, not just of those that samples meet: for tests.
+    pub fn hoist_eagerly(&mut self, eager: bool) {
+        self.eager = eager;
     }
 
     /// Tells the signal handler about this translator for as long as this thread runs it. GS must already
@@ -252,6 +274,9 @@ impl Translator {
     fn advance(&mut self, core: &mut Core, io: &dyn GuestIo) -> Step {
         // The frame of an interrupt or exception may have gone over code.
         self.apply_code_writes(core);
+        if core.cpu.translated[word::SAMPLE] != 0 {
+            self.sample(core);
+        }
         let Some(context) = self.context(core) else {
             return self.interpret(core, io);
         };
@@ -310,7 +335,7 @@ impl Translator {
                         core.cpu.rip &= 0xffff_ffff;
                     }
                 }
-                ExitKind::Direct { target } => core.cpu.rip = target,
+                ExitKind::Direct { target } | ExitKind::Loop { target, .. } => core.cpu.rip = target,
             }
             if core.cpu.pending.load(Ordering::Relaxed) != 0 {
                 return Step::Done;
@@ -458,6 +483,7 @@ impl Translator {
             features: &self.features,
             first_exit,
             coalesce: !key.alone && !self.uncoalesced.contains(&key),
+            hoist: self.eager || self.hot_loops.contains(&key),
         };
         let mut translation = block::translate(&source);
         let mut next_page = None;
@@ -554,6 +580,9 @@ impl Translator {
             coalesced: translation.coalesced,
             misfits: 0,
             first_misfit: 0,
+            hoistable: translation.hoistable,
+            fast: translation.fast,
+            samples: 0,
         });
         self.index.insert(key, id);
         self.statistics.blocks += 1;
@@ -572,8 +601,13 @@ impl Translator {
     /// Makes the jump of `exit` go straight to `to`, if it is one that may.
     fn link(&mut self, exit: u32, to: u32) {
         let record = &self.exits[exit as usize];
-        let ExitKind::Direct { .. } = record.kind else { return };
         let from = &self.blocks[record.block as usize];
+        match record.kind {
+            ExitKind::Direct { .. } => {}
+            // Only `break_out` ever cuts it.
+            ExitKind::Loop { inside, .. } if from.alive => return self.patch(record.site, from.start + inside),
+            _ => return,
+        }
         let target = &self.blocks[to as usize];
         if !from.alive || !target.alive || from.key.gpa >> 12 != target.key.gpa >> 12 {
             return;
@@ -613,6 +647,35 @@ impl Translator {
             let key = block.key;
             self.uncoalesced.insert(key);
             self.kill(core, id);
+        }
+    }
+
+    /// Learns from where translated code was interrupted: a loop that is met there gets its probes hoisted,
+    /// and one that is met mostly outside its iterations, because they are few, loses that again.
+    fn sample(&mut self, core: &mut Core) {
+        let at = std::mem::take(&mut core.cpu.translated[word::SAMPLE]);
+        let Some(offset) = self.code.offset_of(at) else { return };
+        let i = self.blocks.partition_point(|b| b.start as usize <= offset);
+        let Some(id) = i.checked_sub(1) else { return };
+        let block = &mut self.blocks[id];
+        let key = block.key;
+        if !block.alive || !block.hoistable || self.short_loops.contains(&key) {
+            return;
+        }
+        let Some((from, to)) = block.fast else {
+            self.hot_loops.insert(key);
+            return self.kill(core, id as u32);
+        };
+        let offset = offset as u32 - block.start;
+        if offset >= from && offset < to {
+            block.samples = (block.samples + 1).min(SAMPLES);
+        } else {
+            block.samples -= 1;
+            if block.samples <= -SAMPLES {
+                self.hot_loops.remove(&key);
+                self.short_loops.insert(key);
+                self.kill(core, id as u32);
+            }
         }
     }
 
@@ -719,6 +782,8 @@ impl Translator {
         self.exits.clear();
         self.index.clear();
         self.uncoalesced.clear();
+        self.hot_loops.clear();
+        self.short_loops.clear();
         for page in std::mem::take(&mut self.pages).into_keys() {
             core.unprotect_code_page(page << 12);
         }
@@ -728,6 +793,11 @@ impl Translator {
         self.statistics.flushes += 1;
     }
 
+    /// Loops whose probes are hoisted now.
+    pub fn hoisted(&self) -> usize {
+        self.hot_loops.len()
+    }
+
     /// One line for a developer.
     pub fn statistics(&self) -> String {
         let s = &self.statistics;
@@ -735,10 +805,12 @@ impl Translator {
         interpreted.sort_by(|a, b| b.1.cmp(a.1));
         let top: Vec<_> = interpreted.iter().take(40).map(|(m, n)| format!("{m:?} {n}")).collect();
         format!(
-            "{} blocks ({} invalidated, {} flushes), {} KiB of code, {} exits, {} links, {} faults; interpreted: {}",
+            "{} blocks ({} invalidated, {} flushes, {} hoisted loops, {} too short), {} KiB of code, {} exits, {} links, {} faults; interpreted: {}",
             s.blocks,
             s.invalidated,
             s.flushes,
+            self.hoisted(),
+            self.short_loops.len(),
             self.used >> 10,
             s.exits,
             s.links,

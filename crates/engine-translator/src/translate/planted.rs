@@ -23,17 +23,23 @@ pub enum Bug {
     SpillNotStored,
     /// Writes to translated code do not drop it.
     StaleCode,
+    /// A loop's hoisted check allows one iteration too many.
+    LimitOneTooFar,
+    /// A loop's group that moves down is given the bytes above it.
+    BudgetOfWrongSide,
 }
 
 /// All of them.
 #[cfg(feature = "planted-bugs")]
-pub const ALL: [Bug; 6] = [
+pub const ALL: [Bug; 8] = [
     Bug::PageEndUnchecked,
     Bug::WriteProbesForRead,
     Bug::AddressNotTruncated,
     Bug::CarryThoughtDead,
     Bug::SpillNotStored,
     Bug::StaleCode,
+    Bug::LimitOneTooFar,
+    Bug::BudgetOfWrongSide,
 ];
 
 #[cfg(feature = "planted-bugs")]

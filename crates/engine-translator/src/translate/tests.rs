@@ -1,7 +1,10 @@
 //! Small programs, translated and interpreted, with the same result; and loops that nothing but a kick ends.
 
-use crate::testing::{Method, TestVm};
+use crate::testing::{Method, TestVm, place};
 use anyvisor_engine::{Exit, Vcpu};
+use anyvisor_x86::bits::gpr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Translates and interprets `code`, whose last two bytes are OUT 0xf4, AL; compares all of it.
@@ -95,4 +98,37 @@ fn a_kick_ends_every_loop() {
             other.join().unwrap();
         }
     }
+}
+
+/// ```text
+///  mov r8d, 20000
+/// outer: mov esi, 0x20000 / mov ecx, 1024
+/// inner: add rax, [rsi] / add rsi, 8 / dec ecx / jnz inner
+///  dec r8d / jnz outer / out 0xf4, al
+/// ```
+const SUM: &[u8] = b"\x41\xb8\x20\x4e\x00\x00\xbe\x00\x00\x02\x00\xb9\x00\x04\x00\x00\x48\x03\x06\x48\x83\xc6\x08\xff\xc9\x75\xf5\x41\xff\xc8\x75\xe6\xe6\xf4";
+
+#[test]
+fn a_loop_that_samples_meet_is_hoisted_and_still_right() {
+    let mut test = TestVm::long_mode_by(SUM, 0, Method::Translate);
+    for i in 0..1024u64 {
+        test.load(0x2_0000 + 8 * i, &(i * i).to_le_bytes());
+    }
+    let done = Arc::new(AtomicBool::new(false));
+    let (kicker, ended) = (test.vcpu.kicker(), done.clone());
+    let other = std::thread::spawn(move || {
+        while !ended.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_micros(100));
+            kicker.kick();
+        }
+    });
+    let end = place::CODE + SUM.len() as u64;
+    while test.rip() != end {
+        assert_eq!(test.run(), Exit::Kicked);
+    }
+    done.store(true, Ordering::Relaxed);
+    other.join().unwrap();
+    let sum: u64 = (0..1024).map(|i| i * i).sum();
+    assert_eq!(test.core().cpu.gpr[gpr::RAX], 20_000 * sum);
+    assert!(test.vcpu.translator().unwrap().hoisted() > 0);
 }

@@ -1,0 +1,183 @@
+//! Loops over one block, with the probes of their accesses hoisted out of the iterations.
+//!
+//! A block that jumps back to its own start is a loop. Accesses whose addresses stay, or move by the same
+//! few bytes in every iteration, are checked before it: all their pages at once, with how far each may go to
+//! its page's end. One register that moves with them tells when the nearest end is reached; then they are
+//! checked again.
+//!
+//! ```text
+//! start: check every group ──── one is not in the TLB, or about to leave its page ──┐
+//! fast:  the body without those probes                                              │
+//!        not the end? ── limit not reached ──> fast                                 │
+//!                     └─ limit reached ──────> start                                │
+//!        leave for the next instruction                                             │
+//! plain: the whole block as ever  <─────────────────────────────────────────────────┘
+//! ```
+//!
+//! The check costs as much as some iterations save, so only blocks that a sample of where the time goes has
+//! met are translated so, and those where it meets the check more often than the body no more (see
+//! `Translator::sample`).
+//!
+//! - A check that fails changes nothing: no page is touched for an access that may never be made.
+//! - The jump from `fast` to itself can be cut by [`super::fault::break_out`] like any other.
+//! - What changes a mapping happens in Rust, and Rust comes back at a block's start; only misses return into
+//!   an iteration, and they only add to the TLB. So a delta stays right while the loop runs.
+
+use super::assembler::*;
+use super::block::*;
+use super::classify::Kind;
+use super::coalesce::{Coalescer, Hoist, Limit, LoopPlan};
+use super::planted::{self, Bug};
+use crate::cpu::TlbEntry;
+use std::mem::offset_of;
+
+/// Where the limit is kept.
+const LIMIT: usize = 3;
+
+/// Instructions that may be in such a loop: they go on to the next one, or leave.
+fn fits(kind: Kind) -> bool {
+    matches!(kind, Kind::Nop | Kind::Copy | Kind::Lea | Kind::Memory | Kind::Push | Kind::Pop | Kind::JumpIf)
+}
+
+impl Builder<'_> {
+    /// The length of the loop that the block starts with, in instructions, if it is one that can be hoisted.
+    pub(super) fn loop_length(&self, insns: &[Insn]) -> Option<usize> {
+        if self.bits() != 64 || !self.source.coalesce || self.source.crossing.is_some() || insns[0].live_in != 0 {
+            return None;
+        }
+        for (i, insn) in insns.iter().enumerate() {
+            let back = || insn.instruction.near_branch_target() == self.source.rip;
+            match insn.kind {
+                Kind::JumpIf | Kind::JumpDirect if back() => return Some(i + 1),
+                kind if !fits(kind) => return None,
+                _ => {}
+            }
+        }
+        None
+    }
+
+    /// Plans the accesses of the loop `body`; those of the plan come first.
+    pub(super) fn plan_loop(&mut self, body: &[Insn]) -> Option<LoopPlan> {
+        let mut coalescer = Coalescer::new();
+        for insn in body {
+            for access in self.accesses(insn).into_iter().flatten() {
+                coalescer.access(&access);
+            }
+            coalescer.execute(insn);
+        }
+        coalescer.loop_plan()
+    }
+
+    /// Emits the check and the fast body; what follows is the plain block.
+    pub(super) fn fast_loop(&mut self, body: &[Insn], plan: &LoopPlan) {
+        let mut to_plain = Vec::new();
+        self.map.push((0, 0));
+        let mut first = true;
+        for hoist in &plan.hoists {
+            self.check(hoist, plan.limit.as_ref(), &mut first, &mut to_plain);
+        }
+        let fast = self.a.position();
+        self.iteration(body, plan.limit.as_ref(), fast);
+        self.fast = Some((fast as u32, self.a.position() as u32));
+        self.held = [None; 2];
+        self.deltas = [None; 2];
+        for hole in to_plain {
+            self.a.bind(hole);
+        }
+    }
+
+    fn iteration(&mut self, body: &[Insn], limit: Option<&Limit>, fast: usize) {
+        let (last, others) = body.split_last().expect("a loop has an instruction");
+        for insn in others {
+            self.map.push((self.a.position() as u32, insn.offset));
+            self.at = insn.offset;
+            if !self.emit(insn) {
+                return self.interpret(insn);
+            }
+        }
+        self.map.push((self.a.position() as u32, last.offset));
+        self.at = last.offset;
+        self.write_back_all();
+        self.back_edge(last, limit, fast);
+    }
+
+    /// Checks one group, keeps its delta, and lowers the limit to where it leaves its page.
+    fn check(&mut self, hoist: &Hoist, limit: Option<&Limit>, first: &mut bool, to_plain: &mut Vec<Hole>) {
+        let tag = if hoist.write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
+        let table = self.table();
+        self.probe_index(&hoist.ea);
+        self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + tag));
+        self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - hoist.size);
+        to_plain.push(self.a.jcc(cc::A));
+        self.a.load(RDI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, delta) as i32));
+        self.keep_delta(hoist.slot, RDI);
+        let (Some(ratio), Some(limit)) = (hoist.budget, limit) else { return };
+        let up = limit.stride > 0;
+        // Bytes left in the direction of the loop, in units of the counting register.
+        if up || planted::is(Bug::BudgetOfWrongSide) {
+            self.a.alu_imm(Alu::Sub, true, Rm::Reg(RSI), 4096 - hoist.size);
+            self.a.neg64(RSI);
+        }
+        match ratio {
+            0 => {}
+            1.. => self.a.shl64(RSI, ratio as u8),
+            _ => self.a.shr64(RSI, -ratio as u8),
+        }
+        if !up {
+            self.a.neg64(RSI);
+        }
+        self.a.alu(Alu::Add, RSI, counter(limit));
+        to_plain.push(self.a.jcc(cc::O));
+        if planted::is(Bug::LimitOneTooFar) {
+            self.a.alu_imm(Alu::Add, true, Rm::Reg(RSI), limit.stride as i32);
+        }
+        // Nor may the register overflow on its last step beyond the limit.
+        self.a.mov(RDI, RSI);
+        self.a.alu_imm(Alu::Add, true, Rm::Reg(RDI), limit.stride as i32);
+        to_plain.push(self.a.jcc(cc::O));
+        if !std::mem::take(first) {
+            self.a.alu(Alu::Cmp, RSI, scratch(LIMIT));
+            self.a.cmov(if up { cc::G } else { cc::L }, RSI, scratch(LIMIT));
+        }
+        self.a.store(scratch(LIMIT), RSI);
+    }
+
+    /// The jump back of the loop: to `fast` while the limit allows, to the check when it does not.
+    fn back_edge(&mut self, insn: &Insn, limit: Option<&Limit>, fast: usize) {
+        let conditional = insn.kind == Kind::JumpIf;
+        let condition =
+            if conditional { insn.instruction.condition_code() as u8 - iced_x86::ConditionCode::o as u8 } else { 0 };
+        let kind = ExitKind::Loop { target: self.source.rip, inside: fast as u32 };
+        let Some(limit) = limit else {
+            let hole = if conditional { self.a.jcc(condition) } else { self.a.jmp() };
+            self.exits.push(PendingExit { hole, kind });
+            return self.after_loop(insn);
+        };
+        let over = conditional.then(|| self.a.short(0x70 | (condition ^ 1)));
+        match host_register(limit.register) {
+            Some(host) => self.a.alu(Alu::Cmp, host, scratch(LIMIT)),
+            None => {
+                self.a.load(RSI, slot(limit.register));
+                self.a.alu(Alu::Cmp, RSI, scratch(LIMIT));
+            }
+        }
+        let hole = self.a.jcc(if limit.stride > 0 { cc::LE } else { cc::GE });
+        self.exits.push(PendingExit { hole, kind });
+        let hole = self.a.jmp();
+        self.exits.push(PendingExit { hole, kind: ExitKind::Loop { target: self.source.rip, inside: 0 } });
+        if let Some(over) = over {
+            self.a.bind_short(over);
+        }
+        self.after_loop(insn);
+    }
+
+    fn after_loop(&mut self, insn: &Insn) {
+        if insn.kind == Kind::JumpIf {
+            self.direct(insn.instruction.next_ip(), insn.live_out != 0, false);
+        }
+    }
+}
+
+fn counter(limit: &Limit) -> Rm {
+    host_register(limit.register).map_or(slot(limit.register), Rm::Reg)
+}
