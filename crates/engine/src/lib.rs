@@ -118,7 +118,8 @@ pub trait Vcpu: Send {
     /// The whole architectural state.
     fn state(&mut self) -> Result<VcpuState>;
 
-    /// Replaces the whole architectural state. An empty `lapic` means a reset local APIC.
+    /// Replaces the whole architectural state. An empty `lapic` means a reset local APIC. Guest code that the
+    /// host changed in memory before is seen after.
     fn set_state(&mut self, state: &VcpuState) -> Result<()>;
 }
 

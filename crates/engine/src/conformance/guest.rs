@@ -16,7 +16,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 type Assembling = Result<(), IcedError>;
 
 /// See the module.
-pub struct Guest {
+pub struct Guest<'a> {
+    engine: &'a dyn Engine,
     pub mode: Mode,
     pub vm: Arc<dyn Vm>,
     pub vcpu: Box<dyn Vcpu>,
@@ -30,9 +31,9 @@ pub struct Guest {
     handlers: u64,
 }
 
-impl Guest {
+impl<'a> Guest<'a> {
     /// A machine whose vCPU will start in `mode`.
-    pub fn new(engine: &dyn Engine, cpuid: &Cpuid, mode: Mode, patience: Duration) -> EngineResult<Guest> {
+    pub fn new(engine: &'a dyn Engine, cpuid: &Cpuid, mode: Mode, patience: Duration) -> EngineResult<Guest<'a>> {
         let ranges = [(0, place::MMIO), (place::HIGH_RAM, place::RAM_END - place::HIGH_RAM)];
         let ranges = ranges.map(|(start, size)| (GuestAddress(start), size as usize));
         let memory = GuestMemoryMmap::from_ranges(&ranges)
@@ -45,7 +46,13 @@ impl Guest {
         let io = Arc::new(Recorder::default());
         io.set_ender(vcpu.kicker());
         let code = Assembled::default();
-        Ok(Guest { mode, vm, vcpu, io, memory, state, cpuid: cpuid.clone(), patience, code, handlers: 0 })
+        Ok(Guest { engine, mode, vm, vcpu, io, memory, state, cpuid: cpuid.clone(), patience, code, handlers: 0 })
+    }
+
+    /// Another machine of the same kind, new. Its [`Guest::load`]ed code is this one's.
+    pub fn sibling(&self) -> EngineResult<Guest<'a>> {
+        let other = Guest::new(self.engine, &self.cpuid, self.mode, self.patience)?;
+        Ok(Guest { code: self.code.clone(), handlers: self.handlers, ..other })
     }
 
     /// Runs `code` from the initial state, with an end behind it.

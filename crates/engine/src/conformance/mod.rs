@@ -109,7 +109,7 @@ impl Need {
     pub const CX16: Need = Need::new("cx16", 1, Register::Ecx, 13);
 }
 
-type Test = Arc<dyn Fn(&mut Guest) -> Verdict + Send + Sync>;
+type Test = Arc<dyn Fn(&mut Guest<'_>) -> Verdict + Send + Sync>;
 
 /// One thing that every engine must do, in one mode.
 pub struct Case {
@@ -174,7 +174,7 @@ impl Suite {
     /// Adds a case for each of `modes`. Returns what sets their needs.
     fn add<F>(&mut self, name: impl AsRef<str>, modes: &[Mode], test: F) -> Added<'_>
     where
-        F: Fn(&mut Guest) -> Verdict + Send + Sync + 'static,
+        F: Fn(&mut Guest<'_>) -> Verdict + Send + Sync + 'static,
     {
         let first = self.cases.len();
         let test: Test = Arc::new(test);

@@ -1,8 +1,11 @@
 //! The cases, a file for each part of the architecture.
 
 mod apic;
+mod code;
+mod debug;
 mod events;
 mod exceptions;
+mod fpu;
 mod identity;
 mod interrupts;
 mod kicks;
@@ -10,6 +13,7 @@ mod mmio;
 mod paging;
 mod port_io;
 mod segments;
+mod state;
 mod transfers;
 
 use super::{Case, Suite};
@@ -57,5 +61,9 @@ pub fn cases() -> Vec<Case> {
     identity::add(&mut suite);
     segments::add(&mut suite);
     transfers::add(&mut suite);
+    debug::add(&mut suite);
+    fpu::add(&mut suite);
+    code::add(&mut suite);
+    state::add(&mut suite);
     suite.cases
 }

@@ -1,0 +1,181 @@
+//! Code that changes: by the guest itself, through another mapping, by the host, on the page it runs on (SDM
+//! vol. 3A 11.6: a jump after the store is enough on one processor).
+
+use super::prelude::*;
+
+pub fn add(suite: &mut Suite) {
+    suite.group("code that changes");
+    const FLAT: &[Mode] = &[Mode::Protected, Mode::ProtectedUser, Mode::Compat, Mode::CompatUser];
+    suite.add("a store to code that ran before", FLAT, |g| {
+        // mov eax, 1; ret
+        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        g.state.gpr[gpr::RSI] = place::MORE_CODE;
+        let end = g.run(|a| {
+            a.call(esi)?;
+            a.mov(ebx, eax)?;
+            a.mov(byte_ptr(esi + 1), 2)?;
+            a.call(esi)
+        })?;
+        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+    });
+    suite.add("a store to code that ran before, of 64 bits", WIDE, |g| {
+        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        g.state.gpr[gpr::RSI] = place::MORE_CODE;
+        let end = g.run(|a| {
+            a.call(rsi)?;
+            a.mov(ebx, eax)?;
+            a.mov(byte_ptr(rsi + 1), 2)?;
+            a.call(rsi)
+        })?;
+        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+    });
+    suite.add("a store to the next instruction", WIDE, |g| {
+        // The instruction behind the store is replaced: the processor sees it, jump or not.
+        let end = g.run(|a| {
+            let mut next = a.create_label();
+            a.lea(rsi, ptr(next))?;
+            a.mov(byte_ptr(rsi + 1), 0x77)?;
+            a.set_label(&mut next)?;
+            a.mov(al, 0x11)
+        })?;
+        end.registers(&[(gpr::RAX, 0x77)])
+    });
+    suite.add("a loop that changes itself", WIDE, |g| {
+        let end = g.run(|a| {
+            let (mut again, mut patched) = (a.create_label(), a.create_label());
+            a.mov(ecx, 100)?;
+            a.lea(rsi, ptr(patched))?;
+            a.set_label(&mut again)?;
+            a.nop()?;
+            a.set_label(&mut patched)?;
+            a.mov(dl, 0)?; // its immediate counts
+            a.add(ebx, edx)?;
+            a.inc(byte_ptr(rsi + 1))?;
+            a.dec(ecx)?;
+            a.jne(again)
+        })?;
+        end.registers(&[(gpr::RBX, (0..100).sum())])
+    });
+    suite.add("a store through another mapping of the page", WIDE, |g| {
+        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        g.map(place::MORE_CODE + 0x1000, place::MORE_CODE | page::ALL);
+        g.state.gpr[gpr::RSI] = place::MORE_CODE;
+        let end = g.run(|a| {
+            a.call(rsi)?;
+            a.mov(ebx, eax)?;
+            a.mov(byte_ptr(rsi + 0x1001), 2)?;
+            a.call(rsi)
+        })?;
+        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+    });
+    suite.add("a change by REP MOVSB", WIDE, |g| {
+        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        g.write(place::DATA, &[0xb8, 2, 0, 0, 0, 0xc3]);
+        g.state.gpr[gpr::RBX] = place::MORE_CODE;
+        let end = g.run(|a| {
+            a.call(rbx)?;
+            a.mov(edx, eax)?;
+            a.mov(rsi, rdi)?;
+            a.mov(rdi, rbx)?;
+            a.mov(ecx, 6)?;
+            a.rep().movsb()?;
+            a.call(rbx)
+        })?;
+        end.registers(&[(gpr::RDX, 1), (gpr::RAX, 2)])
+    });
+    suite.add("a change by a vector store", WIDE, |g| {
+        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        g.write(place::DATA, &[0xb8, 2, 0, 0, 0, 0xc3]);
+        g.state.gpr[gpr::RBX] = place::MORE_CODE;
+        let end = g.run(|a| {
+            a.call(rbx)?;
+            a.mov(edx, eax)?;
+            a.movups(xmm0, xmmword_ptr(rdi))?;
+            a.movups(xmmword_ptr(rbx), xmm0)?;
+            a.call(rbx)
+        })?;
+        end.registers(&[(gpr::RDX, 1), (gpr::RAX, 2)])
+    });
+    suite.add("a change by a push", WIDE, |g| {
+        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3, 0x90, 0x90]);
+        g.state.gpr[gpr::RBX] = place::MORE_CODE;
+        g.state.gpr[gpr::RBP] = 0x9090_c300_0000_02b8;
+        let end = g.run(|a| {
+            a.call(rbx)?;
+            a.mov(edx, eax)?;
+            a.mov(rsi, rsp)?;
+            a.lea(rsp, qword_ptr(rbx + 8))?;
+            a.push(rbp)?;
+            a.mov(rsp, rsi)?;
+            a.call(rbx)
+        })?;
+        end.registers(&[(gpr::RDX, 1), (gpr::RAX, 2)])
+    });
+    suite.add("a change by the host between runs", &[Mode::Protected, Mode::Long, Mode::User], |g| {
+        g.run(|a| a.mov(eax, 1))?.registers(&[(gpr::RAX, 1)])?;
+        g.run(|a| a.mov(eax, 2))?.registers(&[(gpr::RAX, 2)])?;
+        g.run(|a| a.mov(eax, 3))?.registers(&[(gpr::RAX, 3)])
+    });
+    suite.add("a page of code that is mapped elsewhere", &[Mode::Long], |g| {
+        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        g.write(place::MORE_CODE + 0x1000, &[0xb8, 2, 0, 0, 0, 0xc3]);
+        g.state.gpr[gpr::RSI] = place::MORE_CODE;
+        g.state.gpr[gpr::RBP] = place::PT + 8 * (place::MORE_CODE >> 12);
+        let end = g.run(|a| {
+            a.call(rsi)?;
+            a.mov(ebx, eax)?;
+            a.add(qword_ptr(rbp), 0x1000)?;
+            a.invlpg(byte_ptr(rsi))?;
+            a.call(rsi)
+        })?;
+        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+    });
+    suite.add("code that crosses into a page that changes", WIDE, |g| {
+        // mov eax, imm32 with its immediate on the next page.
+        g.write(place::MORE_CODE + 0xfff, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        g.state.gpr[gpr::RSI] = place::MORE_CODE + 0xfff;
+        let end = g.run(|a| {
+            a.call(rsi)?;
+            a.mov(ebx, eax)?;
+            a.mov(byte_ptr(rsi + 1), 2)?;
+            a.call(rsi)
+        })?;
+        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+    });
+    suite.add("data beside code may change at will", WIDE, |g| {
+        let end = g.run(|a| {
+            let (mut again, mut over, mut data) = (a.create_label(), a.create_label(), a.create_label());
+            a.mov(ecx, 1000)?;
+            a.set_label(&mut again)?;
+            a.inc(qword_ptr(data))?;
+            a.dec(ecx)?;
+            a.jne(again)?;
+            a.mov(rax, qword_ptr(data))?;
+            a.jmp(over)?;
+            a.set_label(&mut data)?;
+            a.dq(&[0])?;
+            a.set_label(&mut over)?;
+            a.nop()
+        })?;
+        end.registers(&[(gpr::RAX, 1000)])
+    });
+    suite.add("code in real mode", &[Mode::Real, Mode::Vm86], |g| {
+        // mov byte cs:[next + 1], 0x77 needs a writable segment: DS at the code.
+        g.state.segments.seg[index::DS] = g.state.segments.seg[index::CS];
+        g.state.segments.seg[index::DS].attributes &= !attr::CODE;
+        let end = g.run(|a| {
+            let mut next = a.create_label();
+            a.mov(bx, 1)?;
+            let mut go = a.create_label();
+            a.set_label(&mut go)?;
+            a.db(&[0xb0, 0x11])?; // mov al, 0x11 at offset 3
+            a.mov(byte_ptr(4u32), 0x77)?;
+            a.dec(bx)?;
+            a.jns(go)?;
+            a.set_label(&mut next)?;
+            a.nop()
+        })?;
+        end.done()?;
+        equal("AL", end.gpr(gpr::RAX), 0x77)
+    });
+}
