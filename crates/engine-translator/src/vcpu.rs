@@ -285,6 +285,10 @@ impl Vcpu for TranslatorVcpu {
         core.cpu.halted = state.activity == Activity::Halted;
         core.cpu.wait_for_sipi = state.activity == Activity::WaitForSipi;
         core.flush_all();
+        // Whoever sets a state may have changed the code in memory too: a restored snapshot, a debugger.
+        if let Some(translator) = &mut self.translator {
+            translator.flush(core);
+        }
         core.cpu.pending.fetch_or(pending::EVENT, Ordering::SeqCst);
         Ok(())
     }

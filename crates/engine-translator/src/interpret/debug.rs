@@ -1,10 +1,11 @@
-//! Debug registers: instruction and data breakpoints (SDM vol. 3B 18.2, 18.3.1).
+//! Debug registers: instruction, data and I/O breakpoints (SDM vol. 3B 18.2, 18.3.1).
 //!
 //! Cheap when unused: every access tests DR7's enable bits and no more. Hits of data breakpoints collect in
 //! a thread-local word until the instruction's end, where they become one #DB trap.
 
 use crate::core::Core;
 use anyvisor_x86::Exception;
+use anyvisor_x86::bits::cr4;
 use std::cell::Cell;
 
 /// DR7: any of the four breakpoints enabled, locally or globally.
@@ -67,6 +68,21 @@ fn match_access(core: &Core, gva: u64, size: u64, write: bool) {
         };
         let base = address & !(length - 1);
         if watched && gva < base.saturating_add(length) && base < gva.saturating_add(size) {
+            DATA_HITS.set(DATA_HITS.get() | 1 << n);
+        }
+    }
+}
+
+/// Notes an access to `size` ports from `port` against the I/O breakpoints, which CR4.DE makes possible (SDM
+/// vol. 3B 18.2.4).
+pub fn note_port(core: &Core, port: u16, size: u64) {
+    if !armed(core) || core.cpu.cr4 & cr4::DE == 0 {
+        return;
+    }
+    let port = u64::from(port);
+    for (n, kind, address, length) in enabled(&core.cpu.dr) {
+        let base = address & !(length - 1);
+        if kind == Kind::Io && port < base.saturating_add(length) && base < port + size {
             DATA_HITS.set(DATA_HITS.get() | 1 << n);
         }
     }

@@ -7,6 +7,7 @@ use super::descriptor::system_type;
 use super::operand::{mask, read_uint, segment_index};
 use crate::core::Core;
 use crate::cpu::Mode;
+use crate::interpret::debug;
 use crate::mmu::Rights;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
@@ -56,6 +57,7 @@ pub(super) fn input(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction
     let size = register.size();
     let port = port_operand(core, instruction, 1);
     check_permission(core, io, port, size as u32)?;
+    debug::note_port(core, port, size as u64);
     let mut data = [0; 8];
     io.pio_read(port, &mut data[..size]);
     core.set_register(register, u64::from_le_bytes(data));
@@ -68,6 +70,7 @@ pub(super) fn output(core: &mut Core, io: &dyn GuestIo, instruction: &Instructio
     let size = register.size();
     let port = port_operand(core, instruction, 0);
     check_permission(core, io, port, size as u32)?;
+    debug::note_port(core, port, size as u64);
     let value = core.register(register);
     io.pio_write(port, &value.to_le_bytes()[..size]);
     Ok(())
@@ -94,12 +97,13 @@ pub(super) fn string(core: &mut Core, io: &dyn GuestIo, instruction: &Instructio
     let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
     let counter = address_register(Register::RCX, address_size);
     let step = if core.cpu.rflags & rflags::DF != 0 { 0u64.wrapping_sub(size as u64) } else { size as u64 };
-    let slice = if core.cpu.rflags & rflags::TF != 0 { 1 } else { SLICE };
+    let slice = if core.cpu.rflags & rflags::TF != 0 || debug::armed(core) { 1 } else { SLICE };
     let end = core.cpu.rip;
     for _ in 0..slice {
         if repeated && core.register(counter) == 0 {
             return Ok(());
         }
+        debug::note_port(core, port, size as u64);
         if output {
             let pointer = address_register(Register::RSI, address_size);
             output_element(core, io, port, size, segment_index(instruction.memory_segment()), pointer)?;
@@ -149,6 +153,7 @@ fn output_element(
     pointer: Register,
 ) -> Result<(), Exception> {
     let address = core.linear(segment, core.register(pointer), size as u64, false)?;
+    debug::note_access(core, address, size as u64, false);
     let mut data = [0; 4];
     core.read(io, address, &mut data[..size], Rights::Current)?;
     io.pio_write(port, &data[..size]);
@@ -164,6 +169,7 @@ fn input_element(
     pointer: Register,
 ) -> Result<(), Exception> {
     let address = core.linear(index::ES, core.register(pointer), size as u64, true)?;
+    debug::note_access(core, address, size as u64, true);
     core.probe_write(address, size, Rights::Current)?;
     let mut data = [0; 4];
     io.pio_read(port, &mut data[..size]);

@@ -2,6 +2,7 @@
 
 use crate::core::Core;
 use crate::cpu::Mode;
+use crate::interpret::debug;
 use crate::mmu::Rights;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::bits::gpr;
@@ -74,7 +75,9 @@ impl Core {
     /// The checked linear address of `size` bytes of an instruction's ModRM memory operand.
     pub(super) fn memory_operand(&self, instruction: &Instruction, size: u64, write: bool) -> Result<u64, Exception> {
         let offset = self.effective_address(instruction);
-        self.linear(segment_index(instruction.memory_segment()), offset, size, write)
+        let address = self.linear(segment_index(instruction.memory_segment()), offset, size, write)?;
+        debug::note_access(self, address, size, write);
+        Ok(address)
     }
 
     /// The linear address of `size` bytes at `offset` in segment register `segment`.
