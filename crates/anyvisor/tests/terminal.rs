@@ -53,7 +53,41 @@ fn elf(code: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A guest on a pseudo-terminal.
+/// The echo guest's file, deleted with the value, in a runtime folder of its own.
+struct Guest {
+    folder: PathBuf,
+}
+
+impl Guest {
+    fn new(name: &str) -> Guest {
+        let folder = std::env::temp_dir().join(format!("anyvisor-terminal-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("kernel"), elf(ECHO)).unwrap();
+        Guest { folder }
+    }
+
+    /// `anyvisor` with the runtime folder.
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_anyvisor"));
+        command.env("XDG_RUNTIME_DIR", &self.folder).args(arguments);
+        command
+    }
+
+    /// `anyvisor run`.
+    fn run(&self, more: &[&str]) -> Command {
+        let mut command = self.command(&["run", "--engine", "translator", "--memory", "32M"]);
+        command.args(more).arg("--kernel").arg(self.folder.join("kernel"));
+        command
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// A command on a pseudo-terminal.
 struct Session {
     child: Child,
     keyboard: File,
@@ -61,7 +95,7 @@ struct Session {
     terminal: OwnedFd,
     before: Settings,
     screen: Arc<Mutex<Vec<u8>>>,
-    kernel: PathBuf,
+    _guest: Option<Guest>,
 }
 
 /// The settings of a terminal, as far as raw mode changes them: input, output, control and local flags.
@@ -80,8 +114,14 @@ fn settings(terminal: &OwnedFd) -> Settings {
 impl Session {
     /// Starts the echo guest and waits until it is ready.
     fn start(name: &str) -> Session {
-        let kernel = std::env::temp_dir().join(format!("anyvisor-terminal-{}-{name}", std::process::id()));
-        std::fs::write(&kernel, elf(ECHO)).unwrap();
+        let guest = Guest::new(name);
+        let session = Session::open(guest.run(&[]), Some(guest));
+        session.wait_for(b">");
+        session
+    }
+
+    /// Starts `command`, which puts the terminal into raw mode.
+    fn open(mut command: Command, guest: Option<Guest>) -> Session {
         let (mut master, mut slave) = (0, 0);
         let null = std::ptr::null_mut();
         // SAFETY: openpty fills the two descriptors; everything else may be null.
@@ -91,14 +131,7 @@ impl Session {
         let before = settings(&terminal);
         assert_ne!(before.3 & libc::ICANON, 0);
         let stdio = || terminal.try_clone().unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_anyvisor"))
-            .args(["run", "--engine", "translator", "--memory", "32M", "--kernel"])
-            .arg(&kernel)
-            .stdin(stdio())
-            .stdout(stdio())
-            .stderr(stdio())
-            .spawn()
-            .unwrap();
+        let child = command.stdin(stdio()).stdout(stdio()).stderr(stdio()).spawn().unwrap();
         let screen = Arc::new(Mutex::new(vec![]));
         let (mut reader, shown) = (keyboard.try_clone().unwrap(), screen.clone());
         std::thread::spawn(move || {
@@ -107,9 +140,12 @@ impl Session {
                 shown.lock().unwrap().extend(&buffer[..length]);
             }
         });
-        let session = Session { child, keyboard, terminal, before, screen, kernel };
-        session.wait_for(b">");
-        assert_eq!(settings(&session.terminal).3 & (libc::ICANON | libc::ECHO | libc::ISIG), 0, "raw mode");
+        let session = Session { child, keyboard, terminal, before, screen, _guest: guest };
+        let start = Instant::now();
+        while settings(&session.terminal).3 & (libc::ICANON | libc::ECHO | libc::ISIG) != 0 {
+            assert!(start.elapsed() < PATIENCE, "no raw mode");
+            std::thread::sleep(Duration::from_millis(1));
+        }
         session
     }
 
@@ -149,7 +185,6 @@ impl Drop for Session {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.kernel);
     }
 }
 
@@ -168,6 +203,49 @@ fn ctrl_a_x_leaves() {
     let mut session = Session::start("leave");
     session.press(b"\x01x");
     assert_eq!(session.end().code(), Some(1));
+}
+
+/// A VM that runs without a terminal, killed when dropped.
+struct Background(Child);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_console_attaches_and_detaches() {
+    let guest = Guest::new("console");
+    let vm = guest.run(&["--id", "far", "--serial", "null"]).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut vm = Background(vm);
+    let start = Instant::now();
+    while !guest.folder.join("anyvisor/far.sock").exists() {
+        assert!(start.elapsed() < PATIENCE, "no control socket");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    for round in ["first", "second"] {
+        let mut session = Session::open(guest.command(&["console", "far"]), None);
+        session.wait_for(b"Ctrl-A X detaches");
+        session.wait_for(b">");
+        // Keys that would be signals or commands are the guest's.
+        session.press(format!("\x03{round}\x1a\x01\x01").as_bytes());
+        session.wait_for(format!("\x03{round}\x1a\x01").as_bytes());
+        session.press(b"\x01x");
+        assert_eq!(session.end().code(), Some(0));
+        session.wait_for(b"detached from far, which runs on");
+        assert!(vm.0.try_wait().unwrap().is_none(), "the VM runs on");
+    }
+    let mut session = Session::open(guest.command(&["console", "far"]), None);
+    session.signal(libc::SIGTERM);
+    assert_eq!(session.end().code(), Some(1));
+    assert!(vm.0.try_wait().unwrap().is_none(), "the VM runs on");
+    let mut session = Session::open(guest.command(&["console", "far"]), None);
+    session.press(b"q");
+    assert_eq!(session.end().code(), Some(0));
+    session.wait_for(b"far has ended");
+    assert_eq!(vm.0.wait().unwrap().code(), Some(0));
 }
 
 #[test]
