@@ -91,6 +91,13 @@ fn run(options: &Options) -> Result<bool> {
             None if options.limited => Outcome::Skipped("not limited".to_owned()),
             _ => bench.run(case),
         };
+        let outcome = match (outcome, options.host) {
+            (Outcome::Failed(why), Some(host)) => match limits::excuse(host, &case.name, &why.to_string()) {
+                Some(limit) => Outcome::Skipped(format!("{} ({why})", limit.reason)),
+                None => Outcome::Failed(why),
+            },
+            (outcome, _) => outcome,
+        };
         let line = match outcome {
             Outcome::Ok => {
                 passed += 1;

@@ -112,6 +112,7 @@ impl KvmVm {
             let enable = kvm::kvm_enable_cap { cap: capability, args: [argument, 0, 0, 0], ..Default::default() };
             fd.enable_cap(&enable).map_err(failed(what))?;
         }
+        disable_quirks(&fd)?;
         let shared = VmShared {
             fd,
             pic_intr: AtomicBool::new(false),
@@ -125,6 +126,25 @@ impl KvmVm {
         shared.set_slots(0)?;
         Ok(KvmVm(Arc::new(shared)))
     }
+}
+
+/// Turns off what KVM does unlike hardware for the sake of old programs, as far as it can be turned off: a disabled
+/// local APIC's page that answers, MWAIT that exists without its CPUID bit, and a CPUID bit for it that follows
+/// IA32_MISC_ENABLE (Linux Documentation/virt/kvm/api.rst, KVM_CAP_DISABLE_QUIRKS2).
+///
+/// What stays on is KVM's rewriting of VMCALL to VMMCALL, for guests that have been told of another vendor.
+fn disable_quirks(fd: &VmFd) -> Result<()> {
+    const UNWANTED: u32 = kvm::KVM_X86_QUIRK_LAPIC_MMIO_HOLE
+        | kvm::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
+        | kvm::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
+    let known = fd.check_extension_raw(kvm::KVM_CAP_DISABLE_QUIRKS2.into()).max(0) as u32;
+    if known & UNWANTED == 0 {
+        return Ok(());
+    }
+    let quirks = u64::from(known & UNWANTED);
+    let enable =
+        kvm::kvm_enable_cap { cap: kvm::KVM_CAP_DISABLE_QUIRKS2, args: [quirks, 0, 0, 0], ..Default::default() };
+    fd.enable_cap(&enable).map_err(|e| host_error("turning off KVM's quirks", e))
 }
 
 fn create(device: &kvm_ioctls::Kvm) -> Result<VmFd> {
