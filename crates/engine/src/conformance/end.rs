@@ -1,6 +1,6 @@
 //! What a case looks at after a run.
 
-use super::tables::{self, END_LENGTH};
+use super::tables::{self, Ending};
 use super::{Access, Assembled, Mismatch, Mode, Verdict, ensure, equal};
 use crate::Exit;
 use anyvisor_x86::VcpuState;
@@ -25,7 +25,7 @@ pub struct Frame {
 #[derive(Clone, Debug)]
 pub struct End {
     pub exit: Exit,
-    /// Whether the guest got to a write to [`super::END_PORT`].
+    /// Whether the guest got to an end: a write to [`super::END_PORT`] or [`tables::place::END`].
     pub ended: bool,
     pub state: VcpuState,
     /// What devices saw during the run.
@@ -63,18 +63,18 @@ impl End {
     pub fn linear_rip(&self) -> u64 {
         match self.state.segments.seg[index::CS].is_long() {
             true => self.state.rip,
-            false => self.state.segments.seg[index::CS].base + self.state.rip & 0xffff_ffff,
+            false => (self.state.segments.seg[index::CS].base + self.state.rip) & 0xffff_ffff,
         }
     }
 
     /// The vector in whose default handler the run ended.
     pub fn vector(&self) -> Option<u8> {
-        let offset = self.linear_rip().wrapping_sub(tables::place::HANDLERS + END_LENGTH);
-        (self.ended && offset < 16 * 256 && offset % 16 == 0).then_some((offset / 16) as u8)
+        let offset = self.linear_rip().wrapping_sub(tables::place::HANDLERS + Ending::PORT.length);
+        (self.ended && offset < 16 * 256 && offset.is_multiple_of(16)).then_some((offset / 16) as u8)
     }
 
     fn is_done(&self) -> bool {
-        self.ended && self.state.rip == self.ip + self.code.end() + END_LENGTH
+        self.ended && self.state.rip == self.ip + self.code.end() + Ending::of(self.mode).length
     }
 
     /// The code ran to its end.

@@ -1,6 +1,6 @@
 //! The machine of one case: memory, one vCPU in a mode, devices that take notes.
 
-use super::tables::{self, END_CODE, place};
+use super::tables::{self, Ending, place};
 use super::{Asm, Assembled, End, Mismatch, Mode, Recorder};
 use crate::{Engine, Exit, Kicker, Result as EngineResult, Vcpu, VcpuId, Vm};
 use anyvisor_x86::bits::cr0;
@@ -65,7 +65,7 @@ impl<'a> Guest<'a> {
     pub fn load(&mut self, code: impl FnOnce(&mut Asm) -> Assembling) -> Result<(), Mismatch> {
         self.code = Assembled::new(self.mode.bits(), self.ip(), code)?;
         self.write(place::CODE, &self.code.bytes);
-        self.write(place::CODE + self.code.end(), &END_CODE);
+        self.write(place::CODE + self.code.end(), Ending::of(self.mode).code);
         Ok(())
     }
 
@@ -116,8 +116,23 @@ impl<'a> Guest<'a> {
     ) -> Result<Assembled, Mismatch> {
         let code = Assembled::new(bits, address, code)?;
         self.write(address, &code.bytes);
-        self.write(address + code.end(), &END_CODE);
+        self.write(address + code.end(), Ending::PORT.code);
         Ok(code)
+    }
+
+    /// Puts `code` for `bits`-bit mode (32 or 64) at CPL 3 at `address`, with an end behind it; returns the RIP
+    /// of a run that got there.
+    pub fn user_code_at(
+        &mut self,
+        address: u64,
+        bits: u32,
+        code: impl FnOnce(&mut Asm) -> Assembling,
+    ) -> Result<u64, Mismatch> {
+        let code = Assembled::new(bits, address, code)?;
+        let ending = if bits == 64 { Ending::MEMORY_64 } else { Ending::MEMORY_32 };
+        self.write(address, &code.bytes);
+        self.write(address + code.end(), ending.code);
+        Ok(address + code.end() + ending.length)
     }
 
     /// The address of the gate of `vector`.
@@ -167,10 +182,10 @@ impl<'a> Guest<'a> {
         self.write_u64(place::PT + 8 * (gva >> 12), entry);
     }
 
-    /// Makes all 4 KiB pages supervisor pages (for SMEP and SMAP) but those of `user`.
+    /// Makes all 4 KiB pages supervisor pages (for SMEP and SMAP) but those of `user` and [`place::END`].
     pub fn supervisor_pages(&mut self, user: &[u64]) {
         for gva in (0..512).map(|n| n << 12) {
-            if !user.contains(&gva) {
+            if !user.contains(&gva) && gva != place::END {
                 self.map(gva, gva | tables::page::P | tables::page::W);
             }
         }

@@ -12,8 +12,8 @@
 //! suite.add("UD2 is a fault", EVERY_MODE, |g| g.run(|a| a.ud2())?.fault(vector::UD));
 //! ```
 //!
-//! [`Guest::run`] assembles at [`place::CODE`] and puts the end of the test (a write to port
-//! [`END_PORT`], which kicks the vCPU) behind it. Exception handlers are nothing but such an end: which
+//! [`Guest::run`] assembles at [`place::CODE`] and puts the end of the test (a write to port [`END_PORT`], or
+//! at CPL 3 to [`place::END`], which kicks the vCPU) behind it. Exception handlers are nothing but such an end: which
 //! vector was delivered shows in RIP, and its frame lies on the stack ([`End::fault`], [`End::trap`]).
 //! A case may put code of its own behind a vector ([`Guest::handler`]).
 //!

@@ -1,7 +1,7 @@
 //! The devices of a case: they write down every access, answer what they are told to, and let a case act on
 //! the machine in the middle of a run.
 
-use super::END_PORT;
+use super::{END_PORT, place};
 use crate::{GuestIo, Kicker};
 use std::collections::VecDeque;
 use std::sync::Mutex;
@@ -52,14 +52,21 @@ impl Recorder {
         self.hooks.lock().unwrap().push((port, Box::new(hook)));
     }
 
-    /// What a write to [`END_PORT`] kicks.
+    /// What an end of a run kicks.
     pub(super) fn set_ender(&self, kicker: Kicker) {
         *self.ender.lock().unwrap() = Some(kicker);
     }
 
-    /// Whether a guest has written to [`END_PORT`] since the last call.
+    /// Whether a guest has got to an end since the last call.
     pub(super) fn take_ended(&self) -> bool {
         self.ended.swap(false, Ordering::SeqCst)
+    }
+
+    fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+        if let Some(kicker) = &*self.ender.lock().unwrap() {
+            kicker.kick();
+        }
     }
 
     fn note(&self, access: Access) {
@@ -86,11 +93,7 @@ impl GuestIo for Recorder {
 
     fn pio_write(&self, port: u16, data: &[u8]) {
         if port == END_PORT {
-            self.ended.store(true, Ordering::SeqCst);
-            if let Some(kicker) = &*self.ender.lock().unwrap() {
-                kicker.kick();
-            }
-            return;
+            return self.end();
         }
         self.note(Access::Out { port, size: data.len(), value: number(data) });
         for (_, hook) in self.hooks.lock().unwrap().iter().filter(|(at, _)| *at == port) {
@@ -104,6 +107,9 @@ impl GuestIo for Recorder {
     }
 
     fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        if gpa == place::END {
+            return self.end();
+        }
         self.note(Access::Write { gpa, size: data.len(), value: number(data) });
     }
 

@@ -40,6 +40,8 @@ pub mod place {
     pub const MORE_CODE: u64 = 0x6_0000;
     /// Devices, to the end of the first MiB.
     pub const MMIO: u64 = 0xa_0000;
+    /// A store here ends a run, like a write to [`super::super::END_PORT`].
+    pub const END: u64 = 0xb_f000;
     pub const HIGH_RAM: u64 = 0x10_0000;
     /// The second 2 MiB page.
     pub const BIG_PAGE: u64 = 0x20_0000;
@@ -169,10 +171,31 @@ pub fn descriptor(base: u64, limit: u32, attributes: u32) -> u64 {
         | (base >> 24) << 56
 }
 
-/// `out 0xf4, al; jmp $`: the end of a run.
-pub const END_CODE: [u8; 4] = [0xe6, super::END_PORT as u8, 0xeb, 0xfe];
-/// How far into [`END_CODE`] RIP is then.
-pub const END_LENGTH: u64 = 2;
+/// The code that ends a run.
+pub struct Ending {
+    pub code: &'static [u8],
+    /// How far into it RIP is then.
+    pub length: u64,
+}
+
+impl Ending {
+    /// `out 0xf4, al; jmp $`, in every mode; at CPL 3 by leave of the I/O bitmap.
+    pub const PORT: Ending = Ending { code: &[0xe6, super::END_PORT as u8, 0xeb, 0xfe], length: 2 };
+    /// `mov ss:[place::END], al; jmp $`, which needs no leave. In 32-bit code, and by SS, which is always loaded.
+    pub const MEMORY_32: Ending = Ending { code: &[0x36, 0xa2, 0x00, 0xf0, 0x0b, 0x00, 0xeb, 0xfe], length: 6 };
+    /// The same in 64-bit code.
+    pub const MEMORY_64: Ending = Ending { code: &[0x88, 0x04, 0x25, 0x00, 0xf0, 0x0b, 0x00, 0xeb, 0xfe], length: 7 };
+
+    /// The end of a case's own code. At CPL 3 a store: emulators of hardware virtualization differ over I/O
+    /// bitmaps, and few cases are about those.
+    pub fn of(mode: Mode) -> &'static Ending {
+        match mode {
+            Mode::ProtectedUser | Mode::CompatUser => &Ending::MEMORY_32,
+            Mode::User => &Ending::MEMORY_64,
+            _ => &Ending::PORT,
+        }
+    }
+}
 
 fn write(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) {
     memory.write_slice(bytes, GuestAddress(gpa)).expect("tables lie in RAM");
@@ -185,7 +208,7 @@ fn write_u64(memory: &GuestMemoryMmap, gpa: u64, value: u64) {
 /// Writes everything that `mode` needs in memory.
 pub fn write_tables(memory: &GuestMemoryMmap, mode: Mode) {
     for vector in 0..=255 {
-        write(memory, handler(vector), &END_CODE);
+        write(memory, handler(vector), Ending::PORT.code);
         write_gate(memory, mode, vector, handler(vector));
     }
     if mode == Mode::Real {

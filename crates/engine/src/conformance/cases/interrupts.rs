@@ -148,7 +148,7 @@ fn messages(suite: &mut Suite) {
         })?;
         equal("vector", end.vector(), Some(0x1e))?;
         let rip = g.read_u64(end.gpr(gpr::RSP));
-        ensure(rip >= place::CODE + 2 && rip <= place::CODE + 4, || format!("top of the stack is {rip:#x}"))
+        ensure((place::CODE + 2..=place::CODE + 4).contains(&rip), || format!("top of the stack is {rip:#x}"))
     });
     suite.add("two MSIs of one vector before delivery are one interrupt", &[Mode::Long], |g| {
         enable_apic(g);

@@ -41,8 +41,6 @@ mod prelude {
     /// Every mode but real and virtual-8086 mode.
     pub(super) const PROTECTED_MODES: &[Mode] =
         &[Mode::Protected, Mode::ProtectedUser, Mode::Compat, Mode::CompatUser, Mode::Long, Mode::User];
-    /// Modes at CPL 3.
-    pub(super) const USER_MODES: &[Mode] = &[Mode::Vm86, Mode::ProtectedUser, Mode::CompatUser, Mode::User];
     /// 64-bit modes.
     pub(super) const WIDE: &[Mode] = &[Mode::Long, Mode::User];
 }

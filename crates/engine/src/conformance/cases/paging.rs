@@ -92,7 +92,7 @@ fn faults(suite: &mut Suite) {
     });
     suite.add("a store across a page end writes nothing if the second page is read-only", WIDE, |g| {
         let user = if g.mode == Mode::User { U } else { 0 };
-        g.map(place::DATA + 0x1000, place::DATA + 0x1000 | page::P | page::U);
+        g.map(place::DATA + 0x1000, (place::DATA + 0x1000) | page::P | page::U);
         g.state.gpr[gpr::RDI] = place::DATA + 0xffd;
         g.state.gpr[gpr::RAX] = u64::MAX;
         store(g)?.page_fault(user | W | P, place::DATA + 0x1000)?;
@@ -190,7 +190,7 @@ fn fetches(suite: &mut Suite) {
         equal("CR2", end.state.cr2, place::MORE_CODE + 0x1000)
     });
     suite.add("an instruction whose bytes lie in two pages far apart", WIDE, |g| {
-        g.map(place::MORE_CODE, place::MORE_CODE + 0x3000 | page::ALL);
+        g.map(place::MORE_CODE, (place::MORE_CODE + 0x3000) | page::ALL);
         // mov eax, 0x44332211; ud2
         g.write(place::MORE_CODE + 0x3ffd, &[0xb8, 0x11, 0x22]);
         g.write(place::MORE_CODE + 0x1000, &[0x33, 0x44, 0x0f, 0x0b]);
@@ -475,7 +475,7 @@ fn tlb(suite: &mut Suite) {
         g.write_u64(2 * place::BIG_PAGE + 8, 2);
         g.state.gpr[gpr::RDI] = place::BIG_PAGE;
         g.state.gpr[gpr::RBX] = place::PD + 8;
-        g.state.gpr[gpr::RCX] = 2 * place::BIG_PAGE | page::ALL | page::PS;
+        g.state.gpr[gpr::RCX] = (2 * place::BIG_PAGE) | page::ALL | page::PS;
         let end = g.run(|a| {
             a.mov(rax, qword_ptr(rdi + 8))?;
             a.mov(qword_ptr(rbx), rcx)?;

@@ -155,7 +155,7 @@ fn strings(suite: &mut Suite) {
     });
     suite.add("REP INSB of many bytes across pages", FLAT, |g| {
         (g.state.gpr[gpr::RDX], g.state.gpr[gpr::RCX], g.state.gpr[gpr::RDI]) = (0x170, 3000, place::DATA + 0xf00);
-        let values: Vec<u64> = (0..3000).map(|n| n * 7 & 0xff).collect();
+        let values: Vec<u64> = (0..3000).map(|n| (n * 7) & 0xff).collect();
         g.io.answer(&values);
         let end = g.run(|a| a.rep().insb())?;
         end.registers(&[(gpr::RDI, place::DATA + 0xf00 + 3000), (gpr::RCX, 0)])?;
@@ -165,7 +165,7 @@ fn strings(suite: &mut Suite) {
     });
     suite.add("REP OUTSW of many words across pages", FLAT, |g| {
         (g.state.gpr[gpr::RDX], g.state.gpr[gpr::RCX], g.state.gpr[gpr::RSI]) = (0x170, 3000, place::DATA + 0xf01);
-        let bytes: Vec<u8> = (0..6000u32).map(|n| (n * 7 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..6000u32).map(|n| ((n * 7) >> 3) as u8).collect();
         g.write(place::DATA + 0xf01, &bytes);
         let end = g.run(|a| a.rep().outsw())?;
         end.registers(&[(gpr::RSI, place::DATA + 0xf01 + 6000), (gpr::RCX, 0)])?;
@@ -229,7 +229,7 @@ fn string_faults(suite: &mut Suite) {
         (g.state.gpr[gpr::RDX], g.state.gpr[gpr::RCX]) = (0x80, 8);
         g.state.gpr[gpr::RDI] = place::DATA + 0xffe;
         g.io.answer(&[0x21, 0x22, 0x23]);
-        g.map(place::DATA + 0x1000, place::DATA + 0x1000 | page::P);
+        g.map(place::DATA + 0x1000, (place::DATA + 0x1000) | page::P);
         let end = g.run(|a| a.rep().insb())?;
         end.page_fault(3, place::DATA + 0x1000)?;
         equal("RCX, RDI", (end.gpr(gpr::RCX), end.gpr(gpr::RDI)), (6, place::DATA + 0x1000))?;

@@ -106,10 +106,13 @@ fn limits(suite: &mut Suite) {
     });
 }
 
+/// Name, segment register's number in the encoding (ES 0, SS 2, DS 3, FS 4), selector, and what a load of it
+/// raises: vector and error code.
+type Load = (&'static str, u8, u16, Option<(u8, u32)>);
+
 fn loads(suite: &mut Suite) {
     const KERNEL: &[Mode] = &[Mode::Protected, Mode::Compat, Mode::Long];
-    // Name, segment register's number in the encoding (ES 0, SS 2, DS 3, FS 4), selector, what is raised.
-    let rows: &[(&str, u8, u16, Option<(u8, u32)>)] = &[
+    let rows: &[Load] = &[
         ("DS: data", 3, selector::DATA, None),
         ("DS: user data", 3, selector::USER_DATA, None),
         ("DS: readable code", 3, selector::CODE32, None),

@@ -168,7 +168,8 @@ fn reset(suite: &mut Suite) {
 
 /// States that no processor can be in are refused, and leave the vCPU usable.
 fn refused(suite: &mut Suite) {
-    let rows: &[(&str, fn(&mut VcpuState))] = &[
+    type Spoil = fn(&mut VcpuState);
+    let rows: &[(&str, Spoil)] = &[
         ("PG without PE", |state| state.cr0 = cr0::PG | cr0::ET),
         ("LMA without PAE", |state| state.cr4 &= !cr4::PAE),
         ("LMA without LME", |state| state.set_msr(msr::EFER, efer::LMA)),

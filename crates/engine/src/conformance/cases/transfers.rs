@@ -61,9 +61,9 @@ fn syscall(suite: &mut Suite) {
     suite.add("SYSRET to 64-bit mode", &[Mode::Long], move |g| {
         setup(g);
         (g.state.gpr[gpr::RCX], g.state.gpr[gpr::R11]) = (place::MORE_CODE, rflags::CF | rflags::IF);
-        g.code_at(place::MORE_CODE, 64, |a| a.nop())?;
+        let there = g.user_code_at(place::MORE_CODE, 64, |a| a.nop())?;
         let end = g.run(|a| a.sysretq())?;
-        equal("RIP", end.state.rip, place::MORE_CODE + 3)?;
+        equal("RIP", end.state.rip, there)?;
         equal("CS", end.state.segments.seg[index::CS].selector, selector::USER_CODE64)?;
         equal("SS", end.state.segments.seg[index::SS].selector, selector::USER_DATA)?;
         end.flags(rflags::CF | rflags::IF | rflags::FIXED, rflags::CF | rflags::IF | rflags::FIXED)
@@ -71,15 +71,15 @@ fn syscall(suite: &mut Suite) {
     suite.add("SYSRET to compatibility mode", &[Mode::Long], move |g| {
         setup(g);
         (g.state.gpr[gpr::RCX], g.state.gpr[gpr::R11]) = (0xffff_0000_0000_0000 | place::MORE_CODE, 2);
-        g.code_at(place::MORE_CODE, 32, |a| a.nop())?;
+        let there = g.user_code_at(place::MORE_CODE, 32, |a| a.nop())?;
         let end = g.run(|a| a.sysret())?;
-        equal("RIP", end.state.rip, place::MORE_CODE + 3)?;
+        equal("RIP", end.state.rip, there)?;
         equal("CS", end.state.segments.seg[index::CS].selector, selector::USER_CODE32)
     });
     suite.add("SYSRET takes RFLAGS from R11 but for RF, VM and reserved bits", &[Mode::Long], move |g| {
         setup(g);
         (g.state.gpr[gpr::RCX], g.state.gpr[gpr::R11]) = (place::MORE_CODE, !(rflags::TF | rflags::AC));
-        g.code_at(place::MORE_CODE, 64, |a| a.nop())?;
+        g.user_code_at(place::MORE_CODE, 64, |a| a.nop())?;
         let end = g.run(|a| a.sysretq())?;
         let all = rflags::STATUS | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::ID;
         end.flags(all | rflags::RF | rflags::VM | 1 << 15, all)
@@ -115,7 +115,7 @@ fn syscall(suite: &mut Suite) {
         g.descriptor(selector::USER_CODE64, 0);
         g.descriptor(selector::USER_DATA, 0);
         (g.state.gpr[gpr::RCX], g.state.gpr[gpr::R11]) = (place::MORE_CODE, 2);
-        g.code_at(place::MORE_CODE, 64, |a| a.mov(rax, qword_ptr(rdi)))?;
+        g.user_code_at(place::MORE_CODE, 64, |a| a.mov(rax, qword_ptr(rdi)))?;
         let end = g.run(|a| a.sysretq())?;
         equal("ended", end.ended, true)?;
         equal("DPL of CS", end.state.segments.seg[index::CS].dpl(), 3)
@@ -163,9 +163,9 @@ fn sysenter(suite: &mut Suite) {
         .add("SYSEXIT to 64-bit mode", &[Mode::Long], move |g| {
             setup(g);
             (g.state.gpr[gpr::RCX], g.state.gpr[gpr::RDX]) = (place::STACK - 0x100, place::MORE_CODE);
-            g.code_at(place::MORE_CODE, 64, |a| a.nop())?;
+            let there = g.user_code_at(place::MORE_CODE, 64, |a| a.nop())?;
             let end = g.run(|a| a.sysexitq())?;
-            equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (place::MORE_CODE + 3, place::STACK - 0x100))?;
+            equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (there, place::STACK - 0x100))?;
             equal("CS", end.state.segments.seg[index::CS].selector, selector::USER_CODE64)?;
             equal("SS", end.state.segments.seg[index::SS].selector, selector::USER_DATA_2)
         })
@@ -174,9 +174,9 @@ fn sysenter(suite: &mut Suite) {
         .add("SYSEXIT to 32-bit code", &[Mode::Long, Mode::Protected], move |g| {
             setup(g);
             (g.state.gpr[gpr::RCX], g.state.gpr[gpr::RDX]) = (place::STACK - 0x100, place::MORE_CODE);
-            g.code_at(place::MORE_CODE, 32, |a| a.nop())?;
+            let there = g.user_code_at(place::MORE_CODE, 32, |a| a.nop())?;
             let end = g.run(|a| a.sysexit())?;
-            equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (place::MORE_CODE + 3, place::STACK - 0x100))?;
+            equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (there, place::STACK - 0x100))?;
             equal("CS", end.state.segments.seg[index::CS].selector, selector::USER_CODE32)?;
             equal("SS", end.state.segments.seg[index::SS].selector, selector::USER_DATA)
         })
@@ -215,22 +215,22 @@ fn iret(suite: &mut Suite) {
             _ => (selector::CODE64, selector::DATA),
         };
         frame(g, place::MORE_CODE, code, rflags::FIXED | rflags::CF, place::STACK - 0x200, stack);
-        g.code_at(place::MORE_CODE, 64, |a| a.nop())?;
+        let there = g.user_code_at(place::MORE_CODE, 64, |a| a.nop())?;
         let end = g.run(|a| a.iretq())?;
-        equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (place::MORE_CODE + 3, place::STACK - 0x200))?;
+        equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (there, place::STACK - 0x200))?;
         end.flags(rflags::CF, rflags::CF)
     });
     suite.add("to CPL 3 in 64-bit mode", &[Mode::Long], |g| {
         frame(g, place::MORE_CODE, selector::USER_CODE64, rflags::FIXED | rflags::IF, 0x1234_5678, selector::USER_DATA);
-        g.code_at(place::MORE_CODE, 64, |a| a.nop())?;
+        let there = g.user_code_at(place::MORE_CODE, 64, |a| a.nop())?;
         let end = g.run(|a| a.iretq())?;
-        equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (place::MORE_CODE + 3, 0x1234_5678))?;
+        equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (there, 0x1234_5678))?;
         equal("CS", end.state.segments.seg[index::CS].selector, selector::USER_CODE64)?;
         end.flags(rflags::IF, rflags::IF)
     });
     suite.add("to CPL 3 nulls data segments of the kernel", &[Mode::Long, Mode::Protected], |g| {
         g.segment(index::ES, selector::USER_DATA);
-        g.code_at(place::MORE_CODE, if g.mode == Mode::Long { 64 } else { 32 }, |a| a.nop())?;
+        let there = g.user_code_at(place::MORE_CODE, if g.mode == Mode::Long { 64 } else { 32 }, |a| a.nop())?;
         let end = if g.mode == Mode::Long {
             frame(g, place::MORE_CODE, selector::USER_CODE64, rflags::FIXED, place::STACK, selector::USER_DATA);
             g.run(|a| a.iretq())?
@@ -238,22 +238,22 @@ fn iret(suite: &mut Suite) {
             frame32(g, &[place::MORE_CODE, selector::USER_CODE32.into(), 2, place::STACK, selector::USER_DATA.into()]);
             g.run(|a| a.iretd())?
         };
-        equal("RIP", end.state.rip, place::MORE_CODE + 3)?;
+        equal("RIP", end.state.rip, there)?;
         let seg = &end.state.segments.seg;
         equal("DS, ES", (seg[index::DS].selector, seg[index::ES].selector), (0, selector::USER_DATA))
     });
     suite.add("to compatibility mode", &[Mode::Long], |g| {
         frame(g, place::MORE_CODE, selector::USER_CODE32, rflags::FIXED, place::STACK, selector::USER_DATA);
-        g.code_at(place::MORE_CODE, 32, |a| a.db(&[0x40]))?; // inc eax; a prefix in 64-bit mode
+        let there = g.user_code_at(place::MORE_CODE, 32, |a| a.db(&[0x40]))?; // inc eax; a prefix in 64-bit mode
         let end = g.run(|a| a.iretq())?;
-        equal("RIP, RAX", (end.state.rip, end.gpr(gpr::RAX)), (place::MORE_CODE + 3, 1))
+        equal("RIP, RAX", (end.state.rip, end.gpr(gpr::RAX)), (there, 1))
     });
     suite.add("to the same level in protected mode", &[Mode::Protected, Mode::ProtectedUser], |g| {
         let code = g.state.segments.seg[index::CS].selector;
         frame32(g, &[place::MORE_CODE, code.into(), rflags::FIXED | rflags::CF]);
-        g.code_at(place::MORE_CODE, 32, |a| a.nop())?;
+        let there = g.user_code_at(place::MORE_CODE, 32, |a| a.nop())?;
         let end = g.run(|a| a.iretd())?;
-        equal("EIP, ESP", (end.state.rip, end.gpr(gpr::RSP)), (place::MORE_CODE + 3, place::STACK))?;
+        equal("EIP, ESP", (end.state.rip, end.gpr(gpr::RSP)), (there, place::STACK))?;
         end.flags(rflags::CF, rflags::CF)
     });
     suite.add("to virtual-8086 mode", &[Mode::Protected], |g| {
@@ -274,9 +274,9 @@ fn iret(suite: &mut Suite) {
     suite.add("at CPL 3 leaves IF and IOPL", &[Mode::User], |g| {
         let flags = rflags::FIXED | rflags::IF | rflags::IOPL;
         frame(g, place::MORE_CODE, selector::USER_CODE64, flags, place::STACK, selector::USER_DATA);
-        g.code_at(place::MORE_CODE, 64, |a| a.nop())?;
+        let there = g.user_code_at(place::MORE_CODE, 64, |a| a.nop())?;
         let end = g.run(|a| a.iretq())?;
-        equal("RIP", end.state.rip, place::MORE_CODE + 3)?;
+        equal("RIP", end.state.rip, there)?;
         end.flags(rflags::IF | rflags::IOPL, 0)
     });
     suite.add("restores RF", &[Mode::Long], |g| {
@@ -414,9 +414,9 @@ fn far(suite: &mut Suite) {
             _ => (selector::USER_CODE32, 32),
         };
         frame32(g, &[place::MORE_CODE, code.into(), place::STACK - 0x300, selector::USER_DATA.into()]);
-        g.code_at(place::MORE_CODE, bits, |a| a.nop())?;
+        let there = g.user_code_at(place::MORE_CODE, bits, |a| a.nop())?;
         let end = g.run(|a| a.db(RETF))?;
-        equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (place::MORE_CODE + 3, place::STACK - 0x300))?;
+        equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (there, place::STACK - 0x300))?;
         equal("CS", end.state.segments.seg[index::CS].selector, code)?;
         equal("SS", end.state.segments.seg[index::SS].selector, selector::USER_DATA)
     });
@@ -426,9 +426,9 @@ fn far(suite: &mut Suite) {
     });
     suite.add("CALL to a conforming segment keeps the CPL", &[Mode::ProtectedUser, Mode::User], |g| {
         pointer(g, selector::CONFORMING, place::MORE_CODE);
-        g.code_at(place::MORE_CODE, g.mode.bits(), |a| a.nop())?;
+        let there = g.user_code_at(place::MORE_CODE, g.mode.bits(), |a| a.nop())?;
         let end = g.run(|a| a.db(CALL))?;
-        equal("RIP", end.state.rip, place::MORE_CODE + 3)?;
+        equal("RIP", end.state.rip, there)?;
         equal("CS", end.state.segments.seg[index::CS].selector, selector::CONFORMING | 3)
     });
     // Name, selector, what JMP raises.
