@@ -166,8 +166,8 @@ fn the_power_button_reaches_a_guest_that_listens() {
 /// The button is pressed until the guest listens: a guest that is still booting is not forgotten.
 #[test]
 fn a_guest_that_listens_late_is_stopped_too() {
-    // About a second of nothing: mov ecx, 40000000h; loop $
-    let nap = [0xb9, 0x00, 0x00, 0x00, 0x40, 0xe2, 0xfe];
+    // Some seconds of nothing: mov ecx, 2000000h; loop $
+    let nap = [0xb9, 0x00, 0x00, 0x00, 0x02, 0xe2, 0xfe];
     let mut vm = start("late", &[&print("ready\n"), &nap[..], &obedient()].concat(), &[]);
     vm.wait_for("ready", PATIENCE);
     fine(&["stop", "late", "--timeout", "2m"]);
