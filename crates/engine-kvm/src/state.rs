@@ -16,7 +16,7 @@
 use crate::vcpu::KvmVcpu;
 use crate::{host_error, state_error};
 use anyvisor_engine::{Error, Result};
-use anyvisor_x86::bits::{efer, gpr, xcr0};
+use anyvisor_x86::bits::{efer, gpr, rflags, xcr0};
 use anyvisor_x86::cpuid::{AVX, SPEC_CTRL, XSAVE};
 use anyvisor_x86::exception::vector;
 use anyvisor_x86::lapic::{self, LocalApic, Now, reg};
@@ -80,7 +80,7 @@ pub(crate) fn read(vcpu: &KvmVcpu) -> Result<VcpuState> {
             kvm::KVM_MP_STATE_UNINITIALIZED | kvm::KVM_MP_STATE_INIT_RECEIVED => Activity::WaitForSipi,
             _ => Activity::Running,
         },
-        events: pending_events(&events, sregs.cr2, interrupt),
+        events: pending_events(&events, sregs.cr2, regs.rflags, interrupt),
     })
 }
 
@@ -477,7 +477,7 @@ fn give_back_interrupt(events: &kvm::kvm_vcpu_events, lapic: &mut [u8]) -> Optio
 
 // ---- events
 
-fn pending_events(events: &kvm::kvm_vcpu_events, cr2: u64, interrupt: Option<u8>) -> PendingEvents {
+fn pending_events(events: &kvm::kvm_vcpu_events, cr2: u64, rflags: u64, interrupt: Option<u8>) -> PendingEvents {
     let from = &events.exception;
     let again = from.injected != 0 && matches!(from.nr, vector::BP | vector::OF);
     let there = (from.injected != 0 || from.pending != 0) && !again;
@@ -486,7 +486,6 @@ fn pending_events(events: &kvm::kvm_vcpu_events, cr2: u64, interrupt: Option<u8>
         vector::PF => cr2,
         _ => 0,
     };
-    let shadow = u32::from(events.interrupt.shadow);
     PendingEvents {
         exception: there.then(|| Exception {
             vector: from.nr,
@@ -495,9 +494,21 @@ fn pending_events(events: &kvm::kvm_vcpu_events, cr2: u64, interrupt: Option<u8>
         }),
         nmi_pending: events.nmi.pending != 0 || events.nmi.injected != 0,
         nmi_blocked: events.nmi.masked != 0 && events.nmi.injected == 0,
-        interrupt_shadow: u8::from(shadow & kvm::KVM_X86_SHADOW_INT_STI != 0)
-            | u8::from(shadow & kvm::KVM_X86_SHADOW_INT_MOV_SS != 0) << 1,
+        interrupt_shadow: shadow(events.interrupt.shadow.into(), rflags),
         interrupt,
+    }
+}
+
+/// AMD-V has one kind of interrupt shadow, which KVM shows as both (APM vol. 2 15.21.5). It is STI's if interrupts are
+/// enabled: the other would be as good, and VT-x takes STI's only then (SDM vol. 3C 27.3.1.5).
+fn shadow(from: u32, flags: u64) -> u8 {
+    const STI: u8 = 1;
+    const MOV_SS: u8 = 2;
+    match (from & kvm::KVM_X86_SHADOW_INT_STI != 0, from & kvm::KVM_X86_SHADOW_INT_MOV_SS != 0) {
+        (true, true) if flags & rflags::IF == 0 => MOV_SS,
+        (true, _) => STI,
+        (false, true) => MOV_SS,
+        (false, false) => 0,
     }
 }
 
