@@ -1,6 +1,7 @@
 //! Delivery of exceptions and software interrupts: frames, gates, stacks, and what happens when delivery
 //! fails (SDM vol. 3A chapter 6).
 
+use super::super::Mismatch;
 use super::super::tables::{descriptor, handler};
 use super::prelude::*;
 
@@ -10,6 +11,7 @@ const IDT: u32 = 2;
 
 pub fn add(suite: &mut Suite) {
     frames(suite.group("delivery"));
+    resume_flag(suite);
     gates(suite);
     stacks(suite);
     failures(suite);
@@ -25,11 +27,11 @@ fn frames(suite: &mut Suite) {
             g.state.rflags |= rflags::CF | rflags::OF | rflags::IF;
             g.state.gpr[gpr::RSP] = place::STACK - 0x18;
             let selectors = [index::CS, index::SS].map(|n| g.state.segments.seg[n].selector);
-            let flags = g.state.rflags | rflags::RF;
+            let flags = g.state.rflags;
             let end = g.run(|a| a.ud2())?;
             end.fault(vector::UD)?;
             let frame = end.frame().expect("a fault has one");
-            equal("CS, RFLAGS", (frame.cs, frame.rflags), (selectors[0], flags))?;
+            equal("CS, RFLAGS", (frame.cs, frame.rflags & !rflags::RF), (selectors[0], flags))?;
             equal("SS, RSP", (frame.ss, frame.rsp), (Some(selectors[1]), Some(place::STACK - 0x18)))
         },
     );
@@ -80,6 +82,36 @@ fn frames(suite: &mut Suite) {
         })?
         .trap(0x50)
     });
+}
+
+/// RF is set in what a fault pushes, so that the instruction does not meet its breakpoint again (SDM vol. 3B
+/// 17.3.1.1).
+fn resume_flag(suite: &mut Suite) {
+    type Fault = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
+    let rows: &[(&str, &[Mode], Fault)] = &[
+        ("#DE", PROTECTED_MODES, |a| a.div(cl)),
+        ("#UD", PROTECTED_MODES, |a| a.ud2()),
+        ("#GP of a selector", PROTECTED_MODES, |a| {
+            a.mov(eax, 0x4f8)?;
+            a.db(&[0x8e, 0xd8])
+        }),
+        ("#GP of a privileged instruction", &[Mode::ProtectedUser, Mode::CompatUser, Mode::User], |a| a.hlt()),
+        ("#PF", WIDE, |a| {
+            a.mov(rax, 1u64 << 40)?;
+            a.mov(ebx, dword_ptr(rax))
+        }),
+        ("#NM", PROTECTED_MODES, |a| a.fld1()),
+    ];
+    for &(name, modes, code) in rows {
+        suite.add(format!("RF is set in the frame of {name}"), modes, move |g| {
+            g.state.cr0 |= cr0::EM;
+            let end = g.run(code)?;
+            let frame = end.frame().ok_or_else(|| Mismatch("no exception".to_owned()))?;
+            equal("RIP", frame.rip, place::CODE + end.last_offset())?;
+            equal("RF of the frame", frame.rflags & rflags::RF, rflags::RF)?;
+            end.flags(rflags::RF, 0)
+        });
+    }
 }
 
 fn gates(suite: &mut Suite) {
