@@ -246,6 +246,19 @@ fn what_a_killed_vm_leaves_is_cleaned_up() {
 }
 
 #[test]
+fn a_vm_that_cannot_answer_is_listed_all_the_same() {
+    let mut vm = start("frozen", &[&print("ready\n"), SPIN].concat(), &[]);
+    vm.wait_for("ready", PATIENCE);
+    vm.signal(libc::SIGSTOP);
+    let seen = row("frozen").expect("it is there");
+    assert_eq!((&seen["state"], &seen["pid"]), (&"Unresponsive".into(), &vm.process().into()));
+    vm.signal(libc::SIGCONT);
+    assert_eq!(row("frozen").unwrap()["state"], "Running");
+    fine(&["stop", "frozen", "--force"]);
+    vm.end(PATIENCE);
+}
+
+#[test]
 fn mistakes() {
     for command in ["pause", "resume", "stop", "console"] {
         refused(2, &[command, "nobody"], &["'nobody'", "anyvisor ps"]);

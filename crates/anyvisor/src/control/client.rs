@@ -148,7 +148,11 @@ impl Target {
                 let socket = self.place.socket.display();
                 Error::host(format!("{name}: cannot talk to its control socket '{socket}'"), error)
             }
-            Trouble::Late => Error::host(name, std::io::Error::other("the VM does not answer")),
+            Trouble::Late => {
+                let pid = self.pid().map_or("its process".into(), |pid| format!("process {pid}"));
+                let why = format!("the VM does not answer; {pid} may be stopped (kill -CONT) or very busy");
+                Error::host(name, std::io::Error::other(why))
+            }
         }
     }
 }

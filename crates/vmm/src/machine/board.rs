@@ -31,7 +31,7 @@ use anyvisor_devices::{Bus, BusDevice, Width};
 use anyvisor_engine::{GuestIo, Vm};
 use anyvisor_x86::Msi;
 use serde::{Deserialize, Serialize};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// ISA interrupt of the PIT, which is on I/O APIC pin 2.
@@ -49,8 +49,9 @@ struct Wired {
     /// When the board was made, and what guest time it was then, in nanoseconds.
     epoch: Instant,
     start: u64,
-    /// The VM is paused. Held by what comes from outside while it touches chips.
-    still: Mutex<bool>,
+    /// The VM is paused. Held for reading by what comes from outside while it touches chips: input that waits
+    /// for a chip must not keep the timers.
+    still: RwLock<bool>,
     vm: Arc<dyn Vm>,
     notify: Arc<Notify>,
     output: Arc<Output>,
@@ -101,7 +102,7 @@ impl Board {
         let chips = Arc::new(Wired {
             epoch: Instant::now(),
             start,
-            still: Mutex::new(false),
+            still: RwLock::new(false),
             vm,
             notify: notify.clone(),
             output: output.clone(),
@@ -132,7 +133,7 @@ impl Board {
         chips.alarm.run(
             || chips.now(),
             |now| {
-                let still = lock(&chips.still);
+                let still = chips.still();
                 if *still {
                     return None;
                 }
@@ -154,12 +155,12 @@ impl Board {
 
     /// Lets nothing in from outside, until `let_go`. When this returns nothing is under way either.
     pub(super) fn hold_still(&self) {
-        *lock(&self.chips.still) = true;
+        *self.chips.still_mut() = true;
     }
 
     /// Goes on after `hold_still`: what came due or was typed meanwhile comes in now.
     pub(super) fn let_go(&self) {
-        *lock(&self.chips.still) = false;
+        *self.chips.still_mut() = false;
         self.chips.alarm.look_again();
         self.chips.take_input();
     }
@@ -436,9 +437,17 @@ impl Wired {
         }
     }
 
+    fn still(&self) -> RwLockReadGuard<'_, bool> {
+        self.still.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn still_mut(&self) -> RwLockWriteGuard<'_, bool> {
+        self.still.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
     /// Input that waits goes to the serial port, unless the VM is paused.
     fn take_input(&self) {
-        let still = lock(&self.still);
+        let still = self.still();
         if !*still {
             self.feed_serial(&mut lock(&self.serial));
         }

@@ -552,18 +552,68 @@ fn requests_survive_restarts() {
     assert_eq!(end, End::Stopped);
 }
 
+/// A console's reader who does not read.
+struct Stalled(mpsc::Receiver<()>);
+
+impl Write for Stalled {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = self.0.recv();
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Input that waits for the serial port, which waits for a reader, does not stop the timers.
+#[test]
+fn a_stalled_console_does_not_stop_the_timers() {
+    let kernel = KernelFile::new();
+    let (hold, held) = mpsc::channel();
+    let output = Arc::new(Output::new(Box::new(Stalled(held))).unwrap());
+    let input = Input::new();
+    let (done, finished) = mpsc::channel();
+    let guest = move |vm: &FakeVm, cpu, io: &dyn GuestIo| {
+        if cpu == 0 {
+            (0..200_000).for_each(|_| outb(io, 0x3f8, b'x'));
+            return Exit::Kicked;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        for (select, value) in [(0x15u32, 0u32), (0x14, 0x30)] {
+            io.mmio_write(0xfec0_0000, &select.to_le_bytes());
+            io.mmio_write(0xfec0_0010, &value.to_le_bytes());
+        }
+        for (port, value) in [(0x43, 0x34), (0x40, 0xa9), (0x40, 4)] {
+            outb(io, port, value);
+        }
+        let start = std::time::Instant::now();
+        while vm.messages.lock().unwrap().len() < 20 && start.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        done.send(vm.messages.lock().unwrap().len()).unwrap();
+        Exit::Kicked
+    };
+    let engine = FakeEngine { guest: Arc::new(guest), states: Arc::default() };
+    let (control, remote) = control();
+    let typist = input.clone();
+    let typing = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        typist.offer(b"hello");
+    });
+    let outside = std::thread::spawn(move || {
+        let ticks = finished.recv();
+        remote.stop();
+        ticks.unwrap()
+    });
+    let config = Config { cpus: 2, ..config(&kernel) };
+    assert_eq!(run(&config, &engine, &output, &input, &control, || Ok(())).unwrap(), End::Stopped);
+    assert!(outside.join().unwrap() >= 20, "the timers stand still");
+    typing.join().unwrap();
+    drop(hold);
+}
+
 #[test]
 fn a_reader_who_does_not_read_keeps_no_vm_from_pausing() {
-    struct Stalled(mpsc::Receiver<()>);
-    impl Write for Stalled {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            let _ = self.0.recv();
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
     let kernel = KernelFile::new();
     let (hold, held) = mpsc::channel();
     let output = Arc::new(Output::new(Box::new(Stalled(held))).unwrap());
