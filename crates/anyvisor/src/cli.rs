@@ -4,7 +4,7 @@ use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
 use anyvisor_vmm::config::{Config, OnReboot, Serial, parse_size, show_size};
 use anyvisor_vmm::{Error, Result, snapshot};
-use anyvisor_x86::cpuid::CpuModel;
+use anyvisor_x86::cpuid::{CpuChoice, CpuModel};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use std::path::{Path, PathBuf};
@@ -81,9 +81,9 @@ pub struct RunOptions {
     /// What executes guest code: auto, translator or kvm
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub engine: EngineChoice,
-    /// x86-64-v3, x86-64-v2 or host [default: x86-64-v3]
+    /// x86-64-v3, x86-64-v2 or host, and features to leave out (x86-64-v2,-pcid) [default: x86-64-v3]
     #[arg(long, value_name = "MODEL")]
-    pub cpu_model: Option<CpuModel>,
+    pub cpu_model: Option<CpuChoice>,
     /// Serial console: stdio, file:PATH or null [default: stdio; with --detach null]
     #[arg(long, value_name = "WHERE")]
     pub serial: Option<Serial>,
@@ -120,7 +120,7 @@ impl RunOptions {
             command_line: self.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into()),
             memory: self.memory.unwrap_or(512 << 20),
             cpus: self.cpus.unwrap_or(1),
-            cpu_model: self.cpu_model.unwrap_or(CpuModel::V3),
+            cpu: self.cpu_model.unwrap_or(CpuModel::V3.into()),
             serial: self.serial(),
             debug_exit: self.debug_exit,
             on_reboot: self.on_reboot,
@@ -144,8 +144,8 @@ impl RunOptions {
         if let Some(given) = self.cpus.filter(|given| *given != machine.cpus) {
             return contradicts("cpus", given.to_string(), machine.cpus.to_string());
         }
-        if let Some(given) = self.cpu_model.filter(|given| *given != machine.cpu_model) {
-            return contradicts("cpu-model", given.to_string(), machine.cpu_model.to_string());
+        if let Some(given) = self.cpu_model.filter(|given| *given != machine.cpu) {
+            return contradicts("cpu-model", given.to_string(), machine.cpu.to_string());
         }
         if let Some(given) = self.cmdline.as_ref().filter(|given| **given != machine.command_line) {
             return contradicts("cmdline", format!("'{given}'"), format!("'{}'", machine.command_line.escape_debug()));
@@ -268,7 +268,7 @@ pub struct QuickstartOptions {
     pub cpus: u32,
     /// x86-64-v3, x86-64-v2 or host
     #[arg(long, value_name = "MODEL", default_value = "x86-64-v3")]
-    pub cpu_model: CpuModel,
+    pub cpu_model: CpuChoice,
     /// Check the guest and power off, even on a terminal
     #[arg(long)]
     pub check: bool,
@@ -322,7 +322,7 @@ mod tests {
         let cli = Cli::try_parse_from(["anyvisor", "run", "--kernel", "k"]).unwrap();
         let Command::Run(options) = cli.command else { panic!("not run") };
         let config = options.config();
-        assert_eq!((config.memory, config.cpus, config.cpu_model), (512 << 20, 1, CpuModel::V3));
+        assert_eq!((config.memory, config.cpus, config.cpu), (512 << 20, 1, CpuModel::V3.into()));
         assert_eq!((config.serial, config.on_reboot), (Serial::Stdio, OnReboot::Exit));
         assert_eq!((options.engine, config.debug_exit), (EngineChoice::Auto, false));
     }

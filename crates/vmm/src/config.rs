@@ -3,7 +3,7 @@
 //! Every error here is the user's, and one line that says what is wrong, with which value, and what to do.
 
 use crate::{Error, Result};
-use anyvisor_x86::cpuid::CpuModel;
+use anyvisor_x86::cpuid::CpuChoice;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -26,7 +26,7 @@ pub struct Config {
     /// RAM in bytes, a multiple of 4 KiB.
     pub memory: u64,
     pub cpus: u32,
-    pub cpu_model: CpuModel,
+    pub cpu: CpuChoice,
     pub serial: Serial,
     /// A write of v to port 0xf4 ends the VM with exit code (v << 1) | 1.
     pub debug_exit: bool,
@@ -181,7 +181,7 @@ mod tests {
             command_line: String::new(),
             memory: 512 << 20,
             cpus: 1,
-            cpu_model: CpuModel::V3,
+            cpu: anyvisor_x86::cpuid::CpuModel::V3.into(),
             serial: Serial::Null,
             debug_exit: false,
             on_reboot: OnReboot::Exit,

@@ -54,6 +54,14 @@ impl Cpuid {
         }
     }
 
+    /// Changes what the entry that answers for `leaf` and `subleaf` says.
+    fn replace(&mut self, leaf: u32, subleaf: u32, result: CpuidResult) {
+        let answers = |entry: &&mut CpuidLeaf| entry.leaf == leaf && entry.subleaf.is_none_or(|s| s == subleaf);
+        if let Some(entry) = self.leaves.iter_mut().find(answers) {
+            entry.result = result;
+        }
+    }
+
     /// Whether `feature` is set.
     pub fn has(&self, feature: &Feature) -> bool {
         self.get(feature.leaf, feature.subleaf).is_some_and(|r| feature.register.of(&r) >> feature.bit & 1 != 0)
@@ -182,14 +190,21 @@ impl Register {
         }
     }
 
-    fn set_bit(self, result: &mut CpuidResult, bit: u32) {
-        let register = match self {
+    fn of_mut(self, result: &mut CpuidResult) -> &mut u32 {
+        match self {
             Register::Eax => &mut result.eax,
             Register::Ebx => &mut result.ebx,
             Register::Ecx => &mut result.ecx,
             Register::Edx => &mut result.edx,
-        };
-        *register |= 1 << bit;
+        }
+    }
+
+    fn set_bit(self, result: &mut CpuidResult, bit: u32) {
+        *self.of_mut(result) |= 1 << bit;
+    }
+
+    fn clear_bit(self, result: &mut CpuidResult, bit: u32) {
+        *self.of_mut(result) &= !(1 << bit);
     }
 }
 
@@ -538,6 +553,89 @@ impl fmt::Display for CpuModel {
     }
 }
 
+/// A model, without some of the features that it shows where they are: what a VM is to have on several hosts.
+///
+/// As text it is the model's name and the features' with a minus, for example `x86-64-v2,-pcid,-smap`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct CpuChoice {
+    pub model: CpuModel,
+    /// Bit n is feature n of [`CpuChoice::removable`].
+    without: u64,
+}
+
+impl CpuChoice {
+    /// All features that some model shows only where they are.
+    fn removable() -> impl Iterator<Item = &'static Feature> {
+        [SYSTEM, V2, V3, HOST_EXTRAS].into_iter().flatten()
+    }
+
+    fn removed(self) -> impl Iterator<Item = &'static Feature> {
+        CpuChoice::removable().enumerate().filter(move |(n, _)| self.without >> n & 1 != 0).map(|(_, feature)| feature)
+    }
+
+    /// As [`CpuModel::table`], without the features left out.
+    ///
+    /// # Errors
+    /// The features that the model needs and `supported` lacks.
+    pub fn table(self, supported: &Cpuid, cpus: u32, apic_id: u32) -> Result<Cpuid, MissingFeatures> {
+        let mut limited = supported.clone();
+        for feature in self.removed() {
+            if let Some(mut result) = limited.get(feature.leaf, feature.subleaf) {
+                feature.register.clear_bit(&mut result, feature.bit);
+                limited.replace(feature.leaf, feature.subleaf, result);
+            }
+        }
+        self.model.table(&limited, cpus, apic_id)
+    }
+}
+
+impl From<CpuModel> for CpuChoice {
+    fn from(model: CpuModel) -> CpuChoice {
+        CpuChoice { model, without: 0 }
+    }
+}
+
+impl FromStr for CpuChoice {
+    type Err = String;
+    fn from_str(text: &str) -> Result<CpuChoice, String> {
+        let mut parts = text.split(',');
+        let mut choice = CpuChoice::from(parts.next().unwrap_or("").parse::<CpuModel>()?);
+        for part in parts {
+            let name = part.strip_prefix('-').ok_or_else(|| {
+                format!("'{part}' in CPU model '{text}' is no feature to leave out; write for example x86-64-v2,-pcid")
+            })?;
+            let found = CpuChoice::removable().position(|feature| feature.name == name);
+            let optional = choice.model.optional().any(|feature| feature.name == name);
+            match found.filter(|_| optional) {
+                Some(n) => choice.without |= 1 << n,
+                None => return Err(format!("CPU model {} has no feature '{name}' to leave out", choice.model)),
+            }
+        }
+        Ok(choice)
+    }
+}
+
+impl TryFrom<String> for CpuChoice {
+    type Error = String;
+    fn try_from(text: String) -> Result<CpuChoice, String> {
+        text.parse()
+    }
+}
+
+impl From<CpuChoice> for String {
+    fn from(choice: CpuChoice) -> String {
+        choice.to_string()
+    }
+}
+
+impl fmt::Display for CpuChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.model.name())?;
+        self.removed().try_for_each(|feature| write!(f, ",-{}", feature.name))
+    }
+}
+
 /// A model's features that the host, under the chosen engine, does not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MissingFeatures {
@@ -691,6 +789,30 @@ mod tests {
             assert_eq!(table.get(4, 3).unwrap().eax >> 26, (1 << cores.eax) - 1);
             assert_eq!(table.has(&HT), cpus > 1);
         }
+    }
+
+    #[test]
+    fn features_can_be_left_out() {
+        let host = rich_host();
+        let choice: CpuChoice = "x86-64-v2,-smap,-pcid".parse().unwrap();
+        let (full, less) = (CpuModel::V2.table(&host, 1, 0).unwrap(), choice.table(&host, 1, 0).unwrap());
+        assert_eq!(full.differences(&less), ["pcid", "smap"]);
+        assert_eq!(less.differences(&full), [] as [String; 0]);
+        assert_eq!(choice.to_string(), "x86-64-v2,-pcid,-smap");
+        assert_eq!(choice.to_string().parse(), Ok(choice));
+        assert_eq!("x86-64-v3".parse(), Ok(CpuChoice::from(CpuModel::V3)));
+        assert!("host,-avx2".parse::<CpuChoice>().unwrap().table(&host, 1, 0).is_ok_and(|table| !table.has(&AVX2)));
+        for (bad, part) in [
+            ("x86-64-v3,-avx2", "no feature 'avx2'"),
+            ("x86-64-v2,-avx2", "no feature 'avx2'"),
+            ("x86-64-v2,pcid", "'pcid'"),
+            ("x86-64-v2,-", "no feature ''"),
+            ("pentium,-pcid", "pentium"),
+        ] {
+            let message = bad.parse::<CpuChoice>().unwrap_err();
+            assert!(message.contains(part) && !message.contains('\n'), "{message}");
+        }
+        assert!(CpuChoice::removable().count() <= 64);
     }
 
     #[test]

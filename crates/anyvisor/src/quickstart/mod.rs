@@ -32,7 +32,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         command_line: String::new(),
         memory: options.memory,
         cpus: options.cpus,
-        cpu_model: options.cpu_model,
+        cpu: options.cpu_model,
         serial: if interactive { Serial::Stdio } else { Serial::Null },
         debug_exit: false,
         on_reboot: OnReboot::Exit,

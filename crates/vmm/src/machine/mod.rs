@@ -234,7 +234,7 @@ impl Machine {
         notify: Arc<Notify>,
     ) -> Result<Machine> {
         let supported = engine.supported_cpuid();
-        let table = |cpu| config.cpu_model.table(&supported, config.cpus, cpu).map_err(|e| Error::user(e.to_string()));
+        let table = |cpu| config.cpu.table(&supported, config.cpus, cpu).map_err(|e| Error::user(e.to_string()));
         let memory = memory::allocate(config.memory)?;
         let rsdp = acpi::write(&memory, config.cpus);
         let entry = boot::load(

@@ -180,7 +180,7 @@ fn config(kernel: &KernelFile) -> Config {
         command_line: "console=ttyS0".into(),
         memory: 32 << 20,
         cpus: 1,
-        cpu_model: CpuModel::V3,
+        cpu: CpuModel::V3.into(),
         serial: crate::config::Serial::Null,
         debug_exit: true,
         on_reboot: OnReboot::Exit,

@@ -5,7 +5,7 @@ use crate::Config;
 use crate::config::{OnReboot, Serial};
 use crate::machine::BoardState;
 use anyvisor_devices::state::LATEST;
-use anyvisor_x86::cpuid::CpuModel;
+use anyvisor_x86::cpuid::CpuChoice;
 use anyvisor_x86::{Cpuid, VcpuState};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -104,7 +104,7 @@ pub struct Machine {
     /// RAM in bytes.
     pub memory: u64,
     pub cpus: u32,
-    pub cpu_model: CpuModel,
+    pub cpu: CpuChoice,
     pub debug_exit: bool,
 }
 
@@ -117,7 +117,7 @@ impl Machine {
             command_line: config.command_line.clone(),
             memory: config.memory,
             cpus: config.cpus,
-            cpu_model: config.cpu_model,
+            cpu: config.cpu,
             debug_exit: config.debug_exit,
         }
     }
@@ -131,7 +131,7 @@ impl Machine {
             command_line: self.command_line.clone(),
             memory: self.memory,
             cpus: self.cpus,
-            cpu_model: self.cpu_model,
+            cpu: self.cpu,
             serial,
             debug_exit: self.debug_exit,
             on_reboot,

@@ -30,8 +30,8 @@ impl Drop for Scratch {
 /// Places that the guest below writes.
 const COUNT: u64 = 0x10_0000;
 const TRAIL: u64 = 0x20_0000;
-/// The highest page of 32 MiB.
-const LAST: u64 = (32 << 20) - 4096;
+/// The highest page of 20 MiB.
+const LAST: u64 = (20 << 20) - 4096;
 
 /// Each time its vCPU enters guest code, counts and leaves a trail of pages, then waits for a kick.
 fn counting(vm: &FakeVm, io: &dyn GuestIo) -> Exit {
@@ -59,14 +59,14 @@ fn with_vm<T>(
     outside: impl FnOnce(&Remote) -> T,
 ) -> T {
     let kernel = KernelFile::new();
-    let config = config(&kernel);
+    let config = Config { memory: 20 << 20, ..config(&kernel) };
     let output = Arc::new(Output::new(Box::new(std::io::sink())).unwrap());
     let engine = FakeEngine { guest: Arc::new(guest), states: Arc::default() };
     let (control, remote) = control();
     std::thread::scope(|scope| {
         let (config, engine, output) = (&config, &engine, &output);
         let vm = scope.spawn(move || run(config, engine, output, &Input::new(), &control, || Ok(())).unwrap());
-        while remote.state() != State::Running {
+        while remote.state() == State::Starting {
             std::thread::sleep(Duration::from_millis(1));
         }
         let result = outside(&remote);
@@ -233,7 +233,7 @@ fn a_restored_vm_is_saved_incrementally_too() {
         let (config, opened, engine, output) = (&config, &opened, &engine, &output);
         let vm =
             scope.spawn(move || go_on(config, opened, engine, output, &Input::new(), &control, || Ok(())).unwrap());
-        while remote.state() != State::Running {
+        while remote.state() == State::Starting {
             std::thread::sleep(Duration::from_millis(1));
         }
         counted(&remote);
