@@ -3,6 +3,7 @@
 use crate::cpu::{Cpu, pending};
 use crate::host;
 use crate::mmu::Mmu;
+use crate::native::Stubs;
 use crate::ram::Ram;
 use crate::timer;
 use anyvisor_x86::lapic::{self, LocalApic};
@@ -232,6 +233,8 @@ pub struct Core {
     /// Guest-physical ranges written that hold translated code; the translator drains it after each step.
     pub code_writes: Vec<(u64, u32)>,
     pub bounce: Box<Bounce>,
+    /// Of the interpreter's vector and floating-point instructions.
+    pub stubs: Stubs,
     pub clock: Clock,
 }
 
@@ -261,6 +264,7 @@ impl Core {
             nmi_pending: false,
             code_writes: Vec::new(),
             bounce: Box::new(Bounce([0; BOUNCE_SIZE])),
+            stubs: Stubs::default(),
             clock: Clock::default(),
         }
     }

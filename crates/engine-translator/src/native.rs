@@ -34,6 +34,7 @@ use anyvisor_x86::Exception;
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::exception::vector;
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
+pub use stub::Stubs;
 use stub::{MemoryOperand, Stub};
 
 /// Which enabling bits an instruction depends on (SDM vol. 3A 2.5, vol. 1 13.5, vol. 2A 2.4).
@@ -51,15 +52,6 @@ enum Unit {
 /// Bytes of the XSAVE area without and with the AVX component, standard format.
 const XSAVE_LEGACY: usize = 576;
 const XSAVE_AVX: usize = 832;
-
-/// Maps the memory that stubs of this thread are generated into. Optional: the first use does it too, but
-/// cannot report that the host refused.
-///
-/// # Errors
-/// When the host refuses executable memory.
-pub fn prepare_thread() -> anyvisor_engine::Result<()> {
-    stub::prepare()
-}
 
 /// Executes a vector or floating-point instruction. RIP is already behind it.
 ///
@@ -88,7 +80,7 @@ pub fn execute(core: &mut Core, io: &dyn GuestIo, fetched: &Fetched) -> Result<(
     if masked::execute(core, io, insn)? {
         return Ok(());
     }
-    let Some(stub) = stub::find(&fetched.bytes, fetched.bitness, insn) else {
+    let Some(stub) = core.stubs.find(&fetched.bytes, fetched.bitness, insn) else {
         tracing::error!(instruction = %insn, bytes = ?fetched.bytes, "cannot be re-encoded for the host; raising #UD");
         return Err(Exception::ud());
     };
@@ -135,8 +127,8 @@ fn x87_exception_pending() -> bool {
 
 /// Whether [`execute_on_host`] can run it: 64-bit code has an encoding for it.
 #[cfg(test)]
-pub(crate) fn runs_on_host(fetched: &Fetched) -> bool {
-    stub::find(&fetched.bytes, fetched.bitness, &fetched.instruction).is_some()
+pub(crate) fn runs_on_host(core: &mut Core, fetched: &Fetched) -> bool {
+    core.stubs.find(&fetched.bytes, fetched.bitness, &fetched.instruction).is_some()
 }
 
 /// Runs any instruction with at most one memory operand on the host CPU, whatever the CPU model says: the
@@ -147,8 +139,10 @@ pub(crate) fn runs_on_host(fetched: &Fetched) -> bool {
 #[cfg(test)]
 pub(crate) fn execute_on_host(core: &mut Core, io: &dyn GuestIo, fetched: &Fetched) -> Result<(), Exception> {
     let insn = &fetched.instruction;
-    let stub =
-        stub::find(&fetched.bytes, fetched.bitness, insn).unwrap_or_else(|| panic!("cannot be re-encoded: {insn:?}"));
+    let stub = core
+        .stubs
+        .find(&fetched.bytes, fetched.bitness, insn)
+        .unwrap_or_else(|| panic!("cannot be re-encoded: {insn:?}"));
     match stub.memory {
         Some(memory) => run_on_memory(core, io, insn, &stub, memory),
         None => stub.run(core, 0),

@@ -6,11 +6,11 @@
 
 use crate::core::{Core, VcpuShared};
 use crate::cpu::{Cpu, Ymm, pending};
+use crate::host;
 use crate::interpret;
 use crate::system::{self, Step};
 use crate::timer::{self, ThreadTimer};
 use crate::translate::Translator;
-use crate::{host, native};
 use anyvisor_engine::{Error, Exit, GuestIo, Kick, Kicker, Result, Vcpu};
 use anyvisor_x86::bits::{cr0, cr4, efer, rflags, xcr0};
 use anyvisor_x86::lapic::{LocalApic, RestoreError};
@@ -63,6 +63,7 @@ impl TranslatorVcpu {
             exception: None,
             interrupt: None,
         };
+        vcpu.core.stubs.prepare()?;
         vcpu.set_state(&state)?;
         Ok(vcpu)
     }
@@ -80,7 +81,6 @@ impl TranslatorVcpu {
 
     /// Makes the calling thread this vCPU's.
     fn enter_thread(&mut self) -> Result<()> {
-        native::prepare_thread()?;
         if !self.timer.as_ref().is_some_and(ThreadTimer::is_mine) {
             self.timer = Some(ThreadTimer::new()?);
         }

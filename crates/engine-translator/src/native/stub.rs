@@ -5,7 +5,7 @@
 //! stores them back and returns. The guest's RSP never becomes the host's: where the instruction names it,
 //! another register takes its place.
 //!
-//! Stubs are cached per thread by the instruction's bytes. The cache has a fixed size; when it is full it
+//! Stubs are cached per vCPU by the instruction's bytes. The cache has a fixed size; when it is full it
 //! is emptied and filled anew.
 
 use super::{Unit, exception_of_trap, host_flags, signal, unit_of};
@@ -18,11 +18,10 @@ use anyvisor_x86::bits::{gpr, rflags};
 use iced_x86::{
     Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register, RflagsBits,
 };
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::mem::offset_of;
 
-/// Bytes of code a thread keeps.
+/// Bytes of code a vCPU keeps.
 const ARENA_SIZE: usize = 512 * 1024;
 
 /// No stub is longer: 16 general and 16 vector registers loaded and stored, and the frame.
@@ -55,38 +54,37 @@ struct Arena {
     info: InstructionInfoFactory,
 }
 
-thread_local! {
-    static ARENA: RefCell<Option<Arena>> = const { RefCell::new(None) };
-}
+/// The stubs of one vCPU; their memory is there once it is prepared.
+#[derive(Default)]
+pub struct Stubs(Option<Arena>);
 
-fn new_arena() -> anyvisor_engine::Result<Arena> {
-    let code = CodeMemory::new(ARENA_SIZE)?;
-    Ok(Arena { code, used: 0, stubs: HashMap::new(), info: InstructionInfoFactory::new() })
-}
-
-pub(super) fn prepare() -> anyvisor_engine::Result<()> {
-    ARENA.with_borrow_mut(|arena| {
-        if arena.is_none() {
-            *arena = Some(new_arena()?);
+impl Stubs {
+    /// Gets memory for stubs, as threads that may not make memory executable need done before.
+    ///
+    /// # Errors
+    /// When the host refuses it.
+    pub fn prepare(&mut self) -> anyvisor_engine::Result<()> {
+        if self.0.is_none() {
+            let code = CodeMemory::new(ARENA_SIZE)?;
+            self.0 = Some(Arena { code, used: 0, stubs: HashMap::new(), info: InstructionInfoFactory::new() });
         }
         Ok(())
-    })
-}
+    }
 
-/// The stub for `insn`, decoded from `bytes` in `bitness`; `None` if the host cannot be given it.
-pub(super) fn find(bytes: &[u8; 16], bitness: u8, insn: &Instruction) -> Option<Stub> {
-    let mut key = [0; 16];
-    key[..insn.len()].copy_from_slice(&bytes[..insn.len()]);
-    key[15] = bitness;
-    ARENA.with_borrow_mut(|arena| {
-        let arena = arena.get_or_insert_with(|| new_arena().expect("memory for generated code"));
+    /// The stub for `insn`, decoded from `bytes` in `bitness`; `None` if the host cannot be given it.
+    pub(super) fn find(&mut self, bytes: &[u8; 16], bitness: u8, insn: &Instruction) -> Option<Stub> {
+        let mut key = [0; 16];
+        key[..insn.len()].copy_from_slice(&bytes[..insn.len()]);
+        key[15] = bitness;
+        self.prepare().expect("memory for generated code");
+        let arena = self.0.as_mut().expect("prepared above");
         if let Some(stub) = arena.stubs.get(&key) {
             return Some(*stub);
         }
         let stub = arena.generate(insn)?;
         arena.stubs.insert(key, stub);
         Some(stub)
-    })
+    }
 }
 
 /// The value of MMX register `register`.
@@ -99,7 +97,7 @@ pub(super) fn read_mmx(core: &mut Core, register: Register) -> Result<u64, Excep
     let mut insn = insn;
     insn.set_len(length);
     let rax = core.cpu.gpr[gpr::RAX];
-    let stub = find(&bytes, 64, &insn).expect("MOVQ is encodable");
+    let stub = core.stubs.find(&bytes, 64, &insn).expect("MOVQ is encodable");
     let result = stub.run(core, 0);
     let value = std::mem::replace(&mut core.cpu.gpr[gpr::RAX], rax);
     result.map(|()| value)
@@ -116,7 +114,7 @@ impl Stub {
         core.cpu.mxcsr &= 0xffff;
         let bounce = core.bounce.0[at..].as_mut_ptr();
         let cpu: *mut Cpu = &raw mut *core.cpu;
-        // SAFETY: `entry` is a stub in this thread's arena, which is not written while it runs; stubs have
+        // SAFETY: `entry` is a stub in the vCPU's arena, which is not written while it runs; stubs have
         // this signature and touch the vCPU block, the bounce buffer and the registers they save.
         let trap = signal::with_recovery(self.instruction, self.resume, || unsafe {
             let entry: extern "C" fn(*mut Cpu, *mut u8) = std::mem::transmute(self.entry);

@@ -1,7 +1,7 @@
 //! The thread that drives one vCPU.
 
 use super::{Board, End, Notify, lock};
-use crate::dump;
+use crate::{confine, dump};
 use anyvisor_engine::{Exit, Vcpu};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -20,6 +20,9 @@ pub(super) fn spawn(
 ) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(format!("vcpu{cpu}")).spawn(move || {
         let guard = PanicGuard { cpu, notify: &notify };
+        if let Err(error) = confine::this_thread() {
+            tracing::warn!("vCPU {cpu} runs with all system calls, for this host takes no filter: {error}");
+        }
         while notify.gate.pass() {
             let mut vcpu = lock(&vcpu);
             let end = match vcpu.run(&*board) {

@@ -155,7 +155,8 @@ fn compare(mode: Mode, seed: u64, cases: u32) -> usize {
         if mode == Real && insn.encoding() == EncodingKind::VEX {
             continue; // #UD, whatever the host thinks
         }
-        if !comparable(&insn) || !native::is_supported(&ours.cpuid, &insn) || !native::runs_on_host(&fetched) {
+        if !comparable(&insn) || !native::is_supported(&ours.cpuid, &insn) || !native::runs_on_host(&mut ours, &fetched)
+        {
             continue;
         }
         let mut gpr = std::array::from_fn(|n| if n < registers { random.operand() & width } else { 0 });
