@@ -156,7 +156,8 @@ fn accept(shared: &Arc<Shared>) {
             }
         };
         if let Err(why) = admit(shared, number, stream) {
-            tracing::warn!("the control socket refuses a connection: {why}");
+            // Not a warning: anybody could fill the terminal with those.
+            tracing::info!("the control socket refuses a connection: {why}");
         }
     }
 }
