@@ -4,6 +4,7 @@
 //! - `tidy`: the rules of ARCHITECTURE.md that a compiler does not check.
 //! - `bench`: guestbench natively, in QEMU's TCG and in anyvisor, into docs/performance.md.
 //! - `boots`: Linux to a shell and off, fifty times.
+//! - `restore`: how long a restore takes.
 //! - `test-nested`: the KVM engine on emulated AMD-V or VT-x.
 //! - `fuzz-insn`: the per-instruction differential fuzzer.
 #![forbid(unsafe_code)]
@@ -14,6 +15,7 @@ mod chart;
 mod measure;
 mod nested;
 mod report;
+mod restore;
 mod test;
 mod tidy;
 
@@ -39,6 +41,8 @@ enum Task {
     Bench(bench::Options),
     /// Boots Linux many times; all must end well
     Boots(boots::Options),
+    /// Measures restores, from the process's start to the guest's first output
+    Restore(restore::Options),
     /// Tests the KVM engine in a Linux on an emulated CPU with AMD-V or VT-x
     TestNested(nested::Options),
     /// Compares random instructions on the host CPU, the interpreter and the translator
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::tidy(),
         Task::Bench(options) => bench::bench(&options),
         Task::Boots(options) => boots::boots(&options),
+        Task::Restore(options) => restore::restore(&options),
         Task::TestNested(options) => nested::nested(&options),
         Task::FuzzInsn { options } => fuzz_insn(&options),
     };

@@ -110,13 +110,22 @@ impl Emulator {
     /// # Errors
     /// The emulator cannot be started.
     pub fn run(&self, image: &Image, patience: Duration) -> Result<Outcome> {
+        self.run_with(image, patience, "", None)
+    }
+
+    /// As [`Emulator::run`], with more on L1's command line, and what L1 sends to its fourth serial port in `fourth`.
+    ///
+    /// # Errors
+    /// As for `run`, and when this emulator has no fourth serial port.
+    pub fn run_with(&self, image: &Image, patience: Duration, more: &str, fourth: Option<&Path>) -> Result<Outcome> {
         let folder = scratch(self.program)?;
         for name in [CONSOLE, OUTPUT, STATUS] {
             fs::write(folder.join(name), "")?;
         }
         let child = match self.vendor {
-            Vendor::Amd => qemu(image, &folder)?,
-            Vendor::Intel => bochs(image, &folder, patience)?,
+            Vendor::Amd => qemu(image, &folder, more, fourth)?,
+            Vendor::Intel if fourth.is_none() => bochs(image, &folder, patience)?,
+            Vendor::Intel => anyhow::bail!("Bochs has no fourth serial port here; use amd"),
         };
         let late = follow(child, &folder.join(OUTPUT), patience)?;
         let status = fs::read_to_string(folder.join(STATUS)).unwrap_or_default();
@@ -134,14 +143,17 @@ impl Emulator {
     }
 }
 
-fn qemu(image: &Image, folder: &Path) -> Result<Child> {
+fn qemu(image: &Image, folder: &Path, more: &str, fourth: Option<&Path>) -> Result<Child> {
     let initramfs = folder.join("initramfs");
     fs::write(&initramfs, &image.initramfs)?;
     let mut command = Command::new("qemu-system-x86_64");
     command.args(QEMU).arg("-kernel").arg(&image.kernel).arg("-initrd").arg(initramfs);
-    command.args(["-append", "console=ttyS0 panic=-1 tsc=reliable"]);
+    command.args(["-append", &format!("console=ttyS0 panic=-1 tsc=reliable {more}")]);
     for name in [CONSOLE, OUTPUT, STATUS] {
         command.arg("-serial").arg(format!("file:{}", folder.join(name).display()));
+    }
+    if let Some(path) = fourth {
+        command.arg("-serial").arg(format!("file:{}", path.display()));
     }
     command.stdin(Stdio::null()).stdout(File::create(folder.join("said"))?).stderr(File::create(folder.join("said"))?);
     command.spawn().context("starting QEMU")

@@ -16,6 +16,8 @@ pub struct Parts<'a> {
     pub script: &'a str,
     /// The KVM module to load.
     pub module: &'a str,
+    /// More files: where they are in L1, and here.
+    pub files: &'a [(String, PathBuf)],
 }
 
 /// A kernel and an initramfs.
@@ -33,7 +35,7 @@ pub fn build(parts: &Parts) -> Result<Image> {
     let kernel = assets::kernel_of(&package)?;
     let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
     let mut archive = cpio::Archive::new();
-    for directory in ["guest", "modules", "run", "dev/pts", "dev/shm"] {
+    for directory in ["guest", "modules", "run", "dev/pts", "dev/shm", "moved", "moved/here"] {
         archive.directory(directory);
     }
     archive.program("bin/busybox", &read(&assets::busybox()?)?);
@@ -48,6 +50,9 @@ pub fn build(parts: &Parts) -> Result<Image> {
     }
     archive.program("guest/vmlinuz", &read(&kernel)?);
     archive.program("guest/initrd", parts.guest_initramfs);
+    for (name, path) in parts.files {
+        archive.program(name, &read(path)?);
+    }
     archive.program("script", parts.script.as_bytes());
     archive.program("init", init(&loads).as_bytes());
     Ok(Image { kernel, initramfs: archive.finish() })

@@ -14,6 +14,7 @@
 
 mod emulator;
 mod image;
+mod moving;
 
 use crate::{cargo, root, run};
 use anyhow::{Result, bail};
@@ -50,6 +51,9 @@ pub struct Options {
     /// vCPUs of the Linux guest
     #[arg(long, default_value_t = 1)]
     cpus: u32,
+    /// Moves a VM between the translator here and KVM in L1 instead of the tests
+    #[arg(long)]
+    moving: bool,
     /// Runs this command of L1's shell instead of the tests; `/anyvisor`, `/conformance`, `/guest/vmlinuz` and
     /// `/guest/initrd` are there
     #[arg(long, value_name = "COMMAND")]
@@ -62,7 +66,7 @@ pub struct Options {
 /// What failed.
 pub fn in_short() -> Result<()> {
     let vendor = Vendor::Amd;
-    nested(&Options { vendor, count: 1, filter: None, boots_only: false, cpus: 1, command: None })
+    nested(&Options { vendor, count: 1, filter: None, boots_only: false, cpus: 1, moving: false, command: None })
 }
 
 /// Runs the bench.
@@ -73,6 +77,9 @@ pub fn nested(options: &Options) -> Result<()> {
     let emulator = Emulator::of(options.vendor);
     emulator.install()?;
     let programs = static_programs()?;
+    if options.moving {
+        return moving::there_and_back(&emulator, &programs);
+    }
     let guest = guest_initramfs()?;
     let script = options.command.clone().unwrap_or_else(|| script(options, &emulator));
     let image = image::build(&image::Parts {
@@ -80,6 +87,7 @@ pub fn nested(options: &Options) -> Result<()> {
         guest_initramfs: &guest,
         script: &script,
         module: emulator.module,
+        files: &[],
     })?;
     let patience = Duration::from_secs(120) + emulator.boot * (3 * options.count + 2);
     let patience = if options.boots_only { patience } else { patience + emulator.suite };
