@@ -10,6 +10,7 @@ use super::pages::{self, EXTENT_MAX, Extent};
 use super::{CHAIN_MAX, History, MANIFEST, MANIFEST_PARTIAL, MEMORY, PAGE, PAGES, Snapshot};
 use crate::machine::Paused;
 use crate::{Error, Result};
+use anyvisor_x86::{VcpuState, msr};
 use serde::Serialize;
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::Write;
@@ -210,9 +211,14 @@ impl Drop for Folder {
 
 /// Everything but the memory.
 fn describe(paused: &mut Paused, parent: Option<Parent>, memory: Memory) -> Result<Manifest> {
-    let mut vcpus = Vec::new();
+    let clock = paused.vm.clock()?;
+    let tsc_khz = paused.vm.tsc_khz()?;
+    let mut vcpus: Vec<Vcpu> = Vec::new();
     for (vcpu, cpuid) in paused.vcpus.iter_mut().zip(paused.tables) {
-        vcpus.push(Vcpu { cpuid: cpuid.clone(), state: vcpu.state()? });
+        let mut state = vcpu.state()?;
+        let later = paused.vm.clock()?.saturating_sub(clock);
+        align_tsc(&mut state, vcpus.first().map(|first| &first.state), later, tsc_khz);
+        vcpus.push(Vcpu { cpuid: cpuid.clone(), state });
     }
     let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
     Ok(Manifest {
@@ -221,12 +227,26 @@ fn describe(paused: &mut Paused, parent: Option<Parent>, memory: Memory) -> Resu
         saved_at,
         parent,
         machine: Machine::of(paused.config),
-        tsc_khz: paused.vm.tsc_khz()?,
-        clock: paused.vm.clock()?,
+        tsc_khz,
+        clock,
         vcpus,
         board: paused.board.save(),
         memory,
     })
+}
+
+/// Gives `state`, read up to `later` ns after that of the `first` vCPU, the TSC of the same moment, if the guest keeps
+/// the two the same. Reading takes its time, and a TSC that is behind another's is one that Linux distrusts.
+fn align_tsc(state: &mut VcpuState, first: Option<&VcpuState>, later: u64, khz: u64) {
+    let (Some(tsc), Some(first)) = (state.msr(msr::IA32_TSC), first.and_then(|first| first.msr(msr::IA32_TSC))) else {
+        return;
+    };
+    let passed = u128::from(later) * u128::from(khz) / 1_000_000;
+    // A guest that sets one apart sets it further apart than this.
+    let slack = u128::from(khz) / 10;
+    if u128::from(tsc.wrapping_sub(first)) <= passed + slack {
+        state.set_msr(msr::IA32_TSC, first);
+    }
 }
 
 /// Writes the pages that matter to `file`: those in `written`, or else all that are not zeros.
@@ -310,6 +330,24 @@ mod tests {
     fn ways_between_folders() {
         for (from, to, way) in [("/a/b", "/a/c", "../c"), ("/a", "/a/b/c", "b/c"), ("/x/y", "/z", "../../z")] {
             assert_eq!(relative(Path::new(from), Path::new(to)).unwrap(), Path::new(way));
+        }
+    }
+
+    #[test]
+    fn tscs_read_one_after_another_are_saved_as_one() {
+        let state = |tsc| {
+            let mut state = VcpuState::default();
+            state.set_msr(msr::IA32_TSC, tsc);
+            state
+        };
+        let first = state(5_000_000);
+        // 1 ms at 3 GHz is 3,000,000 ticks.
+        for (read, saved) in
+            [(5_000_000, 5_000_000), (8_000_000, 5_000_000), (9_000_000, 9_000_000), (4_000_000, 4_000_000)]
+        {
+            let mut second = state(read);
+            align_tsc(&mut second, Some(&first), 1_000_000, 3_000_000);
+            assert_eq!(second.msr(msr::IA32_TSC), Some(saved));
         }
     }
 
