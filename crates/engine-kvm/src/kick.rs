@@ -13,13 +13,15 @@
 
 use crate::host_error;
 use anyvisor_engine::{Error, Kick, Result};
-use kvm_bindings::{kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_4};
+use kvm_bindings::{KVMIO, kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_4};
 use kvm_ioctls::VcpuFd;
 use std::mem::offset_of;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Once;
 use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, Ordering};
+use vmm_sys_util::ioctl::ioctl_with_ptr;
+use vmm_sys_util::ioctl_iow_nr;
 
 /// Why a vCPU's loop is interrupted.
 pub(crate) mod reason {
@@ -148,6 +150,58 @@ impl Shared {
     pub fn io_size(&self) -> usize {
         let offset = offset_of!(kvm_run, __bindgen_anon_1) + offset_of!(kvm_run__bindgen_ty_1__bindgen_ty_4, size);
         self.page.byte(offset).load(Ordering::Relaxed).into()
+    }
+}
+
+/// While it exists, `KVM_RUN` on this thread does what KVM has been asked to do for the vCPU, and does not enter the
+/// guest: a signal waits that only `KVM_RUN` lets through. (`immediate_exit` does nothing at all.)
+///
+/// The vCPU must outlive it.
+pub(crate) struct Held {
+    vcpu: RawFd,
+    mask: libc::sigset_t,
+}
+
+/// What KVM_SET_SIGNAL_MASK takes: a length in bytes and the kernel's set of 64 signals, here none.
+#[repr(C, packed)]
+struct SignalMask {
+    length: u32,
+    signals: u64,
+}
+
+ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, u32);
+
+impl Held {
+    pub fn new(vcpu: &VcpuFd) -> Result<Held> {
+        let mut mask = std::mem::MaybeUninit::uninit();
+        let mut only = std::mem::MaybeUninit::uninit();
+        // SAFETY: the sets are initialized before they are read, and the signal is valid; it goes to this thread,
+        // which does not take it now.
+        let mask = unsafe {
+            libc::sigemptyset(only.as_mut_ptr());
+            libc::sigaddset(only.as_mut_ptr(), signal());
+            libc::pthread_sigmask(libc::SIG_BLOCK, only.as_ptr(), mask.as_mut_ptr());
+            libc::pthread_kill(libc::pthread_self(), signal());
+            mask.assume_init()
+        };
+        let held = Held { vcpu: vcpu.as_raw_fd(), mask };
+        let none = SignalMask { length: 8, signals: 0 };
+        // SAFETY: KVM reads the length, and as many bytes behind it.
+        if unsafe { ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), &raw const none) } != 0 {
+            return Err(Error::last_os("setting a vCPU's signal mask"));
+        }
+        Ok(held)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: without a mask KVM goes back to the thread's own. The saved mask is an initialized set; restoring
+        // it lets the signal through to its handler, which does nothing.
+        unsafe {
+            ioctl_with_ptr(&self.vcpu, KVM_SET_SIGNAL_MASK(), std::ptr::null::<SignalMask>());
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.mask, std::ptr::null_mut());
+        }
     }
 }
 

@@ -67,6 +67,11 @@ impl Routes {
         }
     }
 
+    /// Whether some vector has not ended.
+    pub fn awaits_end(&self) -> bool {
+        self.pins.iter().any(|pin| pin.outstanding)
+    }
+
     /// Adds an interrupt by file descriptor; its number. `None` if there are too many.
     pub fn attach(&mut self, msi: Msi) -> Option<u32> {
         if self.descriptors.len() >= DESCRIPTORS_MAX {

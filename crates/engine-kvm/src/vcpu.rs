@@ -11,7 +11,7 @@
 //! includes LINT0, and that nothing else is half delivered.
 
 use crate::host_error;
-use crate::kick::{Shared, reason};
+use crate::kick::{Held, Shared, reason};
 use crate::state;
 use crate::vm::VmShared;
 use anyvisor_engine::{Exit, GuestIo, Kicker, Result, Vcpu};
@@ -87,6 +87,28 @@ impl KvmVcpu {
         if activity.mp_state == kvm::KVM_MP_STATE_HALTED {
             let running = kvm::kvm_mp_state { mp_state: kvm::KVM_MP_STATE_RUNNABLE };
             self.fd.set_mp_state(running).map_err(|e| host_error("waking a vCPU", e))?;
+        }
+        Ok(())
+    }
+
+    /// Tells the machine of EOIs that KVM has taken and not reported yet: it does so only when it is about to enter
+    /// the guest, which is too late for one who reads the state now.
+    fn tell_ends(&mut self, io: &dyn GuestIo) -> Result<()> {
+        while self.vm.awaits_end() {
+            self.shared.set_immediate_exit(false);
+            let held = Held::new(&self.fd)?;
+            let result = self.fd.run();
+            drop(held);
+            match result {
+                Ok(VcpuExit::IoapicEoi(vector)) => {
+                    self.vm.end_of_interrupt(vector);
+                    io.eoi(vector);
+                }
+                Ok(VcpuExit::IrqWindowOpen | VcpuExit::Intr) => {}
+                Ok(exit) => unreachable!("KVM did not enter the guest, and returned {exit:?}"),
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Ok(()),
+                Err(error) => return Err(host_error("running a vCPU", error)),
+            }
         }
         Ok(())
     }
@@ -189,7 +211,9 @@ fn serve(exit: VcpuExit, shared: &Shared, vm: &VmShared, io: &dyn GuestIo) -> Af
 impl Vcpu for KvmVcpu {
     fn run(&mut self, io: &dyn GuestIo) -> Result<Exit> {
         loop {
-            if !self.unfinished && self.shared.take(reason::KICK) {
+            if !self.unfinished && self.shared.has(reason::KICK) {
+                self.tell_ends(io)?;
+                self.shared.take(reason::KICK);
                 return Ok(Exit::Kicked);
             }
             if self.id == 0 {

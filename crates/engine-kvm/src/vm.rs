@@ -53,6 +53,11 @@ impl VmShared {
         lock(&self.routes).end(vector);
     }
 
+    /// Whether the end of some level-triggered vector has not been told.
+    pub fn awaits_end(&self) -> bool {
+        lock(&self.routes).awaits_end()
+    }
+
     /// Lets the end of `vectors`, level-triggered and pending in local APIC `apic_id`, be reported.
     pub fn expect_end(&self, apic_id: u32, vectors: impl Iterator<Item = u8>) -> Result<()> {
         let mut routes = lock(&self.routes);
