@@ -9,6 +9,7 @@ use anyvisor_x86::Cpuid;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// How far the TSC's frequency may be from what the guest was told, in parts per million: KVM's own measure
 /// (its parameter `tsc_tolerance_ppm`), half of what NTP corrects.
@@ -76,6 +77,9 @@ fn other_frequency(was: u64, is: u64) -> Option<String> {
     (!near).then(|| format!("its TSC frequency ({was} kHz; here {is} kHz)"))
 }
 
+/// How long the guest has the processor and the disk to itself.
+const HEAD_START: Duration = Duration::from_millis(100);
+
 /// The comparison of a restored VM's memory with its checksums, while the VM runs already.
 ///
 /// A VM that runs on damaged memory may end in any way: how it ended counts only when the memory was right.
@@ -91,6 +95,7 @@ impl Verification {
         let stopped = stop.clone();
         let ending = notify.clone();
         let thread = std::thread::Builder::new().name("verify".into()).spawn(move || {
+            std::thread::park_timeout(HEAD_START);
             let damage = snapshot.verify(&stopped).err()?.to_string();
             notify.end(End::Failed(damage.clone()));
             Some(damage)
@@ -105,6 +110,9 @@ impl Verification {
     pub fn judge(self, end: End) -> End {
         if matches!(end, End::Stopped | End::Left) {
             self.stop.store(true, Ordering::Relaxed);
+        }
+        if let Ok(thread) = &self.thread {
+            thread.thread().unpark();
         }
         match self.thread.map(JoinHandle::join) {
             Ok(Ok(Some(damage))) => End::Failed(damage),
