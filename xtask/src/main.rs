@@ -5,6 +5,7 @@
 //! - `bench`: guestbench natively, in QEMU's TCG and in anyvisor, into docs/performance.md.
 //! - `boots`: Linux to a shell and off, fifty times.
 //! - `restore`: how long a restore takes.
+//! - `start`: how long a start takes, and its memory.
 //! - `test-nested`: the KVM engine on emulated AMD-V or VT-x.
 //! - `fuzz-insn`: the per-instruction differential fuzzer.
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ mod measure;
 mod nested;
 mod report;
 mod restore;
+mod start;
 mod test;
 mod tidy;
 
@@ -43,6 +45,8 @@ enum Task {
     Boots(boots::Options),
     /// Measures restores, from the process's start to the guest's first output
     Restore(restore::Options),
+    /// Measures starts, from the process's start to the guest's first output, and the process's memory
+    Start(start::Options),
     /// Tests the KVM engine in a Linux on an emulated CPU with AMD-V or VT-x
     TestNested(nested::Options),
     /// Compares random instructions on the host CPU, the interpreter and the translator
@@ -60,6 +64,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::bench(&options),
         Task::Boots(options) => boots::boots(&options),
         Task::Restore(options) => restore::restore(&options),
+        Task::Start(options) => start::start(&options),
         Task::TestNested(options) => nested::nested(&options),
         Task::FuzzInsn { options } => fuzz_insn(&options),
     };

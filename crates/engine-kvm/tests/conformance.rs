@@ -15,7 +15,7 @@ fn all_that_this_host_can_run() {
         Ok(()) => None,
         Err(why) => {
             println!("only what a page-table KVM can run, because {why}");
-            Some(limits::ALL.iter().find(|host| host.name == "pvm").expect("the host's limits"))
+            Some(limits::ALL.iter().find(|host| host.name == "page-tables").expect("the host's limits"))
         }
     };
     let bench = Bench::new(&engine, Duration::from_secs(30));
