@@ -478,16 +478,18 @@ fn stack_and_jumps(suite: &mut Suite) {
         end.saw(&[read(0, 8), write(8, 8, 0x1234)])
     });
     suite.add("CALL through memory", WIDE, |g| {
-        g.io.answer(&[super::super::tables::handler(0x77)]);
+        g.io.answer(&[place::MORE_CODE]);
+        let there = g.user_code_at(place::MORE_CODE, 64, |a| a.nop())?;
         let end = g.run(|a| a.call(qword_ptr(rsi)))?;
-        equal("where it went", end.vector(), Some(0x77))?;
+        equal("RIP", end.state.rip, there)?;
         equal("return address", g.read_u64(place::STACK - 8), place::CODE + 2)?;
         end.saw(&[read(0, 8)])
     });
     suite.add("JMP through memory", WIDE, |g| {
-        g.io.answer(&[super::super::tables::handler(0x78)]);
+        g.io.answer(&[place::MORE_CODE]);
+        let there = g.user_code_at(place::MORE_CODE, 64, |a| a.nop())?;
         let end = g.run(|a| a.jmp(qword_ptr(rsi)))?;
-        equal("where it went", end.vector(), Some(0x78))?;
+        equal("RIP", end.state.rip, there)?;
         end.saw(&[read(0, 8)])
     });
     suite.add("a stack in a device", &[Mode::Long], |g| {
