@@ -1,7 +1,7 @@
-//! `cargo xtask test`: installs what the tests need, checks format, lints and the rules of `tidy`, then
-//! runs every test of the workspace in one `cargo test`, whose lines come last.
+//! `cargo xtask test`: installs what the tests need, checks format, lints and the rules of `tidy`, runs the KVM
+//! engine on emulated AMD-V, then runs every test of the workspace in one `cargo test`, whose lines come last.
 
-use crate::{cargo, install, run, tidy};
+use crate::{cargo, install, nested, run, tidy};
 use anyhow::{Context, Result};
 use anyvisor_tests::assets;
 use std::time::{Duration, Instant};
@@ -44,6 +44,9 @@ pub fn test(options: &Options) -> Result<()> {
         })?;
     }
     stage("build", &|| run(cargo().args(["build", "--quiet", "--release", "--workspace", "--all-targets"])))?;
+    if !options.only_tests {
+        stage("the KVM engine on emulated AMD-V", &nested::in_short)?;
+    }
     print_times(&times);
     // Last, so that its lines are the last ones.
     run(cargo().args(["test", "--release", "--workspace", "--no-fail-fast"]))
