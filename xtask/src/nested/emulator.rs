@@ -118,7 +118,7 @@ impl Emulator {
     /// # Errors
     /// As for `run`, and when this emulator has no fourth serial port.
     pub fn run_with(&self, image: &Image, patience: Duration, more: &str, fourth: Option<&Path>) -> Result<Outcome> {
-        let folder = scratch(self.program)?;
+        let folder = scratch(&if fourth.is_some() { format!("{}-moving", self.program) } else { self.program.into() })?;
         for name in [CONSOLE, OUTPUT, STATUS] {
             fs::write(folder.join(name), "")?;
         }
@@ -177,7 +177,8 @@ fn bochs(image: &Image, folder: &Path, patience: Duration) -> Result<Child> {
     let said = File::create(folder.join("said"))?;
     let mut command = Command::new("timeout");
     command.arg((patience.as_secs() + 10).to_string()).args(["script", "-qec", inner, "/dev/null"]);
-    command.current_dir(folder).env("TERM", "xterm").stdin(Stdio::null());
+    // A pipe that stays open: at the end of its input `script` stops to read what Bochs prints, and Bochs waits.
+    command.current_dir(folder).env("TERM", "xterm").stdin(Stdio::piped());
     command.stdout(said.try_clone()?).stderr(said);
     command.spawn().context("starting Bochs")
 }
