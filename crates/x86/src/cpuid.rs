@@ -335,6 +335,8 @@ const SYSTEM: &[Feature] = &[
     BHI_CTRL,
     fx_edx("pdpe1gb", 26),
     fx_edx("rdtscp", 27),
+    // Its rate does not change, and it does not stop.
+    Feature { name: "nonstop_tsc", leaf: 0x8000_0007, subleaf: 0, register: Register::Edx, bit: 8 },
 ];
 
 /// Instructions beyond x86-64-v3 that `host` shows where the engine has them. All work on the general,
@@ -555,13 +557,16 @@ impl fmt::Display for CpuModel {
 
 /// A model, without some of the features that it shows where they are: what a VM is to have on several hosts.
 ///
-/// As text it is the model's name and the features' with a minus, for example `x86-64-v2,-pcid,-smap`.
+/// As text it is the model's name and the features' with a minus, for example `x86-64-v2,-pcid,-smap`; and
+/// `phys-bits=40` for physical addresses of at most so many bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct CpuChoice {
     pub model: CpuModel,
     /// Bit n is feature n of [`CpuChoice::removable`].
     without: u64,
+    /// Most bits of a physical address, if fewer than the model has.
+    physical_bits: Option<u8>,
 }
 
 impl CpuChoice {
@@ -586,13 +591,17 @@ impl CpuChoice {
                 limited.replace(feature.leaf, feature.subleaf, result);
             }
         }
+        if let (Some(most), Some(mut widths)) = (self.physical_bits, limited.get(0x8000_0008, 0)) {
+            widths.eax = widths.eax & !0xff | (widths.eax & 0xff).min(most.into());
+            limited.replace(0x8000_0008, 0, widths);
+        }
         self.model.table(&limited, cpus, apic_id)
     }
 }
 
 impl From<CpuModel> for CpuChoice {
     fn from(model: CpuModel) -> CpuChoice {
-        CpuChoice { model, without: 0 }
+        CpuChoice { model, without: 0, physical_bits: None }
     }
 }
 
@@ -602,6 +611,12 @@ impl FromStr for CpuChoice {
         let mut parts = text.split(',');
         let mut choice = CpuChoice::from(parts.next().unwrap_or("").parse::<CpuModel>()?);
         for part in parts {
+            if let Some(bits) = part.strip_prefix("phys-bits=") {
+                let bits = bits.parse().ok().filter(|bits| (36..=52).contains(bits));
+                choice.physical_bits =
+                    Some(bits.ok_or_else(|| format!("'{part}' in CPU model '{text}' is not a number from 36 to 52"))?);
+                continue;
+            }
             let name = part.strip_prefix('-').ok_or_else(|| {
                 format!("'{part}' in CPU model '{text}' is no feature to leave out; write for example x86-64-v2,-pcid")
             })?;
@@ -632,7 +647,8 @@ impl From<CpuChoice> for String {
 impl fmt::Display for CpuChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.model.name())?;
-        self.removed().try_for_each(|feature| write!(f, ",-{}", feature.name))
+        self.removed().try_for_each(|feature| write!(f, ",-{}", feature.name))?;
+        self.physical_bits.map_or(Ok(()), |bits| write!(f, ",phys-bits={bits}"))
     }
 }
 
@@ -801,6 +817,10 @@ mod tests {
         assert_eq!(choice.to_string(), "x86-64-v2,-pcid,-smap");
         assert_eq!(choice.to_string().parse(), Ok(choice));
         assert_eq!("x86-64-v3".parse(), Ok(CpuChoice::from(CpuModel::V3)));
+        let narrow: CpuChoice = "x86-64-v3,phys-bits=40,-nonstop_tsc".parse().unwrap();
+        assert_eq!(narrow.to_string(), "x86-64-v3,-nonstop_tsc,phys-bits=40");
+        let table = narrow.table(&host, 1, 0).unwrap();
+        assert_eq!((table.get(0x8000_0008, 0).unwrap().eax, table.get(0x8000_0007, 0).unwrap().edx), (48 << 8 | 40, 0));
         assert!("host,-avx2".parse::<CpuChoice>().unwrap().table(&host, 1, 0).is_ok_and(|table| !table.has(&AVX2)));
         for (bad, part) in [
             ("x86-64-v3,-avx2", "no feature 'avx2'"),
@@ -808,6 +828,7 @@ mod tests {
             ("x86-64-v2,pcid", "'pcid'"),
             ("x86-64-v2,-", "no feature ''"),
             ("pentium,-pcid", "pentium"),
+            ("host,phys-bits=99", "36 to 52"),
         ] {
             let message = bad.parse::<CpuChoice>().unwrap_err();
             assert!(message.contains(part) && !message.contains('\n'), "{message}");
