@@ -151,11 +151,12 @@ impl RunOptions {
             return contradicts("cmdline", format!("'{given}'"), format!("'{}'", machine.command_line.escape_debug()));
         }
         let shown = |path: Option<&PathBuf>| path.map_or("none".into(), |path| format!("'{}'", path.display()));
-        if self.kernel.is_some() && self.kernel.as_ref() != Some(&machine.kernel) {
-            return contradicts("kernel", shown(self.kernel.as_ref()), shown(Some(&machine.kernel)));
-        }
-        if self.initrd.is_some() && self.initrd != machine.initrd {
-            return contradicts("initrd", shown(self.initrd.as_ref()), shown(machine.initrd.as_ref()));
+        for (option, given, saved) in
+            [("kernel", &self.kernel, Some(&machine.kernel)), ("initrd", &self.initrd, machine.initrd.as_ref())]
+        {
+            if given.as_ref().is_some_and(|given| Some(&snapshot::absolute(given)) != saved) {
+                return contradicts(option, shown(given.as_ref()), shown(saved));
+            }
         }
         if self.debug_exit && !machine.debug_exit {
             return Err(Error::user(format!(

@@ -10,7 +10,7 @@ use anyvisor_x86::{Cpuid, VcpuState};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Version of the format that this build writes, and the only one it reads.
 pub const FORMAT: u32 = 1;
@@ -112,8 +112,8 @@ impl Machine {
     pub fn of(config: &Config) -> Machine {
         Machine {
             id: config.id.clone(),
-            kernel: config.kernel.clone(),
-            initrd: config.initrd.clone(),
+            kernel: absolute(&config.kernel),
+            initrd: config.initrd.as_deref().map(absolute),
             command_line: config.command_line.clone(),
             memory: config.memory,
             cpus: config.cpus,
@@ -137,6 +137,11 @@ impl Machine {
             on_reboot,
         }
     }
+}
+
+/// A path that means the same in every folder, as far as there is one.
+pub fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// One vCPU: what it looks like to its guest, and its state.

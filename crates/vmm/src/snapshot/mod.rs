@@ -25,7 +25,7 @@ mod read;
 mod write;
 
 pub use history::History;
-pub use manifest::{Checksum, FORMAT, Machine, Manifest, Parent, Vcpu};
+pub use manifest::{Checksum, FORMAT, Machine, Manifest, Parent, Vcpu, absolute};
 pub use read::Snapshot;
 pub use write::{Summary, Unfinished, save};
 
