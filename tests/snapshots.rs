@@ -483,13 +483,14 @@ fn forge(random: &mut Random, value: &mut serde_json::Value) {
         Value::Bool(value) => *value = !*value,
         Value::Number(number) => {
             let number = number.as_u64().unwrap_or(0);
-            *value = match random.below(6) {
-                0 => Value::from(random.below(256)),
-                1 => Value::from(u64::MAX),
-                2 => Value::from(number ^ 1 << random.below(64)),
-                3 => Value::from(number ^ 1 << random.below(16)),
-                4 => Value::from(1u64 << random.below(64)),
-                _ => Value::from((random.below(1 << 31) as u64) << random.below(33)),
+            // Mostly what fits its type: a bit that a number of this size can have.
+            let width = 64 - number.max(255).leading_zeros() as usize;
+            *value = match random.below(10) {
+                0 => Value::from(0),
+                1 => Value::from(random.below(256)),
+                2 => Value::from(1u64 << random.below(64)),
+                3 => Value::from(u64::MAX),
+                _ => Value::from(number ^ 1 << random.below(width)),
             };
         }
         _ => *value = serde_json::json!({ "vector": random.below(256), "error_code": 5, "payload": 7 }),
