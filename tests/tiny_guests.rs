@@ -77,3 +77,25 @@ fn serial_output_can_go_to_a_file() {
     assert!(std::fs::read_to_string(&file).unwrap().contains("to the file"));
     assert!(!ended.output.contains("to the file"));
 }
+
+#[test]
+fn the_kvm_engine_runs_a_tiny_guest() {
+    if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        return println!("skipped: /dev/kvm cannot be opened: {error}");
+    }
+    let code = [print("on kvm\n"), debug_exit(0x15), HALT.to_vec()].concat();
+    let ended = start("kvm", &code, &["--engine", "kvm", "--cpu-model", "host", "--debug-exit"]).end(PATIENCE);
+    assert_eq!(ended.code(), 0x15 << 1 | 1, "{ended:?}");
+    assert!(ended.output.contains("on kvm"), "{ended:?}");
+    assert!(!ended.errors.contains("because"), "an engine that was asked for needs no reason\n{ended:?}");
+}
+
+#[test]
+fn auto_says_which_engine_and_why() {
+    let code = [debug_exit(1), HALT.to_vec()].concat();
+    let ended = start("auto", &code, &["--engine", "auto", "--cpu-model", "host", "--debug-exit"]).end(PATIENCE);
+    assert_eq!(ended.code(), 3, "{ended:?}");
+    let notes: Vec<_> = ended.errors.lines().filter(|line| line.contains(": engine ")).collect();
+    assert_eq!(notes.len(), 1, "one line\n{ended:?}");
+    assert!(notes[0].contains(", because "), "{ended:?}");
+}
