@@ -9,6 +9,7 @@ mod fpu;
 mod identity;
 mod interrupts;
 mod kicks;
+mod machine;
 mod mmio;
 mod paging;
 mod port_io;
@@ -63,5 +64,6 @@ pub fn cases() -> Vec<Case> {
     fpu::add(&mut suite);
     code::add(&mut suite);
     state::add(&mut suite);
+    machine::add(&mut suite);
     suite.cases
 }
