@@ -130,6 +130,10 @@ impl Emulator {
         let late = follow(child, &folder.join(OUTPUT), patience)?;
         let status = fs::read_to_string(folder.join(STATUS)).unwrap_or_default();
         if let Ok(status) = status.trim().parse() {
+            if fourth.is_some() {
+                // A guest's whole memory is in there.
+                let _ = fs::remove_dir_all(&folder);
+            }
             return Ok(Outcome::Ended(status));
         }
         let mut why = if late { format!("no end after {} s", patience.as_secs()) } else { "it ended early".to_owned() };
