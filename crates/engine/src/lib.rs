@@ -62,7 +62,7 @@ pub trait Vm: Send + Sync {
     fn log_dirty(&self, on: bool) -> Result<()>;
 
     /// The pages written since logging started or since the last call. No vCPU may be running. What the
-    /// machine itself writes to RAM is the machine's to know.
+    /// machine itself writes to RAM is the machine's to know. Pages that were only read may be among them.
     ///
     /// # Errors
     /// Nothing is being logged, or the host failed.

@@ -28,7 +28,7 @@ pub struct Host {
 }
 
 /// All hosts that have limits.
-pub const ALL: &[Host] = &[QEMU_SVM, BOCHS_VMX, PAGE_TABLES];
+pub const ALL: &[Host] = &[KVM, QEMU_SVM, BOCHS_VMX, PAGE_TABLES];
 
 /// What KVM itself does not do, on any processor.
 const KVM_EMULATOR: Limit = Limit {
@@ -42,6 +42,16 @@ const KVM_EMULATOR_USER: Limit = Limit {
     reason: "what KVM's emulator does not know is #UD at CPL 3",
 };
 
+const KVM_DIRTY_LOG: Limit = Limit {
+    cases: &["dirty log: a store logs its page and no other"],
+    seen: Some("was not touched but is among"),
+    reason: "KVM logs a page when it maps it writable, for a read too, and walks of page tables count as writes",
+};
+
+/// KVM on a processor with hardware virtualization.
+const KVM: Host =
+    Host { name: "kvm", what: "KVM on hardware", limits: &[KVM_EMULATOR, KVM_EMULATOR_USER, KVM_DIRTY_LOG] };
+
 /// kvm_amd in QEMU 7.2's TCG (target/i386/tcg).
 const QEMU_SVM: Host = Host {
     name: "qemu-svm",
@@ -49,6 +59,7 @@ const QEMU_SVM: Host = Host {
     limits: &[
         KVM_EMULATOR,
         KVM_EMULATOR_USER,
+        KVM_DIRTY_LOG,
         Limit {
             cases: &["[protected user]", "[vm86]", "IRET: to virtual-8086 mode"],
             seen: None,
@@ -312,6 +323,7 @@ const BOCHS_VMX: Host = Host {
     limits: &[
         KVM_EMULATOR,
         KVM_EMULATOR_USER,
+        KVM_DIRTY_LOG,
         Limit {
             cases: &["SMSW at CPL 3 with CR4.UMIP is #GP"],
             seen: Some("got at the end of the code"),
