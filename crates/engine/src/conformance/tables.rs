@@ -310,7 +310,10 @@ pub fn segment(memory: &GuestMemoryMmap, selector: u16) -> Segment {
     let at = GuestAddress(place::GDT + u64::from(selector & !7));
     let raw: u64 = memory.read_obj(at).expect("the GDT lies in RAM");
     let mut segment = Segment::from_descriptor(selector, raw);
-    segment.attributes |= attr::ACCESSED;
+    // In a system descriptor the bit is part of the type, and VT-x enters no guest with such an LDTR.
+    if segment.attributes & attr::S != 0 {
+        segment.attributes |= attr::ACCESSED;
+    }
     segment
 }
 
