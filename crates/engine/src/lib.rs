@@ -6,7 +6,7 @@
 //! - Port and memory-mapped I/O is a call-out ([`GuestIo`]); control is the return value ([`Exit`]). So
 //!   [`Vcpu::run`] returns only at an instruction boundary, and no half-done instruction is ever visible.
 //! - Exits are architectural, never a vendor's or KVM's numbers.
-//! - An optional ability is an `Option<&dyn Trait>`: no capability booleans, no `unimplemented!()`.
+//! - An optional ability is an `Option<&dyn Trait>`: no capability booleans, no methods that only panic.
 //! - A misbehaving guest gets what hardware would give it (an exception, all-ones reads), never an `Err`;
 //!   an `Err` means that the host failed.
 #![forbid(unsafe_code)]

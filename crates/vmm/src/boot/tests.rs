@@ -175,7 +175,7 @@ fn wrong_kernels_are_refused_in_one_line() {
         put(&mut image, at, bytes);
         refusal(&image, &boot(false))
     };
-    assert!(changed(0x202, b"XXXX").contains("not a kernel"));
+    assert!(changed(0x202, b"HdrX").contains("not a kernel"));
     assert!(changed(0x206, &[4, 2]).contains("older than"));
     assert!(changed(0x236, &[0, 0]).contains("32-bit"));
     assert!(changed(0x1f4, &[0xff; 4]).contains("damaged"));
