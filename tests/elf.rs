@@ -42,6 +42,26 @@ pub fn pvh(code: &[u8]) -> Vec<u8> {
     file
 }
 
+/// A flat image with a Multiboot header of version 1 or 2 (Multiboot 0.6.96, 3.1; Multiboot 2.0, 3.1), loaded at
+/// [`ENTRY`] and entered at `code` behind the header.
+pub fn multiboot(version: u8, code: &[u8]) -> Vec<u8> {
+    const CODE: u32 = ENTRY + 0x100;
+    let words: Vec<u32> = if version == 1 {
+        let flags = 1 << 16;
+        let checksum = 0u32.wrapping_sub(0x1bad_b002 + flags);
+        vec![0x1bad_b002, flags, checksum, ENTRY, ENTRY, 0, 0, CODE]
+    } else {
+        let checksum = 0u32.wrapping_sub(0xe852_50d6).wrapping_sub(64);
+        // Addresses, entry point and its padding, end.
+        let tags = [2, 24, ENTRY, ENTRY, 0, 0, 3, 12, CODE, 0, 0, 8];
+        [vec![0xe852_50d6, 0, 64, checksum], tags.to_vec()].concat()
+    };
+    let mut file: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
+    file.resize((CODE - ENTRY) as usize, 0);
+    file.extend_from_slice(code);
+    file
+}
+
 /// Code that prints `text` on the first serial port.
 pub fn print(text: &str) -> Vec<u8> {
     let mut code = vec![0x66, 0xba, 0xf8, 0x03]; // mov dx, 0x3f8

@@ -1,6 +1,6 @@
 //! Guests of a few instructions: how a VM ends, as its exit code tells.
 
-use anyvisor_tests::elf::{ENTRY, HALT, SPIN, debug_exit, print, pvh};
+use anyvisor_tests::elf::{ENTRY, HALT, SPIN, debug_exit, multiboot, print, pvh};
 use anyvisor_tests::{assets, vm};
 use std::time::Duration;
 
@@ -76,6 +76,39 @@ fn serial_output_can_go_to_a_file() {
     assert_eq!(ended.code(), 1, "{ended:?}");
     assert!(std::fs::read_to_string(&file).unwrap().contains("to the file"));
     assert!(!ended.output.contains("to the file"));
+}
+
+/// Each version's kernel prints its second module's text's first letter, and exits with the low byte of EAX.
+#[test]
+fn multiboot_kernels_find_their_modules() {
+    let module = assets::scratch("module", b"contents").unwrap();
+    let module = format!("{},Zebra", module.display());
+    // Version 1: mods_addr at 24, entries of 16 bytes, the text's address at 8 of each.
+    // mov esi, [ebx+24]; mov esi, [esi+16+8]
+    let one: &[u8] = &[0x8b, 0x73, 24, 0x8b, 0x76, 24];
+    // Version 2: tags from 8 on; the second of type 3, text at 16 of it; its size rounded up to 8 leads on.
+    // lea esi, [ebx+8]; xor ecx, ecx
+    // L: cmp dword [esi], 3; jne N; inc ecx; cmp ecx, 2; je F
+    // N: mov edx, [esi+4]; add edx, 7; and edx, -8; add esi, edx; jmp L
+    // F: add esi, 16
+    let two: &[u8] = &[
+        0x8d, 0x73, 8, 0x31, 0xc9, 0x83, 0x3e, 3, 0x75, 6, 0x41, 0x83, 0xf9, 2, 0x74, 13, 0x8b, 0x56, 4, 0x83, 0xc2, 7,
+        0x83, 0xe2, 0xf8, 0x01, 0xd6, 0xeb, 0xe8, 0x90, 0x90, 0x83, 0xc6, 16,
+    ];
+    for (version, find, magic) in [(1, one, 0x02u32), (2, two, 0x89)] {
+        // mov edi, eax; FIND; mov al, [esi]; mov dx, 0x3f8; out dx, al; mov eax, edi; mov dx, 0xf4; out dx, al
+        let rest = [0x8a, 0x06, 0x66, 0xba, 0xf8, 0x03, 0xee, 0x89, 0xf8, 0x66, 0xba, 0xf4, 0x00, 0xee];
+        let code = [&[0x89, 0xc7], find, &rest, HALT].concat();
+        let kernel = assets::scratch(&format!("multiboot{version}"), &multiboot(version, &code)).unwrap();
+        let options = ["--memory", "64M", "--debug-exit", "--module", "/dev/null,first", "--module", &module];
+        let refused = vm::Vm::start(&vm::arguments(&kernel, &options)).unwrap().end(PATIENCE);
+        assert_eq!(refused.code(), 2, "a device is no file\n{refused:?}");
+        let first = assets::scratch("first", b"").unwrap().display().to_string();
+        let options = ["--memory", "64M", "--debug-exit", "--module", &first, "--module", &module];
+        let ended = vm::Vm::start(&vm::arguments(&kernel, &options)).unwrap().end(PATIENCE);
+        assert_eq!(ended.code() as u32, (magic << 1 | 1) & 0xff, "{ended:?}");
+        assert!(ended.output.contains('Z'), "{ended:?}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
-use anyvisor_vmm::config::{Config, OnReboot, Serial, parse_size, show_size};
+use anyvisor_vmm::config::{Config, Module, OnReboot, Serial, parse_size, show_size};
 use anyvisor_vmm::{Error, Result, snapshot};
 use anyvisor_x86::cpuid::{CpuChoice, CpuModel};
 use clap::error::ErrorKind;
@@ -56,7 +56,7 @@ impl Command {
 
 #[derive(Debug, Args)]
 pub struct RunOptions {
-    /// Linux bzImage (vmlinuz), or ELF vmlinux with a PVH note
+    /// Linux bzImage (vmlinuz), ELF vmlinux with a PVH note, or a Multiboot kernel
     #[arg(long, value_name = "FILE", required_unless_present = "restore")]
     pub kernel: Option<PathBuf>,
     /// Go on from a snapshot; of the machine's options, only those that agree with it can be given
@@ -69,6 +69,9 @@ pub struct RunOptions {
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
+    /// Module of a Multiboot kernel, and what the kernel is told of it; repeat for more
+    #[arg(long, value_name = "FILE[,TEXT]")]
+    pub module: Vec<Module>,
     /// Kernel command line [default: console=ttyS0]
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
@@ -99,6 +102,9 @@ pub struct RunOptions {
     /// Let a guest's write of v to port 0xf4 end the VM with exit code (v<<1)|1
     #[arg(long)]
     pub debug_exit: bool,
+    /// Give the guest the ports and memory that kvm-unit-tests need, --debug-exit included
+    #[arg(long)]
+    pub test_device: bool,
     /// What a guest's reboot does: exit or restart
     #[arg(long, value_name = "ACTION", default_value = "exit")]
     pub on_reboot: OnReboot,
@@ -117,12 +123,14 @@ impl RunOptions {
             id: self.id.clone().unwrap_or_else(default_id),
             kernel: self.kernel.clone().unwrap_or_default(),
             initrd: self.initrd.clone(),
+            modules: self.module.clone(),
             command_line: self.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into()),
             memory: self.memory.unwrap_or(512 << 20),
             cpus: self.cpus.unwrap_or(1),
             cpu: self.cpu_model.unwrap_or(CpuModel::V3.into()),
             serial: self.serial(),
-            debug_exit: self.debug_exit,
+            debug_exit: self.debug_exit || self.test_device,
+            test_device: self.test_device,
             on_reboot: self.on_reboot,
         }
     }
@@ -163,6 +171,17 @@ impl RunOptions {
                 "--debug-exit contradicts snapshot '{}', which has no debug-exit port; leave it out",
                 from.display()
             )));
+        }
+        if self.test_device && !machine.test_device {
+            return Err(Error::user(format!(
+                "--test-device contradicts snapshot '{}', which has no test device; leave it out",
+                from.display()
+            )));
+        }
+        let given: Vec<Module> =
+            self.module.iter().map(|m| Module { path: snapshot::absolute(&m.path), ..m.clone() }).collect();
+        if !given.is_empty() && given != machine.modules {
+            return contradicts("module", "as given".into(), format!("{} others", machine.modules.len()));
         }
         let config = machine.config(self.serial(), self.on_reboot);
         let id = match &self.id {

@@ -15,6 +15,7 @@
 //! | [`ioapic::IoApic`] | `read(offset)`, `write(offset, dword) -> Vec<Msi>`, `set_irq -> Option<Msi>`, `eoi -> Vec<Msi>` | the messages |
 //! | [`acpi_pm::AcpiPm`] | `read(offset, data, now)`, `write(offset, data, now) -> Option<PowerEvent>` | `sci()` level; `poll`, `next_event` |
 //! | [`pci::PciRoot`] | `port_read`/`port_write`, `ecam_*`, `window_*`; shared, locks itself | `PowerEvent` from port 0xcf9 |
+//! | [`test_device::TestDevice`] | `read_latch`, `write_latch`, `read_memory`, `write_memory` | none: its lines are the machine's |
 //! | [`power`] | the debug-exit port and the reset control register | `PowerEvent` |
 //!
 //! Interrupt levels (`interrupt()`, `interrupts()`, `sci()`) are looked at by the machine after each access
@@ -35,6 +36,7 @@ pub mod power;
 pub mod rtc;
 pub mod serial;
 pub mod state;
+pub mod test_device;
 
 pub use bus::{Bus, BusDevice, Width};
 pub use power::PowerEvent;

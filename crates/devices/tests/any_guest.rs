@@ -11,6 +11,7 @@ use anyvisor_devices::pic::Pic;
 use anyvisor_devices::pit::Pit;
 use anyvisor_devices::rtc::Rtc;
 use anyvisor_devices::serial::{FIFO_SIZE, Serial};
+use anyvisor_devices::test_device::TestDevice;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -277,6 +278,32 @@ fn i8042() {
         step_i8042(&mut random, &mut chip);
     }
     save_and_restore(5, &I8042::new(), step_i8042, |chip| chip.check());
+}
+
+fn step_test_device(random: &mut Random, device: &mut TestDevice) {
+    let mut data = random.next().to_le_bytes();
+    let size = 1 << (random.next() % 4);
+    match random.next() % 4 {
+        0 => device.write_latch(random.next() as u16 & 3, &data[..size.min(4)]),
+        1 => device.read_latch(random.next() as u16 & 3, &mut data[..size.min(4)]),
+        2 => device.write_memory(random.next() & 0xffff, &data[..size]),
+        _ => device.read_memory(random.next() & 0xffff, &mut data[..size]),
+    }
+}
+
+#[test]
+fn test_device() {
+    let mut random = Random(7);
+    for seed in 0..5 {
+        let mut device = TestDevice::new();
+        (0..200).for_each(|_| step_test_device(&mut random, &mut device));
+        let saved = serde_json::to_string(&device).unwrap();
+        let mut back: TestDevice = serde_json::from_str(&saved).unwrap();
+        back.check().unwrap();
+        (0..200).for_each(|_| step_test_device(&mut Random(seed), &mut device));
+        (0..200).for_each(|_| step_test_device(&mut Random(seed), &mut back));
+        assert_eq!(serde_json::to_string(&back).unwrap(), serde_json::to_string(&device).unwrap());
+    }
 }
 
 #[test]

@@ -19,9 +19,11 @@ pub const CPUS_MAX: u32 = 64;
 pub struct Config {
     /// Name in messages.
     pub id: String,
-    /// bzImage, or ELF with a PVH note.
+    /// bzImage, ELF with a PVH note, or an image with a Multiboot header.
     pub kernel: PathBuf,
     pub initrd: Option<PathBuf>,
+    /// Modules of a Multiboot kernel; the initrd comes before them.
+    pub modules: Vec<Module>,
     pub command_line: String,
     /// RAM in bytes, a multiple of 4 KiB.
     pub memory: u64,
@@ -30,7 +32,34 @@ pub struct Config {
     pub serial: Serial,
     /// A write of v to port 0xf4 ends the VM with exit code (v << 1) | 1.
     pub debug_exit: bool,
+    /// The ports and memory that kvm-unit-tests need, and the debug-exit port.
+    pub test_device: bool,
     pub on_reboot: OnReboot,
+}
+
+/// A file that a Multiboot kernel finds in memory.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Module {
+    pub path: PathBuf,
+    /// What the kernel is told of it; by default its path.
+    pub text: Option<String>,
+}
+
+impl FromStr for Module {
+    type Err = String;
+
+    /// A path, and a text after the first comma.
+    fn from_str(text: &str) -> std::result::Result<Module, String> {
+        let (path, text) = match text.split_once(',') {
+            Some((path, text)) => (path, Some(text.to_owned())),
+            None => (text, None),
+        };
+        if path.is_empty() {
+            return Err("a module has no file; write FILE or FILE,TEXT".into());
+        }
+        Ok(Module { path: path.into(), text })
+    }
 }
 
 impl Config {
@@ -165,6 +194,15 @@ mod tests {
     }
 
     #[test]
+    fn modules_parse() {
+        let module = |path: &str, text: Option<&str>| Module { path: path.into(), text: text.map(str::to_owned) };
+        assert_eq!("a/b".parse(), Ok(module("a/b", None)));
+        assert_eq!("a,".parse(), Ok(module("a", Some(""))));
+        assert_eq!("a,b c,d".parse(), Ok(module("a", Some("b c,d"))));
+        assert!(",x".parse::<Module>().unwrap_err().contains("file"));
+    }
+
+    #[test]
     fn serial_targets_parse() {
         assert_eq!("stdio".parse(), Ok(Serial::Stdio));
         assert_eq!("file:/tmp/x".parse(), Ok(Serial::File("/tmp/x".into())));
@@ -178,12 +216,14 @@ mod tests {
             id: "t".into(),
             kernel: "k".into(),
             initrd: None,
+            modules: Vec::new(),
             command_line: String::new(),
             memory: 512 << 20,
             cpus: 1,
             cpu: anyvisor_x86::cpuid::CpuModel::V3.into(),
             serial: Serial::Null,
             debug_exit: false,
+            test_device: false,
             on_reboot: OnReboot::Exit,
         };
         assert!(good.validate().is_ok());

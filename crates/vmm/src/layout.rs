@@ -40,6 +40,8 @@ pub const ECAM_SIZE: u64 = anyvisor_devices::pci::ECAM_LENGTH;
 pub const PCI_PORTS: u16 = 0x1000;
 pub const IO_APIC: u64 = anyvisor_devices::ioapic::DEFAULT_BASE;
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Memory of the test device, where a machine has one.
+pub const TEST_MEMORY: u64 = anyvisor_devices::test_device::MEMORY;
 /// RAM beyond [`LOW_RAM_LIMIT`] continues here.
 pub const HIGH_RAM: u64 = 1 << 32;
 

@@ -29,12 +29,14 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         id: format!("quickstart-{}", std::process::id()),
         kernel: "vmlinuz".into(),
         initrd: None,
+        modules: Vec::new(),
         command_line: String::new(),
         memory: options.memory,
         cpus: options.cpus,
         cpu: options.cpu_model,
         serial: if interactive { Serial::Stdio } else { Serial::Null },
         debug_exit: false,
+        test_device: false,
         on_reboot: OnReboot::Exit,
     };
     config.validate()?;

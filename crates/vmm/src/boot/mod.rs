@@ -1,17 +1,19 @@
 //! Loads a kernel, and leaves the bootstrap processor where the kernel's boot protocol wants it.
 //!
-//! Two protocols: Linux's own for bzImage ([`linux`], entered in 64-bit mode, so that the decompressor runs
-//! in the guest and KASLR works) and PVH for ELF images ([`pvh`], entered in 32-bit protected mode without
-//! paging). The image decides which.
+//! Three protocols: Linux's own for bzImage ([`linux`], entered in 64-bit mode, so that the decompressor runs
+//! in the guest and KASLR works), Multiboot for images with one of its headers ([`multiboot`]) and PVH for other
+//! ELF images ([`pvh`]), both entered in 32-bit protected mode without paging. The image decides which.
 //!
 //! Images are untrusted: whatever the bytes are, loading ends in a kernel in guest memory or in one line of
 //! [`Error::User`]. Every address that an image names is checked against RAM before it is used. The
-//! structures below 1 MiB ([`layout`]) are written after the image, which must not reach there.
+//! structures below 1 MiB ([`layout`]) are written after the image, which must not reach there; only Multiboot
+//! has none there.
 
 mod linux;
+mod multiboot;
 mod pvh;
 
-use crate::config::show_mib;
+use crate::config::{Module, show_mib};
 use crate::{Error, Result, layout};
 use anyvisor_x86::bits::{cr0, cr4, efer, gpr, rflags};
 use anyvisor_x86::segment::index::{CS, DS, ES, FS, GS, SS};
@@ -29,6 +31,8 @@ const FILE_MAX: u64 = 1 << 40;
 pub struct Boot<'a> {
     pub kernel: &'a Path,
     pub initrd: Option<&'a Path>,
+    /// Further modules, for a Multiboot kernel.
+    pub modules: &'a [Module],
     pub command_line: &'a str,
     /// RAM in bytes.
     pub ram: u64,
@@ -43,6 +47,9 @@ pub enum Entry {
     Linux64 { rip: u64 },
     /// 32-bit protected mode without paging, EBX = `hvm_start_info` (xen/include/public/arch-x86/hvm/start_info.h).
     Pvh { rip: u32 },
+    /// As [`Entry::Pvh`], with EBX = the information structure and EAX = `magic`, which says of which version
+    /// (Multiboot 0.6.96, 3.2; Multiboot 2.0, 3.3).
+    Multiboot { rip: u32, magic: u32, info: u32 },
 }
 
 /// Loads kernel and initrd into `memory` and writes what the protocol wants beside them.
@@ -52,7 +59,9 @@ pub enum Entry {
 pub fn load(memory: &GuestMemoryMmap, boot: &Boot) -> Result<Entry> {
     let mut kernel = open(boot.kernel, "kernel")?;
     let mut initrd = boot.initrd.map(|path| open(path, "initrd")).transpose()?;
-    load_images(memory, boot, &mut kernel, initrd.as_mut())
+    let modules = boot.modules.iter().map(|module| open(&module.path, "module"));
+    let mut modules = modules.collect::<Result<Vec<_>>>()?;
+    load_images(memory, boot, &mut kernel, initrd.as_mut(), &mut modules)
 }
 
 /// [`load`] for images that need not be files.
@@ -60,9 +69,17 @@ fn load_images<F: Image>(
     memory: &GuestMemoryMmap,
     boot: &Boot,
     kernel: &mut F,
-    initrd: Option<&mut F>,
+    mut initrd: Option<&mut F>,
+    modules: &mut [F],
 ) -> Result<Entry> {
     check_command_line(boot.command_line)?;
+    if let Some(entry) = multiboot::load(memory, boot, kernel, initrd.as_deref_mut(), modules)? {
+        return Ok(entry);
+    }
+    if !modules.is_empty() {
+        let name = boot.kernel.display();
+        return Err(Error::user(format!("kernel '{name}' is no Multiboot kernel and takes no --module; use --initrd")));
+    }
     let mut magic = [0; 4];
     read_at(kernel, 0, &mut magic).map_err(|_| not_a_kernel(boot))?;
     let entry = if magic == *b"\x7fELF" {
@@ -79,7 +96,7 @@ fn load_images<F: Image>(
 /// # Errors
 /// [`Error::User`] says why not.
 pub fn check_kernel(path: &Path) -> Result<()> {
-    let boot = Boot { kernel: path, initrd: None, command_line: "", ram: layout::LOW_RAM_LIMIT, rsdp: 0 };
+    let boot = Boot { kernel: path, initrd: None, modules: &[], command_line: "", ram: layout::LOW_RAM_LIMIT, rsdp: 0 };
     linux::check(&boot, &mut open(path, "kernel")?)
 }
 
@@ -117,6 +134,16 @@ impl Entry {
                 state.segments.seg[CS] = segment(CODE32);
                 state.rip = u64::from(rip);
                 state.gpr[gpr::RBX] = layout::PVH_START_INFO;
+                state.cr0 = cr0::PE | cr0::ET;
+                state.cr4 = 0;
+            }
+            Entry::Multiboot { rip, magic, info } => {
+                // There is no table in memory: the kernel must load its own before it touches a segment register.
+                state.gdtr = DescriptorTable { base: 0, limit: 0 };
+                state.segments.seg[CS] = segment(CODE32);
+                state.rip = u64::from(rip);
+                state.gpr[gpr::RAX] = u64::from(magic);
+                state.gpr[gpr::RBX] = u64::from(info);
                 state.cr0 = cr0::PE | cr0::ET;
                 state.cr4 = 0;
             }
@@ -254,7 +281,7 @@ fn read_at<F: Read + Seek>(image: &mut F, offset: u64, bytes: &mut [u8]) -> std:
 
 fn not_a_kernel(boot: &Boot) -> Error {
     Error::user(format!(
-        "'{}' is not a kernel that anyvisor can boot; give a 64-bit Linux bzImage (vmlinuz) or an ELF vmlinux with a PVH note",
+        "'{}' is not a kernel that anyvisor can boot; give a 64-bit Linux bzImage (vmlinuz), an ELF vmlinux with a PVH note or a Multiboot kernel",
         boot.kernel.display()
     ))
 }

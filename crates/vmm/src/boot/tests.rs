@@ -13,7 +13,14 @@ fn memory(ram: u64) -> GuestMemoryMmap {
 
 fn boot(initrd: bool) -> Boot<'static> {
     let initrd = initrd.then_some(Path::new("initrd"));
-    Boot { kernel: Path::new("vmlinuz"), initrd, command_line: "console=ttyS0", ram: RAM, rsdp: layout::ACPI }
+    Boot {
+        kernel: Path::new("vmlinuz"),
+        initrd,
+        modules: &[],
+        command_line: "console=ttyS0",
+        ram: RAM,
+        rsdp: layout::ACPI,
+    }
 }
 
 fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
@@ -64,7 +71,7 @@ fn pvh_image() -> Vec<u8> {
 }
 
 fn load_bytes(memory: &GuestMemoryMmap, kernel: &[u8], initrd: Option<&[u8]>, boot: &Boot) -> Result<Entry> {
-    load_images(memory, boot, &mut Cursor::new(kernel), initrd.map(Cursor::new).as_mut())
+    load_images(memory, boot, &mut Cursor::new(kernel), initrd.map(Cursor::new).as_mut(), &mut [])
 }
 
 fn refusal(kernel: &[u8], boot: &Boot) -> String {

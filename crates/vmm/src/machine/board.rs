@@ -27,6 +27,7 @@ use anyvisor_devices::pit::{self, Pit};
 use anyvisor_devices::power;
 use anyvisor_devices::rtc::{self, Rtc};
 use anyvisor_devices::serial::{self, Serial};
+use anyvisor_devices::test_device::{self, TestDevice};
 use anyvisor_devices::{Bus, BusDevice, Width};
 use anyvisor_engine::{GuestIo, Vm};
 use anyvisor_x86::Msi;
@@ -63,6 +64,7 @@ struct Wired {
     i8042: Mutex<I8042>,
     acpi_pm: Mutex<AcpiPm>,
     pci: PciRoot,
+    test_device: Option<Mutex<TestDevice>>,
     interrupts: Mutex<Interrupts>,
 }
 
@@ -84,6 +86,7 @@ pub struct Chips<'a> {
     pub i8042: MutexGuard<'a, I8042>,
     pub acpi_pm: MutexGuard<'a, AcpiPm>,
     pub pci: &'a PciRoot,
+    pub test_device: Option<MutexGuard<'a, TestDevice>>,
     pub interrupts: MutexGuard<'a, Interrupts>,
 }
 
@@ -114,6 +117,7 @@ impl Board {
             i8042: Mutex::new(I8042::new()),
             acpi_pm: Mutex::new(AcpiPm::new()),
             pci: PciRoot::new(),
+            test_device: config.test_device.then(Mutex::default),
             interrupts: Mutex::new(Interrupts { pic: Pic::new(), io_apic: IoApic::new(), lines: 0 }),
         });
         let (ports, memory) = buses(&chips, config.debug_exit);
@@ -180,6 +184,7 @@ impl Board {
             i8042: lock(&chips.i8042),
             acpi_pm: lock(&chips.acpi_pm),
             pci: &chips.pci,
+            test_device: chips.test_device.as_ref().map(lock),
             interrupts: lock(&chips.interrupts),
         }
     }
@@ -212,7 +217,19 @@ fn buses(chips: &Arc<Wired>, debug_exit: bool) -> (Bus, Bus) {
     add(serial::COM1_PORT, 8, Width::Byte, Chip::Serial);
     add(acpi_pm::PORT, acpi_pm::LENGTH.into(), Width::Dword, Chip::AcpiPm);
     add(pci::CONFIG_PORT, pci::CONFIG_PORTS.into(), Width::Dword, Chip::PciConfig);
-    add(layout::PCI_PORTS, 0x1_0000 - u64::from(layout::PCI_PORTS), Width::Dword, Chip::PciPorts);
+    let test_device = chips.test_device.is_some();
+    let mut pci_ports = layout::PCI_PORTS;
+    if test_device {
+        add(test_device::LATCH_PORT, 4, Width::Dword, Chip::TestLatch);
+        add(test_device::FLUSH_PORT, 4, Width::Dword, Chip::TestFlush);
+        add(test_device::BYTES_PORT, 4, Width::Byte, Chip::TestLatch);
+        // The lines' ports lie amid PCI's.
+        let (lines, length) = (test_device::LINES_PORT, test_device::LINES);
+        add(pci_ports, (lines - pci_ports).into(), Width::Dword, Chip::PciPorts);
+        add(lines, length.into(), Width::Dword, Chip::TestLines);
+        pci_ports = lines + length;
+    }
+    add(pci_ports, 0x1_0000 - u64::from(pci_ports), Width::Dword, Chip::PciPorts);
     if debug_exit {
         add(power::DEBUG_EXIT_PORT, 4, Width::Dword, Chip::DebugExit);
     }
@@ -222,6 +239,9 @@ fn buses(chips: &Arc<Wired>, debug_exit: bool) -> (Bus, Bus) {
     };
     add(layout::IO_APIC, ioapic::LENGTH, Width::Dword, Chip::IoApic);
     add(layout::ECAM, layout::ECAM_SIZE, Width::Dword, Chip::Ecam);
+    if test_device {
+        add(layout::TEST_MEMORY, test_device::MEMORY_SIZE, Width::Qword, Chip::TestMemory);
+    }
     add(layout::PCI_WINDOW, layout::PCI_WINDOW_END - layout::PCI_WINDOW, Width::Qword, Chip::PciMemory);
     (ports, memory)
 }
@@ -240,6 +260,10 @@ enum Chip {
     PciPorts,
     Ecam,
     PciMemory,
+    TestLatch,
+    TestFlush,
+    TestLines,
+    TestMemory,
 }
 
 /// A chip at a place on a bus. Byte-wide chips see single bytes, because the bus splits accesses for them.
@@ -283,6 +307,9 @@ impl BusDevice for OnBus {
             Chip::PciPorts => chips.pci.window_read(Space::Io, port.into(), data),
             Chip::Ecam => chips.pci.ecam_read(offset, data),
             Chip::PciMemory => chips.pci.window_read(Space::Memory, layout::PCI_WINDOW + offset, data),
+            Chip::TestLatch => chips.with_test_device(|device| device.read_latch(offset as u16, data)),
+            Chip::TestFlush | Chip::TestLines => data.fill(0xff),
+            Chip::TestMemory => chips.with_test_device(|device| device.read_memory(offset, data)),
         }
     }
 
@@ -330,6 +357,10 @@ impl BusDevice for OnBus {
             Chip::PciPorts => chips.pci.window_write(Space::Io, port.into(), data),
             Chip::Ecam => chips.pci.ecam_write(offset, data),
             Chip::PciMemory => chips.pci.window_write(Space::Memory, layout::PCI_WINDOW + offset, data),
+            Chip::TestLatch => chips.with_test_device(|device| device.write_latch(offset as u16, data)),
+            Chip::TestFlush => {}
+            Chip::TestLines => chips.set_test_line(offset as u8, data.iter().any(|byte| *byte != 0)),
+            Chip::TestMemory => chips.with_test_device(|device| device.write_memory(offset, data)),
         }
     }
 }
@@ -374,6 +405,25 @@ impl Wired {
         drop(interrupts);
         if let Some(msi) = message {
             self.send(msi);
+        }
+    }
+
+    fn with_test_device(&self, act: impl FnOnce(&mut TestDevice)) {
+        if let Some(device) = &self.test_device {
+            act(&mut lock(device));
+        }
+    }
+
+    /// Sets a line of the test device: an ISA line, or an I/O APIC pin that has none. On a PC there is no ISA
+    /// line 2, because the 8259s are joined there.
+    fn set_test_line(&self, line: u8, level: bool) {
+        match line {
+            2 => {}
+            0..16 => self.set_line(line, level),
+            _ => {
+                let message = lock(&self.interrupts).io_apic.set_irq(line, level);
+                message.into_iter().for_each(|msi| self.send(msi));
+            }
         }
     }
 

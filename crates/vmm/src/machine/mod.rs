@@ -242,6 +242,7 @@ impl Machine {
             &boot::Boot {
                 kernel: &config.kernel,
                 initrd: config.initrd.as_deref(),
+                modules: &config.modules,
                 command_line: &config.command_line,
                 ram: config.memory,
                 rsdp,

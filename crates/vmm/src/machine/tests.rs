@@ -177,12 +177,14 @@ fn config(kernel: &KernelFile) -> Config {
         id: "test".into(),
         kernel: kernel.0.clone(),
         initrd: None,
+        modules: Vec::new(),
         command_line: "console=ttyS0".into(),
         memory: 32 << 20,
         cpus: 1,
         cpu: CpuModel::V3.into(),
         serial: crate::config::Serial::Null,
         debug_exit: true,
+        test_device: false,
         on_reboot: OnReboot::Exit,
     }
 }
@@ -275,6 +277,49 @@ fn the_debug_exit_port_is_an_option() {
         },
     );
     assert_eq!(outcome.end.unwrap(), End::Reboot);
+}
+
+#[test]
+fn the_test_device_is_an_option() {
+    let outcome = play(
+        |config| config.test_device = true,
+        b"",
+        |vm, _, io| {
+            io.pio_write(0xe0, &0x4433_2211u32.to_le_bytes());
+            assert_eq!((inb(io, 0xe1), inb(io, 0xea)), (0x22, 0x33));
+            io.pio_write(0xe4, &0x1000u32.to_le_bytes());
+            let mut data = [0; 8];
+            io.mmio_write(0xff00_fff8, &[1, 2, 3, 4, 5, 6, 7, 8]);
+            io.mmio_read(0xff00_fff8, &mut data);
+            assert_eq!(data, [1, 2, 3, 4, 5, 6, 7, 8]);
+            // Lines 14 and 20 of the I/O APIC are edges to vectors 41h and 42h.
+            for (pin, vector) in [(14, 0x41u32), (20, 0x42)] {
+                io.mmio_write(0xfec0_0000, &u32::to_le_bytes(0x10 + 2 * pin));
+                io.mmio_write(0xfec0_0010, &vector.to_le_bytes());
+            }
+            for port in [0x200e, 0x2014, 0x2002] {
+                outb(io, port, 1);
+                outb(io, port, 0);
+            }
+            let vectors: Vec<u8> = vm.messages.lock().unwrap().iter().map(|msi| msi.data as u8).collect();
+            assert_eq!(vectors, [0x41, 0x42]);
+            // The ports around the lines are still PCI's.
+            io.pio_read(0x1ffe, &mut data[..4]);
+            assert_eq!(data[..4], [0xff; 4]);
+            outb(io, 0xf4, 5);
+            Exit::Kicked
+        },
+    );
+    assert_eq!(outcome.end.unwrap(), End::DebugExit(5));
+    let without = end_of(|_, _, io| {
+        outb(io, 0xe0, 1);
+        let mut data = [0; 1];
+        io.mmio_write(0xff00_0000, &[1]);
+        io.mmio_read(0xff00_0000, &mut data);
+        outb(io, 0xf4, inb(io, 0xe0) & data[0]);
+        Exit::Kicked
+    });
+    assert_eq!(without, End::DebugExit(0xff));
 }
 
 #[test]
@@ -644,6 +689,7 @@ fn what_cannot_be_built_is_a_users_mistake() {
         |config: &mut Config| config.kernel = "/nonexistent/vmlinuz".into(),
         |config: &mut Config| config.kernel = "/".into(),
         |config: &mut Config| config.initrd = Some("/nonexistent/initrd".into()),
+        |config: &mut Config| config.modules = vec!["/nonexistent/module".parse().unwrap()],
     ] {
         let error = play(change, b"", |_, _, _| Exit::Kicked).end.unwrap_err();
         assert!(matches!(error, Error::User(_)) && !error.to_string().contains('\n'), "{error}");

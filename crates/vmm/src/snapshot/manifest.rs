@@ -2,7 +2,7 @@
 
 use super::{PAGE, pages};
 use crate::Config;
-use crate::config::{OnReboot, Serial};
+use crate::config::{Module, OnReboot, Serial};
 use crate::machine::BoardState;
 use anyvisor_devices::state::LATEST;
 use anyvisor_x86::cpuid::CpuChoice;
@@ -100,12 +100,16 @@ pub struct Machine {
     pub id: String,
     pub kernel: PathBuf,
     pub initrd: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub modules: Vec<Module>,
     pub command_line: String,
     /// RAM in bytes.
     pub memory: u64,
     pub cpus: u32,
     pub cpu: CpuChoice,
     pub debug_exit: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub test_device: bool,
 }
 
 impl Machine {
@@ -114,11 +118,13 @@ impl Machine {
             id: config.id.clone(),
             kernel: absolute(&config.kernel),
             initrd: config.initrd.as_deref().map(absolute),
+            modules: config.modules.iter().map(|m| Module { path: absolute(&m.path), ..m.clone() }).collect(),
             command_line: config.command_line.clone(),
             memory: config.memory,
             cpus: config.cpus,
             cpu: config.cpu,
             debug_exit: config.debug_exit,
+            test_device: config.test_device,
         }
     }
 
@@ -128,12 +134,14 @@ impl Machine {
             id: self.id.clone(),
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
+            modules: self.modules.clone(),
             command_line: self.command_line.clone(),
             memory: self.memory,
             cpus: self.cpus,
             cpu: self.cpu,
             serial,
             debug_exit: self.debug_exit,
+            test_device: self.test_device,
             on_reboot,
         }
     }

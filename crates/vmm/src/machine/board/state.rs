@@ -11,6 +11,7 @@ use anyvisor_devices::pit::Pit;
 use anyvisor_devices::rtc::Rtc;
 use anyvisor_devices::serial::Serial;
 use anyvisor_devices::state::BadState;
+use anyvisor_devices::test_device::TestDevice;
 use serde::{Deserialize, Serialize};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -28,6 +29,8 @@ pub struct BoardState {
     pub i8042: I8042,
     pub acpi_pm: AcpiPm,
     pub pci: PciState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test_device: Option<TestDevice>,
     pub interrupts: Interrupts,
 }
 
@@ -43,6 +46,7 @@ impl BoardState {
         self.rtc.check(self.now)?;
         self.i8042.check()?;
         self.acpi_pm.check(self.now)?;
+        self.test_device.as_ref().map_or(Ok(()), TestDevice::check)?;
         self.interrupts.io_apic.check()?;
         self.interrupts.pic.clone().check()
     }
@@ -66,6 +70,7 @@ impl Board {
             i8042: chips.i8042.clone(),
             acpi_pm: chips.acpi_pm.clone(),
             pci: chips.pci.save(),
+            test_device: chips.test_device.as_deref().cloned(),
             interrupts: interrupts.clone(),
         }
     }
@@ -83,6 +88,11 @@ impl Board {
         *lock(&chips.pit) = state.pit.clone();
         *lock(&chips.i8042) = state.i8042.clone();
         *lock(&chips.acpi_pm) = state.acpi_pm.clone();
+        match (&chips.test_device, &state.test_device) {
+            (Some(device), Some(saved)) => *lock(device) = saved.clone(),
+            (None, None) => {}
+            _ => return Err(BadState { chip: "test device", what: "it is there in only one of machine and state" }),
+        }
         let mut rtc = state.rtc.clone();
         let away = i128::from(real_now()) - i128::from(state.real);
         rtc.skip(i64::try_from(away).map_err(|_| BadState { chip: "RTC", what: "an impossible time" })?);
