@@ -62,16 +62,15 @@ impl Context {
 /// What happens at one way out of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitKind {
-    /// Go on at this linear address; the jump may be linked to the block there.
+    /// Go on at this linear address, on a page of the block; the jump may be linked to the block there.
     Direct { target: u64 },
-    /// As `Direct`, but on another page, so never linked.
-    Far { target: u64 },
+    /// As `Direct`, but on another page, so never linked: the jump cache's entry for it is at `gs:[entry]`,
+    /// which is the 32-bit displacement at `key` in the block.
+    Far { target: u64, key: u32, entry: i32 },
     /// As `Direct` to the block's own start, but linked to `inside`, a position in its own code.
     Loop { target: u64, inside: u32 },
     /// Interpret the instruction at this address.
     Interpret { rip: u64 },
-    /// Something is pending; go on at this address.
-    Poll { rip: u64 },
     /// The meaning of linear addresses may have changed since this instruction, which runs over the end of
     /// the page, was last checked. The generation it was checked at is the 32-bit immediate at `patch`.
     Recheck { patch: u32 },
@@ -143,6 +142,8 @@ pub mod word {
     pub const FAULT: usize = 4;
     /// Host address of a block that was interrupted, or 0.
     pub const SAMPLE: usize = 6;
+    /// A jump cache's key that no target has: what probes look at once `break_out` has met them.
+    pub const NOWHERE: usize = 7;
     /// 1 if the last miss was a [`Fill::Misfit`](crate::mmu::Fill::Misfit).
     pub const MISFIT: usize = 5;
 }
@@ -293,6 +294,13 @@ impl<'a> Builder<'a> {
 
     pub(super) fn same_page(&self, target: u64) -> bool {
         target >> 12 == self.source.rip >> 12
+    }
+
+    /// Whether a jump to `target` may be linked: its page is the block's, or the second one of a block that
+    /// has just checked where that is.
+    pub(super) fn linkable(&self, target: u64) -> bool {
+        let page = self.source.rip >> 12;
+        target >> 12 == page || (self.source.crossing.is_some() && target >> 12 == page + 1)
     }
 
     /// Bytes of a stack slot, and of a near code pointer.
@@ -538,7 +546,7 @@ impl<'a> Builder<'a> {
         self.write_back_all();
         match insns.last() {
             Some(last) if ends_block(&last.instruction, last.kind) => {}
-            Some(last) => self.direct(last.instruction.next_ip(), last.live_out != 0, false),
+            Some(last) => self.direct(last.instruction.next_ip(), last.live_out != 0),
             None => unreachable!("a block has an instruction"),
         }
     }
@@ -576,9 +584,7 @@ impl<'a> Builder<'a> {
             Kind::CallIndirect => self.call_indirect(insn),
             Kind::Return => self.ret(insn),
             Kind::JumpDirect => {
-                let target = instruction.near_branch_target();
-                let backward = target <= instruction.ip();
-                self.direct(target, insn.live_out != 0, backward);
+                self.direct(instruction.near_branch_target(), insn.live_out != 0);
                 true
             }
             Kind::JumpIndirect => self.jump_indirect(insn),

@@ -1,8 +1,8 @@
 //! Control transfers out of a block: linked jumps on the same page, jump-cache probes for everything else.
 //!
 //! Whatever closes a loop has to notice pending work. Linked jumps need no code for that: the signal that
-//! announces it unlinks them ([`super::fault::break_out`]). Backward jumps to other pages and indirect jumps
-//! poll. Calls and returns don't: a loop of nothing else runs out of stack.
+//! announces it unlinks them, and makes probes for known targets miss ([`super::fault::break_out`]). Indirect
+//! jumps poll. Returns don't: a loop of nothing else runs out of stack.
 
 use super::assembler::*;
 use super::block::*;
@@ -15,7 +15,6 @@ pub struct FarJump {
     hole: Hole,
     target: u64,
     flags: bool,
-    poll: bool,
 }
 
 impl Builder<'_> {
@@ -24,14 +23,13 @@ impl Builder<'_> {
         (offset_of!(Cpu, jump_cache) + context * size_of::<[JumpEntry; JUMP_CACHE_ENTRIES]>()) as i32
     }
 
-    /// Jumps to `target`. `flags`: the status flags are alive there. `poll`: should the jump leave the page, it
-    /// may close a loop.
-    pub(super) fn direct(&mut self, target: u64, flags: bool, poll: bool) {
-        if self.same_page(target) {
+    /// Jumps to `target`. `flags`: the status flags are alive there.
+    pub(super) fn direct(&mut self, target: u64, flags: bool) {
+        if self.linkable(target) {
             let hole = self.a.jmp();
             self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
         } else {
-            self.far(target, flags, poll);
+            self.far(target, flags);
         }
     }
 
@@ -40,31 +38,6 @@ impl Builder<'_> {
         if std::mem::take(&mut self.flags_held) {
             self.restore_flags();
         }
-    }
-
-    /// Leaves for `rip` if something is pending.
-    fn poll(&mut self, rip: u64, flags: bool) {
-        let hole = if self.flags_held {
-            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
-            let idle = self.a.short(0x70 | cc::E);
-            self.restore_flags();
-            let hole = self.a.jmp();
-            self.a.bind_short(idle);
-            hole
-        } else if flags {
-            self.a.mov(RSI, RCX);
-            self.a.load32(RCX, pending());
-            let idle = self.a.short(0xe3); // jrcxz
-            self.a.mov(RCX, RSI);
-            let hole = self.a.jmp();
-            self.a.bind_short(idle);
-            self.a.mov(RCX, RSI);
-            hole
-        } else {
-            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
-            self.a.jcc(cc::NE)
-        };
-        self.exits.push(PendingExit { hole, kind: ExitKind::Poll { rip } });
     }
 
     /// Leaves unless linear addresses still mean what they meant at `generation`.
@@ -104,7 +77,11 @@ impl Builder<'_> {
     /// Where the return of a call comes back: drops the entry and goes on at `next`.
     fn returned(&mut self, next: u64) {
         self.a.lea(RSP, Rm::Base(RSP, 8));
-        self.direct(next, true, false);
+        if self.same_page(next) {
+            self.direct(next, true);
+        } else {
+            self.far(next, true); // what a crossing call has checked may have changed since
+        }
     }
 
     /// Calls `target`, to return to `next`; the guest's return address is pushed already.
@@ -112,9 +89,9 @@ impl Builder<'_> {
         if !self.uses_return_stack() {
             self.release_flags();
             // Its returns are indirect jumps, which poll.
-            return self.direct(target, flags, false);
+            return self.direct(target, flags);
         }
-        if self.same_page(target) {
+        if self.linkable(target) {
             self.release_flags();
             self.push_entry(next);
             let hole = self.a.call();
@@ -165,15 +142,12 @@ impl Builder<'_> {
     }
 
     /// A jump to another page: its mapping can change, so it goes through the jump cache's one entry.
-    fn far(&mut self, target: u64, flags: bool, poll: bool) {
-        self.far_in(self.source.context.jumps, target, flags, poll);
+    fn far(&mut self, target: u64, flags: bool) {
+        self.far_in(self.source.context.jumps, target, flags);
     }
 
     /// As `far`, to code that runs in another context.
-    pub(super) fn far_in(&mut self, context: JumpContext, target: u64, flags: bool, poll: bool) {
-        if poll {
-            self.poll(target, flags);
-        }
+    pub(super) fn far_in(&mut self, context: JumpContext, target: u64, flags: bool) {
         let host = self.far_probe(context, target, flags);
         self.a.jmp_rm(host);
     }
@@ -183,9 +157,12 @@ impl Builder<'_> {
         let entry =
             self.jump_table(context) + ((target as usize & (JUMP_CACHE_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
         let (key, host) = (Rm::Gs(entry), Rm::Gs(entry + 8));
+        // The displacement of `key` ends the instruction that names it.
+        let key_end;
         let hole = if std::mem::take(&mut self.flags_held) {
             self.a.mov_imm(RSI, 0u64.wrapping_sub(target));
             self.a.alu(Alu::Cmp, RSI, key);
+            key_end = self.a.position();
             let hit = self.a.short(0x70 | cc::E);
             self.restore_flags();
             let hole = self.a.jmp();
@@ -195,6 +172,7 @@ impl Builder<'_> {
         } else if flags {
             self.a.mov(RSI, RCX);
             self.a.load(RCX, key);
+            key_end = self.a.position();
             if target as i64 == i64::from(target as i32) {
                 self.a.lea(RCX, Rm::Base(RCX, target as i32));
             } else {
@@ -210,9 +188,11 @@ impl Builder<'_> {
         } else {
             self.a.mov_imm(RSI, 0u64.wrapping_sub(target));
             self.a.alu(Alu::Cmp, RSI, key);
+            key_end = self.a.position();
             self.a.jcc(cc::NE)
         };
-        self.exits.push(PendingExit { hole, kind: ExitKind::Far { target } });
+        let kind = ExitKind::Far { target, key: key_end as u32 - 4, entry };
+        self.exits.push(PendingExit { hole, kind });
         host
     }
 
@@ -297,11 +277,10 @@ impl Builder<'_> {
         let instruction = &insn.instruction;
         let target = instruction.near_branch_target();
         let condition = instruction.condition_code() as u8 - iced_x86::ConditionCode::o as u8;
-        let backward = target <= instruction.ip();
         let flags = insn.live_out != 0;
-        if !self.same_page(target) {
+        if !self.linkable(target) {
             let hole = self.a.jcc(condition);
-            self.far_jumps.push(FarJump { hole, target, flags, poll: backward });
+            self.far_jumps.push(FarJump { hole, target, flags });
         } else {
             let hole = self.a.jcc(condition);
             self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
@@ -329,7 +308,7 @@ impl Builder<'_> {
         let taken = self.a.short(opcode);
         let over = self.a.short(0xeb);
         self.a.bind_short(taken);
-        self.direct(target, insn.live_out != 0, true);
+        self.direct(target, insn.live_out != 0);
         self.a.bind_short(over);
         true
     }
@@ -338,7 +317,7 @@ impl Builder<'_> {
     pub(super) fn far_jumps(&mut self) {
         for jump in std::mem::take(&mut self.far_jumps) {
             self.a.bind(jump.hole);
-            self.far(jump.target, jump.flags, jump.poll);
+            self.far(jump.target, jump.flags);
         }
     }
 

@@ -173,7 +173,7 @@ impl Builder<'_> {
 
     fn after_loop(&mut self, insn: &Insn) {
         if insn.kind == Kind::JumpIf {
-            self.direct(insn.instruction.next_ip(), insn.live_out != 0, false);
+            self.direct(insn.instruction.next_ip(), insn.live_out != 0);
         }
     }
 }

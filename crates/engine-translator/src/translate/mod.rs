@@ -313,15 +313,11 @@ impl Translator {
                     core.cpu.rip = rip;
                     return self.interpret(core, io);
                 }
-                ExitKind::Poll { rip } => {
-                    core.cpu.rip = rip;
-                    return Step::Done;
-                }
                 ExitKind::Recheck { patch } => {
                     self.recheck(core, exit, patch);
                     return Step::Done;
                 }
-                ExitKind::Far { target } => core.cpu.rip = target,
+                ExitKind::Far { target, .. } => core.cpu.rip = target,
                 ExitKind::Indirect { rip, stack } => {
                     core.cpu.rip = core.cpu.translated[word::TARGET];
                     if context.bits() == 64 && !is_canonical(core.cpu.rip) {
@@ -410,6 +406,7 @@ impl Translator {
         let upper = core.cpu.ymm.iter().fold(0, |all, r| all | u128::from_ne_bytes(r.0[16..].try_into().unwrap()));
         core.cpu.upper_halves = u8::from(upper != 0);
         core.cpu.translated[word::CORE] = std::ptr::from_mut(core) as u64;
+        core.cpu.translated[word::NOWHERE] = return_stack::NOWHERE;
         fault::set_tables(fault::Tables { blocks: &raw const *self.blocks, exits: &raw const *self.exits });
         let exit;
         timer::set_entered(true);
@@ -588,8 +585,10 @@ impl Translator {
         self.statistics.blocks += 1;
         for exit in first_exit..self.exits.len() as u32 {
             if let ExitKind::Direct { target } = self.exits[exit as usize].kind {
-                let target_key =
-                    Key { gpa: (key.gpa & !0xfff) | (target & 0xfff), rip: target, context: key.context, alone: false };
+                let page = if target >> 12 == key.rip >> 12 { Some(key.gpa >> 12) } else { next_page };
+                let Some(page) = page else { continue };
+                let gpa = page << 12 | target & 0xfff;
+                let target_key = Key { gpa, rip: target, context: key.context, alone: false };
                 if let Some(&found) = self.index.get(&target_key) {
                     self.link(exit, found);
                 }
@@ -604,12 +603,17 @@ impl Translator {
         let from = &self.blocks[record.block as usize];
         match record.kind {
             ExitKind::Direct { .. } => {}
-            // Only `break_out` ever cuts it.
+            // Only `break_out` ever cuts these.
             ExitKind::Loop { inside, .. } if from.alive => return self.patch(record.site, from.start + inside),
+            ExitKind::Far { key, entry, .. } if from.alive => {
+                return self.code.write_if_changed((from.start + key) as usize, entry);
+            }
             _ => return,
         }
         let target = &self.blocks[to as usize];
-        if !from.alive || !target.alive || from.key.gpa >> 12 != target.key.gpa >> 12 {
+        let second = target.key.rip >> 12 != from.key.rip >> 12;
+        let page = if second { from.next_page } else { Some(from.key.gpa >> 12) };
+        if !from.alive || !target.alive || page != Some(target.key.gpa >> 12) {
             return;
         }
         if record.linked.is_some() {

@@ -25,7 +25,7 @@ const KEPT: usize = 256;
 /// Bytes of the signal stack: the largest signal frames (AMX) and the handler.
 const SIGNAL_STACK: usize = 64 << 10;
 /// The address that an empty stack "returns" to, negated: not canonical, and nobody's.
-const EMPTY: u64 = 0x8123_4567_89ab_cdef;
+pub const NOWHERE: u64 = 0x8123_4567_89ab_cdef;
 
 /// A vCPU's return stack, with the signal stack its thread needs.
 pub struct ReturnStack {
@@ -70,7 +70,7 @@ impl ReturnStack {
         // as self, and `Translator::detach` is called before that ends.
         unsafe {
             (self.base() as *mut u64).write(no_return);
-            (self.base() as *mut u64).add(1).write(EMPTY);
+            (self.base() as *mut u64).add(1).write(NOWHERE);
             let mut previous: libc::stack_t = std::mem::zeroed();
             let stack =
                 libc::stack_t { ss_sp: self.signal_stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: SIGNAL_STACK };

@@ -128,7 +128,7 @@ impl Builder<'_> {
             }
         });
         let table = if on { JumpContext::KernelAc } else { JumpContext::Kernel };
-        self.far_in(table, insn.instruction.next_ip(), true, false);
+        self.far_in(table, insn.instruction.next_ip(), true);
         true
     }
 

@@ -43,6 +43,14 @@ fn a_bit_of_everything() {
     assert_eq!(cpu.gpr[15], 55);
 }
 
+const CROSSING: (&[u8], &[u8]) = {
+    let mut first = [0x90; 4096];
+    first[0] = 0xe9; // jmp +0xff9
+    (first[1], first[2], first[3], first[4]) = (0xf9, 0x0f, 0, 0);
+    (first[0xffe], first[0xfff]) = (0xf9, 0x72);
+    (&{ first }, b"\x00\x72\xfb")
+};
+
 /// Loops that never end by themselves, in every way that translated code can close one, as code for two
 /// adjacent pages.
 const ENDLESS: &[(&str, &[u8], &[u8])] = &[
@@ -67,6 +75,8 @@ const ENDLESS: &[(&str, &[u8], &[u8])] = &[
     ("jumps between pages", b"\xe9\xfb\x0f\x00\x00", b"\xe9\xfb\xef\xff\xff"),
     // l: stc / jc m / page / m: jc l + 1
     ("conditional jumps between pages", b"\xf9\x0f\x82\xf9\x0f\x00\x00", b"\x0f\x82\xfb\xef\xff\xff"),
+    // jmp s / s: stc / jc m, from a page to the next / m: jc s
+    ("a jump across a page's end and one back", CROSSING.0, CROSSING.1),
     // l: call f / jmp l / page / f: ret
     ("calls to another page", b"\xe8\xfb\x0f\x00\x00\xeb\xf9", b"\xc3"),
     // l: add rbx, 0x1000 / and rbx, 0x7ff000 / mov rax, [rbx] / jmp l

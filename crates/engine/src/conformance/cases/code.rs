@@ -142,6 +142,40 @@ pub fn add(suite: &mut Suite) {
         })?;
         end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
     });
+    suite.add("code that crosses into a page that is mapped elsewhere", &[Mode::Long], |g| {
+        // mov eax, 1, from a page to the next / add eax, 1 or 2 / ret
+        g.write(place::MORE_CODE + 0xffe, &[0xb8, 1, 0, 0, 0, 0x83, 0xc0, 1, 0xc3]);
+        g.write(place::MORE_CODE + 0x2000, &[0, 0, 0, 0x83, 0xc0, 2, 0xc3]);
+        g.state.gpr[gpr::RSI] = place::MORE_CODE + 0xffe;
+        g.state.gpr[gpr::RBP] = place::PT + 8 * ((place::MORE_CODE >> 12) + 1);
+        let end = g.run(|a| {
+            for _ in 0..3 {
+                a.call(rsi)?;
+            }
+            a.mov(ebx, eax)?;
+            a.add(qword_ptr(rbp), 0x1000)?;
+            a.invlpg(byte_ptr(rsi + 8))?;
+            a.call(rsi)
+        })?;
+        end.registers(&[(gpr::RBX, 2), (gpr::RAX, 3)])
+    });
+    suite.add("a jump that crosses into a page that is mapped elsewhere", &[Mode::Long], |g| {
+        // jmp over, from a page to the next / int3 (twice) / over: mov eax, 1 or 2 / ret
+        g.write(place::MORE_CODE + 0xfff, &[0xeb, 2, 0xcc, 0xcc, 0xb8, 1, 0, 0, 0, 0xc3]);
+        g.write(place::MORE_CODE + 0x2000, &[2, 0xcc, 0xcc, 0xb8, 2, 0, 0, 0, 0xc3]);
+        g.state.gpr[gpr::RSI] = place::MORE_CODE + 0xfff;
+        g.state.gpr[gpr::RBP] = place::PT + 8 * ((place::MORE_CODE >> 12) + 1);
+        let end = g.run(|a| {
+            for _ in 0..3 {
+                a.call(rsi)?;
+            }
+            a.mov(ebx, eax)?;
+            a.add(qword_ptr(rbp), 0x1000)?;
+            a.invlpg(byte_ptr(rsi + 8))?;
+            a.call(rsi)
+        })?;
+        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+    });
     suite.add("data beside code may change at will", WIDE, |g| {
         let end = g.run(|a| {
             let (mut again, mut over, mut data) = (a.create_label(), a.create_label(), a.create_label());
