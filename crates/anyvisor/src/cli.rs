@@ -2,7 +2,7 @@
 
 use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
-use anyvisor_vmm::config::{Config, Module, OnReboot, Serial, parse_size, show_size};
+use anyvisor_vmm::config::{Config, HugePages, Memory, Module, OnReboot, Serial, show_size};
 use anyvisor_vmm::{Error, Result, snapshot};
 use anyvisor_x86::cpuid::{CpuChoice, CpuModel};
 use clap::error::ErrorKind;
@@ -75,9 +75,10 @@ pub struct RunOptions {
     /// Kernel command line [default: console=ttyS0]
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
-    /// RAM [default: 512M]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub memory: Option<u64>,
+    /// RAM, and on which pages of the host: 4G, 4G,hugepages=thp (transparent huge pages, or none at all) or
+    /// 4G,hugepages=2M (from the host's pool, vm.nr_hugepages) [default: 512M]
+    #[arg(long, value_name = "SIZE[,hugepages=thp|2M]")]
+    pub memory: Option<Memory>,
     /// Number of vCPUs [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
@@ -125,7 +126,8 @@ impl RunOptions {
             initrd: self.initrd.clone(),
             modules: self.module.clone(),
             command_line: self.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into()),
-            memory: self.memory.unwrap_or(512 << 20),
+            memory: self.memory.map_or(512 << 20, |memory| memory.size),
+            huge_pages: self.huge_pages(),
             cpus: self.cpus.unwrap_or(1),
             cpu: self.cpu_model.unwrap_or(CpuModel::V3.into()),
             serial: self.serial(),
@@ -146,8 +148,8 @@ impl RunOptions {
                 from.display()
             )))
         };
-        if let Some(given) = self.memory.filter(|given| *given != machine.memory) {
-            return contradicts("memory", show_size(given), show_size(machine.memory));
+        if let Some(given) = self.memory.filter(|given| given.size != machine.memory) {
+            return contradicts("memory", show_size(given.size), show_size(machine.memory));
         }
         if let Some(given) = self.cpus.filter(|given| *given != machine.cpus) {
             return contradicts("cpus", given.to_string(), machine.cpus.to_string());
@@ -191,7 +193,11 @@ impl RunOptions {
                 Error::user(format!("snapshot '{}' has a {error}; give it another --id", from.display()))
             })?,
         };
-        Ok(Config { id, ..config })
+        Ok(Config { id, huge_pages: self.huge_pages(), ..config })
+    }
+
+    fn huge_pages(&self) -> HugePages {
+        self.memory.map(|memory| memory.huge_pages).unwrap_or_default()
     }
 
     /// Where the serial console goes.
@@ -280,9 +286,9 @@ pub struct QuickstartOptions {
     /// What executes guest code: auto, translator or kvm
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub engine: EngineChoice,
-    /// RAM
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
-    pub memory: u64,
+    /// RAM, and on which pages of the host
+    #[arg(long, value_name = "SIZE[,hugepages=thp|2M]", default_value = "512M")]
+    pub memory: Memory,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -368,6 +374,7 @@ mod tests {
         assert!(mistake(&[]).contains("run, ps, doctor or quickstart"));
         assert!(mistake(&["run"]).contains("--kernel"));
         assert!(mistake(&["run", "--kernel", "k", "--memory", "12Q"]).contains("bad size '12Q'"));
+        assert!(mistake(&["run", "--kernel", "k", "--memory", "1G,hugepages=1G"]).contains("hugepages=1G"));
         assert!(mistake(&["run", "--kernel", "k", "--cpu-model", "i386"]).contains("unknown CPU model 'i386'"));
         assert!(mistake(&["run", "--kernel", "k", "--engine", "hvf"]).contains("unknown engine 'hvf'"));
         assert!(mistake(&["run", "--kernel", "k", "--serial", "x"]).contains("serial"));

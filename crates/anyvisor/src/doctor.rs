@@ -1,10 +1,11 @@
 //! `anyvisor doctor`: what this host offers each engine, and what `--engine auto` takes and why.
 
-use crate::engines;
+use crate::engines::{self, Unusable};
 use anyvisor_engine::Engine;
 use anyvisor_engine_kvm::Kvm;
 use anyvisor_engine_translator::Translator;
 use anyvisor_vmm::Result;
+use anyvisor_vmm::memory::{self, Pool};
 use anyvisor_x86::cpuid::CpuModel;
 use std::fmt::Write;
 use std::fs;
@@ -31,7 +32,7 @@ pub fn command() -> Result<u8> {
     let auto = match &kvm {
         Ok(_) if kvm_works || !translator_works => "kvm, because 64-bit kernel code runs on the CPU in it".into(),
         Ok(_) => "kvm; only --engine translator runs the default CPU model".into(),
-        Err(why) if translator_works => format!("translator, because {why}"),
+        Err(unusable) if translator_works => format!("translator, because {}", unusable.why),
         Err(_) => "nothing that runs the default CPU model: see above".to_owned(),
     };
     let _ = writeln!(report, "auto\n  takes {auto}");
@@ -42,9 +43,6 @@ pub fn command() -> Result<u8> {
 fn cpuinfo() -> String {
     fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
 }
-
-/// What `CPUID` lacks on a host without hardware virtualization.
-pub const NO_HARDWARE: &str = "this CPU shows neither VT-x, vmx, nor AMD-V, svm";
 
 /// Whether the host's CPU shows VT-x or AMD-V.
 pub fn has_hardware_virtualization() -> bool {
@@ -77,13 +75,16 @@ fn host(out: &mut String, cpuinfo: &str) -> std::fmt::Result {
     if has_flag(cpuinfo, "hypervisor") {
         writeln!(out, "  is itself a virtual machine")?;
     }
+    let Pool { total, free } = Pool::of_host();
+    writeln!(out, "  transparent huge pages: {}", memory::transparent_state())?;
+    writeln!(out, "  pool of 2M pages (vm.nr_hugepages): {free} free of {total}")?;
     Ok(())
 }
 
 const DEVICE: &str = "/dev/kvm";
 
 /// KVM's section; whether it runs a guest of the default model.
-fn kvm_section(out: &mut String, cpuinfo: &str, kvm: &std::result::Result<Kvm, String>) -> bool {
+fn kvm_section(out: &mut String, cpuinfo: &str, kvm: &std::result::Result<Kvm, Unusable>) -> bool {
     // Writing to a string cannot fail, here and below.
     let _ = writeln!(out, "kvm");
     let hardware = match (has_flag(cpuinfo, "vmx"), has_flag(cpuinfo, "svm")) {
@@ -108,8 +109,8 @@ fn kvm_section(out: &mut String, cpuinfo: &str, kvm: &std::result::Result<Kvm, S
             let _ = writeln!(out, "  verdict: usable, a probe VM ran 64-bit kernel code at the CPU's speed");
             works
         }
-        Err(why) => {
-            let _ = writeln!(out, "  verdict: not usable, {why}");
+        Err(Unusable { why, detail }) => {
+            let _ = writeln!(out, "  verdict: not usable, {}", detail.as_ref().unwrap_or(why));
             false
         }
     }

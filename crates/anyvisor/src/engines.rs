@@ -51,7 +51,7 @@ pub fn open(choice: EngineChoice) -> Result<Chosen> {
                 Ok(engine) => {
                     (Box::new(engine), "64-bit kernel code runs on this CPU's hardware virtualization".into())
                 }
-                Err(reason) => (Box::new(Translator::new()?), reason),
+                Err(unusable) => (Box::new(Translator::new()?), unusable.in_short()),
             };
             let note = format!("engine {}, because {reason}", engine.name());
             Ok(Chosen { engine, note: Some(note) })
@@ -59,26 +59,65 @@ pub fn open(choice: EngineChoice) -> Result<Chosen> {
     }
 }
 
-/// KVM, if kernels run well in it; else why not.
-pub fn usable_kvm() -> std::result::Result<Kvm, String> {
-    let engine = Kvm::new().map_err(|error| doctor::kvm_refused(&error))?;
-    match anyvisor_engine_kvm::probe(&engine) {
-        Ok(()) => Ok(engine),
-        Err(failure) => Err(explain(&failure)),
+/// Why `auto` does not take KVM.
+pub struct Unusable {
+    /// In a few words, which follow "engine translator, because".
+    pub why: String,
+    /// What the probe met, which only `doctor` tells.
+    pub detail: Option<String>,
+}
+
+impl Unusable {
+    /// For one line on stderr.
+    fn in_short(self) -> String {
+        let hint = if self.detail.is_some() { " (anyvisor doctor tells more)" } else { "" };
+        self.why + hint
     }
 }
 
-/// A failed probe in one line.
-fn explain(failure: &ProbeFailure) -> String {
-    match failure {
-        ProbeFailure::Host(error) => format!("/dev/kvm does not work: {error}"),
-        _ if doctor::has_hardware_virtualization() => format!("/dev/kvm is of no use: {failure}"),
-        _ => format!("/dev/kvm is not backed by hardware ({}): {failure}", doctor::NO_HARDWARE),
+/// KVM, if kernels run well in it; else why not.
+pub fn usable_kvm() -> std::result::Result<Kvm, Unusable> {
+    let engine = Kvm::new().map_err(|error| Unusable { why: doctor::kvm_refused(&error), detail: None })?;
+    match anyvisor_engine_kvm::probe(&engine) {
+        Ok(()) => Ok(engine),
+        Err(failure) => Err(explain(&failure, doctor::has_hardware_virtualization())),
     }
+}
+
+/// A failed probe on a host with or without hardware virtualization.
+fn explain(failure: &ProbeFailure, hardware: bool) -> Unusable {
+    let why = match failure {
+        ProbeFailure::Host(_) => "/dev/kvm does not work",
+        _ if hardware => "64-bit kernel code does not run well in /dev/kvm",
+        _ => "/dev/kvm is not backed by hardware virtualization",
+    };
+    Unusable { why: why.into(), detail: Some(failure.to_string()) }
 }
 
 /// An engine, and the line that `auto` says about it.
 pub struct Chosen {
     pub engine: Box<dyn Engine>,
     pub note: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_short_and_leave_details_to_doctor() {
+        let bytes = "KVM cannot emulate an instruction (48 0f c7 0e)";
+        for (failure, hardware, word) in [
+            (ProbeFailure::CannotRun(bytes.into()), false, "not backed by hardware"),
+            (ProbeFailure::CannotRun(bytes.into()), true, "does not run well"),
+            (ProbeFailure::Slow(250.0), true, "does not run well"),
+            (ProbeFailure::NoEnd, false, "not backed by hardware"),
+        ] {
+            let unusable = explain(&failure, hardware);
+            assert_eq!(unusable.detail, Some(failure.to_string()));
+            let note = unusable.in_short();
+            assert!(note.contains(word) && note.contains("doctor") && note.len() < 90, "{note}");
+            assert!(!note.contains("48 0f"), "{note}");
+        }
+    }
 }

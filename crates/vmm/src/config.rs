@@ -27,6 +27,7 @@ pub struct Config {
     pub command_line: String,
     /// RAM in bytes, a multiple of 4 KiB.
     pub memory: u64,
+    pub huge_pages: HugePages,
     pub cpus: u32,
     pub cpu: CpuChoice,
     pub serial: Serial,
@@ -82,10 +83,59 @@ impl Config {
                 show_size(MEMORY_MAX)
             )));
         }
+        if self.huge_pages == HugePages::Pool && !self.memory.is_multiple_of(HUGE) {
+            let size = show_size(self.memory);
+            return Err(Error::user(format!(
+                "--memory {size},hugepages=2M is not a multiple of 2M; give a size that is"
+            )));
+        }
         if self.cpus == 0 || self.cpus > CPUS_MAX {
             return Err(Error::user(format!("--cpus {} is out of range; give 1 to {CPUS_MAX}", self.cpus)));
         }
         Ok(())
+    }
+}
+
+/// Bytes of a huge page of the kinds below.
+pub const HUGE: u64 = 2 << 20;
+
+/// The pages of the host that RAM is on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HugePages {
+    /// Transparent huge pages as far as the host gives them; 4 KiB pages otherwise.
+    #[default]
+    IfThere,
+    /// Transparent huge pages: refused where the host has them switched off, and a restored VM gets them too.
+    Transparent,
+    /// 2 MiB pages of the host's pool, taken out of it before the guest starts.
+    Pool,
+}
+
+/// What `--memory` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// In bytes, a multiple of 4 KiB.
+    pub size: u64,
+    pub huge_pages: HugePages,
+}
+
+impl FromStr for Memory {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Memory, String> {
+        let (size, option) = match text.split_once(',') {
+            Some((size, option)) => (size, Some(option)),
+            None => (text, None),
+        };
+        let size = parse_size(size)?;
+        let huge_pages = match option {
+            None => HugePages::default(),
+            Some("hugepages=thp") => HugePages::Transparent,
+            Some("hugepages=2M") => HugePages::Pool,
+            Some(other) => {
+                return Err(format!("unknown kind of memory '{other}'; use hugepages=thp or hugepages=2M"));
+            }
+        };
+        Ok(Memory { size, huge_pages })
     }
 }
 
@@ -186,6 +236,19 @@ mod tests {
     }
 
     #[test]
+    fn memory_parses() {
+        let memory = |huge_pages| Ok(Memory { size: 64 << 20, huge_pages });
+        assert_eq!("64M".parse(), memory(HugePages::IfThere));
+        assert_eq!("64M,hugepages=thp".parse(), memory(HugePages::Transparent));
+        assert_eq!("64M,hugepages=2M".parse(), memory(HugePages::Pool));
+        for bad in ["64M,", "64M,hugepages", "64M,hugepages=", "64M,hugepages=1G", "64M,thp", "64M,hugepages=thp,x"] {
+            let message = bad.parse::<Memory>().unwrap_err();
+            assert!(message.contains("hugepages=thp or hugepages=2M") && !message.contains('\n'), "{message}");
+        }
+        assert!("5X,hugepages=thp".parse::<Memory>().unwrap_err().contains("'5X'"));
+    }
+
+    #[test]
     fn sizes_show() {
         assert_eq!(show_size(2 << 30), "2G");
         assert_eq!(show_size(1536 << 20), "1536M");
@@ -219,6 +282,7 @@ mod tests {
             modules: Vec::new(),
             command_line: String::new(),
             memory: 512 << 20,
+            huge_pages: HugePages::IfThere,
             cpus: 1,
             cpu: anyvisor_x86::cpuid::CpuModel::V3.into(),
             serial: Serial::Null,
@@ -231,6 +295,10 @@ mod tests {
         assert!(message.contains("4K") && message.contains("8M"), "{message}");
         assert!(Config { memory: MEMORY_MAX + 4096, ..good.clone() }.validate().is_err());
         assert!(Config { cpus: 0, ..good.clone() }.validate().is_err());
-        assert!(Config { cpus: 65, ..good }.validate().is_err());
+        assert!(Config { cpus: 65, ..good.clone() }.validate().is_err());
+        let odd = Config { memory: 9 << 20, huge_pages: HugePages::Pool, ..good };
+        assert!(odd.validate().unwrap_err().to_string().contains("--memory 9M,hugepages=2M is not a multiple of 2M"));
+        assert!(Config { memory: 10 << 20, ..odd.clone() }.validate().is_ok());
+        assert!(Config { huge_pages: HugePages::Transparent, ..odd }.validate().is_ok());
     }
 }

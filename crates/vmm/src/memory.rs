@@ -1,31 +1,189 @@
-//! Guest RAM: anonymous host memory, allocated as the guest touches it.
+//! Guest RAM: host memory that is allocated as the guest touches it.
 //!
-//! The one place of this crate with `unsafe`: RAM asks for huge pages, which halves what a TLB miss of
-//! the host costs a guest under either engine.
+//! Huge pages halve what a TLB miss of the host costs a guest under either engine: the engines reach RAM by the
+//! addresses mapped here. RAM begins at a multiple of [`HUGE`] on the host, as it does in the guest, so that one huge
+//! page of the host can also be one entry of KVM's page tables. See [`HugePages`] for what a user can ask for.
+//!
+//! The one place of this crate with `unsafe`.
 #![allow(unsafe_code)]
 
-use crate::config::show_size;
+use crate::config::{HUGE, HugePages, show_size};
 use crate::{Error, Result, layout};
+use rustix::fs::MemfdFlags;
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use std::path::Path;
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
-/// RAM of `size` bytes in the pieces of [`layout::ram_pieces`].
+const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
+const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+/// Attempts to get an aligned address: another thread may map something in between.
+const ATTEMPTS: usize = 8;
+
+/// Linux' switch for transparent huge pages (Documentation/admin-guide/mm/transhuge.rst).
+const TRANSPARENT: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+/// Linux' pool of 2 MiB pages (Documentation/admin-guide/mm/hugetlbpage.rst).
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// RAM of `size` bytes in the pieces of [`layout::ram_pieces`], on pages of the wanted kind.
 ///
 /// # Errors
-/// [`Error::User`] if the host cannot give that much.
-pub fn allocate(size: u64) -> Result<GuestMemoryMmap> {
-    let pieces: Vec<_> =
-        layout::ram_pieces(size).into_iter().map(|(start, size)| (GuestAddress(start), size as usize)).collect();
-    let memory = GuestMemoryMmap::from_ranges(&pieces).map_err(|error| {
+/// [`Error::User`] if the host cannot give that much, or not such pages.
+pub fn allocate(size: u64, pages: HugePages) -> Result<GuestMemoryMmap> {
+    let trouble = |error: MmapRegionError| {
         Error::user(format!("the host cannot give {} of memory ({error}); use a smaller --memory", show_size(size)))
-    })?;
-    for region in memory.iter() {
-        // SAFETY: the range is exactly the region's own mapping, and the advice does not change its contents.
-        // A kernel without huge pages refuses, and nothing is lost.
-        unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_HUGEPAGE) };
+    };
+    if pages == HugePages::Transparent {
+        transparent_are_on().map_err(Error::User)?;
     }
-    Ok(memory)
+    let pool = if pages == HugePages::Pool { Some(pool_file(size)?) } else { None };
+    let mut offset = 0;
+    let mut regions = vec![];
+    for (start, length) in layout::ram_pieces(size) {
+        let region = match &pool {
+            // A shared mapping takes all its pages out of the pool here, so that none can be missing later.
+            Some(file) => {
+                let file = file.try_clone().map_err(|e| Error::host("cannot allocate guest memory", e))?;
+                let file = FileOffset::new(file, offset);
+                MmapRegion::build(Some(file), length as usize, READ_WRITE, libc::MAP_SHARED)
+                    .map_err(|_| pool_too_small(size))?
+            }
+            None => private(length as usize).map_err(trouble)?,
+        };
+        if pages != HugePages::Pool {
+            // SAFETY: the range is exactly the region's own mapping, and the advice does not change its contents.
+            let status = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
+            // A kernel without huge pages refuses, and nothing is lost unless they were asked for.
+            if status != 0 && pages == HugePages::Transparent {
+                let error = std::io::Error::last_os_error();
+                return Err(Error::host("cannot ask for transparent huge pages", error));
+            }
+        }
+        offset += length;
+        let region = GuestRegionMmap::new(region, GuestAddress(start));
+        regions.push(region.expect("pieces of RAM end below the end of the address space"));
+    }
+    Ok(GuestMemoryMmap::from_regions(regions).expect("pieces of RAM do not overlap"))
+}
+
+/// Memory of this process's own, at a multiple of [`HUGE`].
+///
+/// Linux aligns large mappings by itself since 6.7. Before, it puts each at the top of the highest gap that has the room:
+/// what is above an aligned one is filled for a moment.
+fn private(length: usize) -> std::result::Result<MmapRegion, MmapRegionError> {
+    let mut fillers = vec![];
+    loop {
+        let region: MmapRegion = MmapRegion::build(None, length, READ_WRITE, PRIVATE)?;
+        let over = region.as_ptr() as usize % HUGE as usize;
+        // One that is not aligned is as good as any, but for its speed.
+        if over == 0 || fillers.len() == ATTEMPTS {
+            return Ok(region);
+        }
+        let top = region.as_ptr() as usize + length;
+        drop(region);
+        fillers.push(Filler::new(top - over, over));
+    }
+}
+
+/// Addresses that nothing else is put at.
+struct Filler {
+    /// Null if it could not be had.
+    address: *mut libc::c_void,
+    length: usize,
+}
+
+impl Filler {
+    fn new(address: usize, length: usize) -> Filler {
+        let flags = PRIVATE | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: a new mapping, that replaces none, of memory that nobody can access.
+        let found = unsafe { libc::mmap(address as *mut _, length, libc::PROT_NONE, flags, -1, 0) };
+        Filler { address: if found == libc::MAP_FAILED { std::ptr::null_mut() } else { found }, length }
+    }
+}
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        if !self.address.is_null() {
+            // SAFETY: the mapping is this struct's own, and nobody knows its address.
+            unsafe { libc::munmap(self.address, self.length) };
+        }
+    }
+}
+
+/// Whether this process can have transparent huge pages, or why not and what to do.
+fn transparent_are_on() -> std::result::Result<(), String> {
+    const INSTEAD: &str = "or leave hugepages=thp out";
+    match std::fs::read_to_string(TRANSPARENT) {
+        Err(_) => return Err(format!("this host's kernel has no transparent huge pages; use hugepages=2M, {INSTEAD}")),
+        Ok(state) if state.contains("[never]") => {
+            let how = format!("switch them on, as root: echo madvise >{TRANSPARENT}");
+            return Err(format!("this host has its transparent huge pages switched off; {how}; {INSTEAD}"));
+        }
+        Ok(_) => {}
+    }
+    // SAFETY: has no preconditions.
+    if unsafe { libc::prctl(libc::PR_GET_THP_DISABLE, 0, 0, 0, 0) } == 1 {
+        return Err(format!("transparent huge pages are switched off for this process; {INSTEAD}"));
+    }
+    Ok(())
+}
+
+/// This host's switch for transparent huge pages, in its own word: `always`, `madvise` (those who ask) or `never`.
+pub fn transparent_state() -> String {
+    let text = std::fs::read_to_string(TRANSPARENT).unwrap_or_default();
+    let chosen = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
+    chosen.map_or("none in this kernel", |(word, _)| word).to_owned()
+}
+
+/// A file of `size` bytes in the pool.
+fn pool_file(size: u64) -> Result<File> {
+    let file = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
+    let file = File::from(file.map_err(|error| {
+        let what = "this host's kernel has no pool of huge pages of 2M";
+        Error::user(format!("{what} ({error}); use hugepages=thp, or leave hugepages out"))
+    })?);
+    file.set_len(size).map_err(|_| pool_too_small(size))?;
+    Ok(file)
+}
+
+/// The pool has not as many free pages as `size` bytes take.
+fn pool_too_small(size: u64) -> Error {
+    let needed = size / HUGE;
+    let pool = Pool::read(Path::new(POOL));
+    let wanted = pool.total + needed.saturating_sub(pool.free).max(1);
+    Error::user(format!(
+        "hugepages=2M takes {needed} huge pages for {}, and this host has {} free; make its pool larger, as root: \
+         sysctl vm.nr_hugepages={wanted}",
+        show_size(size),
+        pool.free
+    ))
+}
+
+/// The host's pool of 2 MiB pages, as far as it is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pool {
+    pub total: u64,
+    /// Neither in use nor promised.
+    pub free: u64,
+}
+
+impl Pool {
+    /// This host's.
+    pub fn of_host() -> Pool {
+        Pool::read(Path::new(POOL))
+    }
+
+    fn read(folder: &Path) -> Pool {
+        let number = |name: &str| {
+            let text = std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+            text.trim().parse().unwrap_or(0u64)
+        };
+        let promised = number("resv_hugepages");
+        Pool { total: number("nr_hugepages"), free: number("free_hugepages").saturating_sub(promised) }
+    }
 }
 
 /// Puts `length` bytes of `file` from `offset` on in the place of RAM at guest-physical address `gpa`, all
@@ -54,4 +212,62 @@ pub fn map_file(memory: &GuestMemoryMmap, gpa: u64, length: u64, file: &File, of
         )
     };
     if address == libc::MAP_FAILED { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    /// The value in kB of `field` for the mapping that begins at `address` (proc(5), smaps).
+    fn smaps(address: usize, field: &str) -> u64 {
+        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = text.lines().skip_while(|line| !line.starts_with(&format!("{address:x}-")));
+        let line = lines.find(|line| line.starts_with(field)).expect("the mapping has the field");
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn ram_is_aligned_to_huge_pages() {
+        let sizes = [8 << 20, (8 << 20) + 4096, (9 << 20) + 8192, 512 << 20, (3 << 30) + (1 << 20)];
+        let all: Vec<_> = sizes.map(|size| allocate(size, HugePages::IfThere).unwrap()).into();
+        for memory in &all {
+            for region in memory.iter() {
+                assert_eq!(region.as_ptr() as u64 % HUGE, 0, "{:x}", region.start_addr().0);
+            }
+        }
+    }
+
+    #[test]
+    fn transparent_huge_pages_are_used_or_refused() {
+        if let Err(why) = transparent_are_on() {
+            println!("left out: {why}");
+            assert_eq!(allocate(32 << 20, HugePages::Transparent).unwrap_err().to_string(), why);
+            return;
+        }
+        let memory = allocate(32 << 20, HugePages::Transparent).unwrap();
+        memory.write_obj(1u8, GuestAddress(5 << 20)).unwrap();
+        let address = memory.iter().next().unwrap().as_ptr() as usize;
+        assert_eq!(smaps(address, "AnonHugePages:"), HUGE >> 10, "one byte was written");
+    }
+
+    #[test]
+    fn pools_are_counted_without_what_is_promised() {
+        let folder = std::env::temp_dir().join(format!("anyvisor-vmm-pool-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        for (name, value) in [("nr_hugepages", "100\n"), ("free_hugepages", "80\n"), ("resv_hugepages", "30\n")] {
+            std::fs::write(folder.join(name), value).unwrap();
+        }
+        assert_eq!(Pool::read(&folder), Pool { total: 100, free: 50 });
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(Pool::read(&folder), Pool::default());
+    }
+
+    #[test]
+    fn a_pool_that_is_too_small_is_told() {
+        // A tebibyte in huge pages is on no host that runs tests.
+        let message = allocate(1 << 40, HugePages::Pool).unwrap_err().to_string();
+        let told = message.contains("524288 huge pages for 1024G") && message.contains("sysctl vm.nr_hugepages=");
+        assert!(told || message.contains("no pool"), "{message}");
+    }
 }

@@ -235,7 +235,7 @@ impl Machine {
     ) -> Result<Machine> {
         let supported = engine.supported_cpuid();
         let table = |cpu| config.cpu.table(&supported, config.cpus, cpu).map_err(|e| Error::user(e.to_string()));
-        let memory = memory::allocate(config.memory)?;
+        let memory = memory::allocate(config.memory, config.huge_pages)?;
         let rsdp = acpi::write(&memory, config.cpus);
         let entry = boot::load(
             &memory,

@@ -31,7 +31,7 @@ impl Machine {
     ) -> Result<Machine> {
         let saved = snapshot.manifest();
         let supported = engine.supported_cpuid();
-        let memory = snapshot.map_memory()?;
+        let memory = snapshot.map_memory(config.huge_pages)?;
         let vm = engine.create_vm(memory.clone())?;
         let mut missing = missing(saved, &supported);
         let mut vcpus = Vec::new();

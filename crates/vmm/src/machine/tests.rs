@@ -180,6 +180,7 @@ fn config(kernel: &KernelFile) -> Config {
         modules: Vec::new(),
         command_line: "console=ttyS0".into(),
         memory: 32 << 20,
+        huge_pages: crate::config::HugePages::IfThere,
         cpus: 1,
         cpu: CpuModel::V3.into(),
         serial: crate::config::Serial::Null,

@@ -2,7 +2,7 @@
 
 use super::{PAGE, pages};
 use crate::Config;
-use crate::config::{Module, OnReboot, Serial};
+use crate::config::{HugePages, Module, OnReboot, Serial};
 use crate::machine::BoardState;
 use anyvisor_devices::state::LATEST;
 use anyvisor_x86::cpuid::CpuChoice;
@@ -137,6 +137,7 @@ impl Machine {
             modules: self.modules.clone(),
             command_line: self.command_line.clone(),
             memory: self.memory,
+            huge_pages: HugePages::default(),
             cpus: self.cpus,
             cpu: self.cpu,
             serial,

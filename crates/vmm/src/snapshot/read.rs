@@ -7,6 +7,7 @@
 use super::manifest::{Checksum, Manifest, SIZE_MAX};
 use super::pages::{self, EXTENT_MAX, Extent};
 use super::{CHAIN_MAX, MANIFEST, MEMORY, PAGE, PAGES};
+use crate::config::HugePages;
 use crate::{Error, Result, layout, memory};
 use std::fs::File;
 use std::io::Read;
@@ -90,21 +91,23 @@ impl Snapshot {
     }
 
     /// RAM with the saved contents, of which nothing is read before it is touched, but for scattered pages of
-    /// incremental snapshots. The files must stay as they are while it is in use.
+    /// incremental snapshots. The files must stay as they are while it is in use. If `pages` are to be huge ones, which
+    /// no file is mapped with, all of it is read here instead.
     ///
     /// # Errors
     /// The host cannot give the memory, or not read the files.
-    pub fn map_memory(&self) -> Result<GuestMemoryMmap> {
+    pub fn map_memory(&self, pages: HugePages) -> Result<GuestMemoryMmap> {
         let ram = self.manifest.machine.memory;
-        let memory = memory::allocate(ram)?;
+        let memory = memory::allocate(ram, pages)?;
+        let lazy = pages == HugePages::IfThere;
         let mut mappings = 0;
         for (n, layer) in self.layers.iter().enumerate() {
-            let plan = if n == 0 { merge(&layer.extents) } else { layer.extents.clone() };
+            let plan = if n == 0 && lazy { merge(&layer.extents) } else { layer.extents.clone() };
             let mut buffer = vec![0; (EXTENT_MAX * PAGE) as usize];
             for extent in plan {
                 let trouble = |error| Error::host(format!("cannot read snapshot '{}'", layer.folder.display()), error);
                 for (gpa, offset, length) in pieces(ram, &extent) {
-                    if mappings < MAPPINGS_MAX && (n == 0 || extent.count >= MAP_MIN) {
+                    if lazy && mappings < MAPPINGS_MAX && (n == 0 || extent.count >= MAP_MIN) {
                         memory::map_file(&memory, gpa, length, &layer.memory, offset).map_err(trouble)?;
                         mappings += 1;
                         continue;

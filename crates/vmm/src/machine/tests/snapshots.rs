@@ -1,6 +1,7 @@
 //! Saved and restored machines, and what happens to bad snapshots.
 
 use super::*;
+use crate::config::HugePages;
 use crate::snapshot::{self, Snapshot, Summary, Unfinished};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -132,7 +133,8 @@ fn saved_vm(folder: &Path) -> u64 {
 
 /// What the guest in a snapshot had counted to.
 fn read_count(folder: &Path) -> u64 {
-    Snapshot::open(folder).unwrap().map_memory().unwrap().read_obj(GuestAddress(COUNT)).unwrap()
+    let memory = Snapshot::open(folder).unwrap().map_memory(HugePages::IfThere).unwrap();
+    memory.read_obj(GuestAddress(COUNT)).unwrap()
 }
 
 #[test]
@@ -174,6 +176,7 @@ fn incremental_snapshots_restore_each() {
         },
     );
     assert!(sizes[1..].iter().all(|size| *size < 64 << 10 && *size < sizes[0]), "{sizes:?}");
+    check_read_memory(&name(3));
     let mut last = 0;
     for n in 0..4 {
         let count = read_count(&name(n));
@@ -190,6 +193,22 @@ fn incremental_snapshots_restore_each() {
     std::fs::remove_dir_all(scratch.path("elsewhere/s1")).unwrap();
     let message = restore(&scratch.path("elsewhere/s3"), finds(last)).0.unwrap_err().to_string();
     assert!(message.contains("s2' builds on another") && message.contains("s1"), "{message}");
+}
+
+/// Memory that is read, because it is to be on huge pages, is what mapped memory is.
+fn check_read_memory(folder: &Path) {
+    let snapshot = Snapshot::open(folder).unwrap();
+    let mapped = snapshot.map_memory(HugePages::IfThere).unwrap();
+    let read = match snapshot.map_memory(HugePages::Transparent) {
+        Ok(memory) => memory,
+        Err(error) => return println!("left out: {error}"),
+    };
+    let (mut one, mut other) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    for at in (0..20 << 20).step_by(1 << 20) {
+        mapped.read_slice(&mut one, GuestAddress(at)).unwrap();
+        read.read_slice(&mut other, GuestAddress(at)).unwrap();
+        assert!(one == other, "at {at:#x}");
+    }
 }
 
 #[test]
