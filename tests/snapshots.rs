@@ -238,6 +238,97 @@ poweroff -f";
     assert_eq!(result(&ended.output), Some(whole), "{ended:?}");
 }
 
+/// The TSC's frequency, the TSC and guest time in a snapshot.
+fn times(folder: &Path) -> (u64, u64, u64) {
+    let text = std::fs::read_to_string(folder.join("manifest")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(text.split_once('\n').unwrap().1).unwrap();
+    let msrs = manifest["vcpus"][0]["state"]["msrs"].as_array().unwrap();
+    let tsc = msrs.iter().find(|msr| msr[0] == 0x10).expect("IA32_TIME_STAMP_COUNTER")[1].as_u64().unwrap();
+    (manifest["tsc_khz"].as_u64().unwrap(), tsc, manifest["clock"].as_u64().unwrap())
+}
+
+/// Prints dots for ever.
+const DOTS: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 3f8h
+    0xb0, b'.', 0xee, // next: mov al, '.'; out dx, al
+    0xb9, 0x00, 0x40, 0x00, 0x00, // mov ecx, 4000h
+    0xe2, 0xfe, // loop $
+    0xeb, 0xf4, // jmp next
+];
+
+/// What this host's KVM lacks of the translator's host model, as features to leave out; `None` if it cannot be used.
+fn common_model(scratch: &Scratch, kernel: &Path) -> Option<String> {
+    if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        println!("left out: /dev/kvm cannot be opened: {error}");
+        return None;
+    }
+    let mut model = "host".to_owned();
+    for attempt in 0..5 {
+        let (id, folder) = (name("common"), scratch.path(&format!("common-{attempt}")));
+        let options = ["--engine", "translator", "--cpu-model", &model, "--memory", "32M", "--id", &id];
+        let mut vm = vm::Vm::start(&vm::arguments(kernel, &options)).expect("anyvisor starts");
+        vm.wait_for("..", PATIENCE);
+        save(&id, &folder, None);
+        // In order: a killed one's name would be a second line.
+        vm.signal(libc::SIGTERM);
+        vm.end(PATIENCE);
+        match restore(&folder, &["--engine", "kvm"]).try_end(Duration::from_millis(500)) {
+            Err(vm) => {
+                kill(vm);
+                return Some(model);
+            }
+            Ok(ended) => {
+                // A mismatch is refused in one line, with the list of what differs.
+                assert_eq!((ended.code(), ended.errors.trim().lines().count()), (2, 1), "{ended:?}");
+                let lacks = ended.errors.trim().split_once("which lacks ").expect("a list").1;
+                lacks.split(", ").for_each(|feature| model += &format!(",-{feature}"));
+            }
+        }
+    }
+    println!("left out: this host's engines have no CPU model in common but {model}");
+    None
+}
+
+/// The guest's TSC and its time go on from where they were, together, through saves and under another engine.
+#[test]
+fn tsc_and_clock_go_on_together() {
+    let scratch = Scratch::new("times");
+    let kernel = assets::scratch("snapshots-dots", &anyvisor_tests::elf::pvh(DOTS)).unwrap();
+    let common = common_model(&scratch, &kernel);
+    let engines = if common.is_some() { &["translator", "kvm", "translator"][..] } else { &["translator"; 3] };
+    let (id, model) = (name("times"), common.unwrap_or("host".into()));
+    let mut last: Option<(PathBuf, (u64, u64, u64))> = None;
+    for (n, engine) in engines.iter().enumerate() {
+        let mut vm = match &last {
+            Some((folder, _)) => restore(folder, &["--engine", engine, "--id", &id]),
+            None => {
+                let options = ["--engine", engine, "--cpu-model", &model, "--memory", "32M", "--id", &id];
+                vm::Vm::start(&vm::arguments(&kernel, &options)).expect("anyvisor starts")
+            }
+        };
+        for save_number in 0..2 {
+            vm.wait_for("....", PATIENCE);
+            let folder = scratch.path(&format!("{n}-{save_number}"));
+            save(&id, &folder, None);
+            let (khz, tsc, clock) = times(&folder);
+            if let Some((_, (old_khz, old_tsc, old_clock))) = last {
+                assert!(khz.abs_diff(old_khz) * 4000 <= khz, "{old_khz} kHz, then {khz} kHz");
+                // Not while it was saved: it goes on at once.
+                assert!(clock > old_clock && clock - old_clock < 60_000_000_000, "{old_clock} ns, then {clock} ns");
+                let (ticks, nanoseconds) = (tsc.wrapping_sub(old_tsc), clock - old_clock);
+                let apart = (ticks as i128 * 1_000_000 / i128::from(khz) - i128::from(nanoseconds)).abs();
+                if vm.errors().contains("cannot set the guest's TSC") && save_number == 0 {
+                    println!("left out: this host's KVM gives guests its own TSC, and the user was told");
+                } else {
+                    assert!(apart < 5_000_000, "under {engine}: {ticks} ticks of {khz} kHz in {nanoseconds} ns");
+                }
+            }
+            last = Some((folder, (khz, tsc, clock)));
+        }
+        kill(vm);
+    }
+}
+
 /// How often the next test kills: a few times, or what this variable says.
 const KILLS_VARIABLE: &str = "ANYVISOR_KILLS";
 
@@ -363,6 +454,16 @@ fn what_cannot_be_restored_is_refused_in_one_line() {
     refused(&[], &["has format '99'", "format 1"]);
     std::fs::write(&manifest, good.replacen("\"clock\":", "\"clock\":1", 1)).unwrap();
     refused(&[], &["does not have its checksum"]);
+    // A TSC that no host has, with a right checksum.
+    let (_, body) = good.split_once('\n').unwrap();
+    let (khz, ..) = times(&folder);
+    let body = body.replacen(&format!("\"tsc_khz\":{khz}"), "\"tsc_khz\":123456789", 1);
+    let checksum: String = Sha256::digest(&body).iter().map(|byte| format!("{byte:02x}")).collect();
+    std::fs::write(&manifest, format!("anyvisor-snapshot 1 {checksum}\n{body}")).unwrap();
+    refused(
+        &["--no-api"],
+        &["cannot go on under engine translator", "a TSC of 123456789 kHz", &format!("it is {khz} kHz here")],
+    );
     std::fs::write(&manifest, &good).unwrap();
     let memory = std::fs::OpenOptions::new().write(true).open(folder.join("memory")).unwrap();
     memory.set_len(1 << 20).unwrap();

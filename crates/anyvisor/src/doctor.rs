@@ -106,6 +106,8 @@ fn kvm_section(out: &mut String, cpuinfo: &str, kvm: &std::result::Result<Kvm, U
     match kvm {
         Ok(engine) => {
             let works = models(out, engine);
+            let scales = if engine.scales_tsc() { "yes" } else { "no: snapshots go on at this TSC's frequency only" };
+            let _ = writeln!(out, "  TSC scaling: {scales}");
             let _ = writeln!(out, "  verdict: usable, a probe VM ran 64-bit kernel code at the CPU's speed");
             works
         }

@@ -69,6 +69,11 @@ impl Kvm {
         }
         Ok(Kvm { device })
     }
+
+    /// Whether guests can have a TSC of another frequency than the host's.
+    pub fn scales_tsc(&self) -> bool {
+        self.device.check_extension(kvm_ioctls::Cap::TscControl)
+    }
 }
 
 impl Engine for Kvm {

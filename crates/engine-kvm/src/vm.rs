@@ -8,9 +8,9 @@ use anyvisor_engine::{DirtyPages, DirtyRegion, Doorbells, Error, Result, Vcpu, V
 use anyvisor_x86::msi::DeliveryMode;
 use anyvisor_x86::{Cpuid, Msi};
 use kvm_bindings as kvm;
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -36,6 +36,10 @@ pub(crate) struct VmShared {
     bsp: OnceLock<Arc<Shared>>,
     routes: Mutex<Routes>,
     logging: Mutex<bool>,
+    /// What was asked for; 0 for the host's.
+    wanted_tsc_khz: AtomicU64,
+    /// Whether hardware scales the TSC for guests. Without, KVM would let a slower one jump ahead at exits.
+    scales_tsc: bool,
     tsc_khz: OnceLock<u64>,
     /// MSRs of a state that this KVM has.
     pub msrs: OnceLock<Vec<u32>>,
@@ -66,6 +70,19 @@ impl VmShared {
             changed |= routes.deliver(level(apic_id, vector));
         }
         if changed { self.publish(&routes) } else { Ok(()) }
+    }
+
+    /// Gives a new vCPU the TSC that is wanted, if it can have it.
+    fn scale_tsc(&self, vcpu: &VcpuFd) -> Result<()> {
+        let wanted = u32::try_from(self.wanted_tsc_khz.load(Ordering::SeqCst)).unwrap_or(0);
+        if wanted == 0 || !self.scales_tsc || vcpu.get_tsc_khz().is_ok_and(|khz| khz == wanted) {
+            return Ok(());
+        }
+        match vcpu.set_tsc_khz(wanted) {
+            // A ratio that the hardware does not have: what the vCPU has instead is for others to judge.
+            Err(error) if error.errno() != libc::EINVAL => Err(host_error("scaling a vCPU's TSC", error)),
+            _ => Ok(()),
+        }
     }
 
     fn publish(&self, routes: &Routes) -> Result<()> {
@@ -124,6 +141,8 @@ impl KvmVm {
             bsp: OnceLock::new(),
             routes: Mutex::default(),
             logging: Mutex::new(false),
+            wanted_tsc_khz: AtomicU64::new(0),
+            scales_tsc: device.check_extension(Cap::TscControl),
             tsc_khz: OnceLock::new(),
             msrs: OnceLock::new(),
             memory,
@@ -178,8 +197,9 @@ impl Vm for KvmVm {
             _ => host_error("creating a vCPU", error),
         })?;
         cpuid::apply(&fd, table)?;
+        self.0.scale_tsc(&fd)?;
         if let Ok(khz) = fd.get_tsc_khz() {
-            // All vCPUs have the host's.
+            // All vCPUs have the same.
             let _ = self.0.tsc_khz.set(khz.into());
         }
         let shared = Arc::new(Shared::new(&fd)?);
@@ -214,6 +234,10 @@ impl Vm for KvmVm {
             bsp.interrupt(reason::PIC);
         }
         Ok(())
+    }
+
+    fn want_tsc_khz(&self, khz: u64) {
+        self.0.wanted_tsc_khz.store(khz, Ordering::SeqCst);
     }
 
     fn tsc_khz(&self) -> Result<u64> {

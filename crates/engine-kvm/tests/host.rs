@@ -265,3 +265,30 @@ fn the_end_of_level_triggered_interrupts_is_told() {
         assert_eq!(*io.eois.lock().unwrap(), ends, "after message {data:#x}");
     }
 }
+
+/// A TSC of another frequency is what was asked for, or not promised.
+#[test]
+fn the_tsc_is_scaled_where_it_can_be() {
+    let Some(engine) = open() else { return };
+    let host = machine(&engine, FINISH).vm.tsc_khz().unwrap();
+    for wanted in [host * 4 / 5, host * 5 / 4] {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let vm = engine.create_vm(memory).unwrap();
+        vm.want_tsc_khz(wanted);
+        let mut vcpu = vm.create_vcpu(VcpuId(0), &engine.supported_cpuid()).unwrap();
+        let khz = vm.tsc_khz().unwrap();
+        if khz != wanted {
+            println!("left out: this KVM does not scale the TSC");
+            assert_eq!(khz, host);
+        }
+        let mut tsc = || vcpu.state().unwrap().msr(anyvisor_x86::msr::IA32_TSC).unwrap();
+        let mut measured = || {
+            let (before, began) = (tsc(), Instant::now());
+            std::thread::sleep(Duration::from_millis(20));
+            (tsc() - before) as f64 / began.elapsed().as_secs_f64() / 1000.0
+        };
+        // A busy machine may come between; 4/5 and 5/4 are further apart than this.
+        let right = (0..20).any(|_| (0.95..1.05).contains(&(measured() / khz as f64)));
+        assert!(right, "not {khz} kHz");
+    }
+}

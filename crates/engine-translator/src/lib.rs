@@ -124,6 +124,9 @@ impl Vm for TranslatorVm {
         Ok(())
     }
 
+    /// Guest code reads the host's TSC, moved but not scaled.
+    fn want_tsc_khz(&self, _khz: u64) {}
+
     fn tsc_khz(&self) -> Result<u64> {
         Ok(self.shared.tsc_khz)
     }

@@ -73,6 +73,9 @@ impl Vm for BrokenVm {
     fn set_pic_intr(&self, level: bool) -> Result<()> {
         self.0.set_pic_intr(level || self.1 == Defect::IntrSticks)
     }
+    fn want_tsc_khz(&self, khz: u64) {
+        self.0.want_tsc_khz(khz)
+    }
     fn tsc_khz(&self) -> Result<u64> {
         self.0.tsc_khz()
     }

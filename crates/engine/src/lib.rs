@@ -48,6 +48,10 @@ pub trait Vm: Send + Sync {
     /// high and LINT0 accepts ExtINT, the engine asks [`GuestIo::acknowledge_pic`] for the vector.
     fn set_pic_intr(&self, level: bool) -> Result<()>;
 
+    /// Asks that vCPUs made from now on have a TSC of `khz`, as a saved VM's had. Where the host cannot scale its own
+    /// to that, they have the host's: [`Vm::tsc_khz`] tells.
+    fn want_tsc_khz(&self, khz: u64);
+
     /// Frequency of the guest's TSC in kHz. A vCPU must have been made.
     fn tsc_khz(&self) -> Result<u64>;
 

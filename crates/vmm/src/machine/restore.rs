@@ -5,7 +5,7 @@ use crate::console::{Input, Output};
 use crate::snapshot::{History, Manifest, Snapshot};
 use crate::{Config, Result};
 use anyvisor_engine::{Engine, VcpuId};
-use anyvisor_x86::Cpuid;
+use anyvisor_x86::{Cpuid, VcpuState, msr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -34,6 +34,7 @@ impl Machine {
         let memory = snapshot.map_memory(config.huge_pages)?;
         let vm = engine.create_vm(memory.clone())?;
         let mut missing = missing(saved, &supported);
+        vm.want_tsc_khz(saved.tsc_khz);
         let mut vcpus = Vec::new();
         // Without what they are to show they cannot even be made.
         if missing.is_empty() {
@@ -57,6 +58,11 @@ impl Machine {
             lock(&notify.kickers).push(vcpu.kicker());
         }
         vm.set_clock(saved.clock)?;
+        if let (Some(vcpu), Some(saved)) = (vcpus.first_mut(), saved.vcpus.first())
+            && let Some(jump) = tsc_jump(&saved.state, &vcpu.state()?, vm.tsc_khz()?)
+        {
+            tracing::warn!(id = config.id, "{} cannot set the guest's TSC, which {jump}", engine.name());
+        }
         let history = History::since(config.memory, snapshot.checksum(), &*vm)?;
         let tables = saved.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
         Ok(Machine { memory, vm, board, vcpus, tables, history, unverified: Some(snapshot.clone()), notify })
@@ -71,10 +77,18 @@ fn missing(saved: &Manifest, supported: &Cpuid) -> Vec<String> {
     list
 }
 
-/// What is wrong if the TSC counted with `was` kHz and now counts with `is`.
+/// What is wrong if the TSC counted with `was` kHz and now counts with `is`, having been asked for that.
 fn other_frequency(was: u64, is: u64) -> Option<String> {
     let near = u128::from(is.abs_diff(was)) * 1_000_000 <= u128::from(was) * u128::from(TSC_TOLERANCE_PPM);
-    (!near).then(|| format!("its TSC frequency ({was} kHz; here {is} kHz)"))
+    (!near).then(|| format!("a TSC of {was} kHz (it is {is} kHz here, and cannot be scaled to that)"))
+}
+
+/// How the TSC of a vCPU that was given state `saved`, and has `now`, has jumped: not every KVM sets it.
+fn tsc_jump(saved: &VcpuState, now: &VcpuState, khz: u64) -> Option<String> {
+    let (saved, now) = (saved.msr(msr::IA32_TSC)?, now.msr(msr::IA32_TSC)?);
+    // Looking takes far less than a second.
+    let moved = now.wrapping_sub(saved) > 1000 * khz;
+    moved.then(|| format!("jumps from {saved} to {now}"))
 }
 
 /// How long the guest has the processor and the disk to itself.
@@ -119,5 +133,23 @@ impl Verification {
             Ok(Ok(None)) | Err(_) => end,
             Ok(Err(_)) => End::Failed("internal error, see above; please report it".into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tsc_that_was_not_set_is_seen() {
+        let state = |tsc| {
+            let mut state = VcpuState::default();
+            state.set_msr(msr::IA32_TSC, tsc);
+            state
+        };
+        let jump = |now| tsc_jump(&state(5_000_000_000), &state(now), 2_000_000);
+        assert_eq!((jump(5_000_000_000), jump(5_900_000_000)), (None, None));
+        assert!(jump(8_000_000_000).is_some() && jump(4_999_999_999).is_some());
+        assert_eq!(tsc_jump(&VcpuState::default(), &state(1), 1), None);
     }
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Condvar;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 type Guest = Arc<dyn Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync>;
@@ -27,6 +27,7 @@ struct FakeVm {
     messages: Mutex<Vec<Msi>>,
     intr: Mutex<bool>,
     clock: Mutex<u64>,
+    tsc_khz: AtomicU64,
     /// Numbers of pages written with [`FakeVm::store`].
     written: Mutex<BTreeSet<u64>>,
     states: Arc<Mutex<Vec<VcpuState>>>,
@@ -69,6 +70,7 @@ impl Engine for FakeEngine {
             messages: Mutex::default(),
             intr: Mutex::default(),
             clock: Mutex::default(),
+            tsc_khz: AtomicU64::new(3_000_000),
             written: Mutex::default(),
             states: self.states.clone(),
             kickers: Mutex::default(),
@@ -104,8 +106,14 @@ impl Vm for FakeVm {
         *self.intr.lock().unwrap() = level;
         Ok(())
     }
+    fn want_tsc_khz(&self, khz: u64) {
+        // As hardware that scales does, within limits.
+        if (2_000_000..=4_000_000).contains(&khz) && khz.is_multiple_of(1000) {
+            self.tsc_khz.store(khz, Ordering::SeqCst);
+        }
+    }
     fn tsc_khz(&self) -> anyvisor_engine::Result<u64> {
-        Ok(3_000_000)
+        Ok(self.tsc_khz.load(Ordering::SeqCst))
     }
     fn clock(&self) -> anyvisor_engine::Result<u64> {
         Ok(*self.clock.lock().unwrap())

@@ -4,7 +4,7 @@ use super::*;
 use crate::config::HugePages;
 use crate::snapshot::{self, Snapshot, Summary, Unfinished};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::AtomicBool;
 
 /// A folder for one test, removed with the value.
 struct Scratch(PathBuf);
@@ -326,6 +326,21 @@ fn a_snapshot_that_is_not_finished_is_none() {
 }
 
 #[test]
+fn a_tsc_is_scaled_to_what_was_saved() {
+    let scratch = Scratch::new("tsc");
+    let folder = scratch.path("one");
+    let count = saved_vm(&folder);
+    rewrite(&folder, |manifest| manifest["tsc_khz"] = 3_500_000.into());
+    let seen = Arc::new(AtomicU64::new(0));
+    let tsc = seen.clone();
+    let (end, _) = restore(&folder, move |vm, cpu, io| {
+        tsc.store(vm.tsc_khz().unwrap(), Ordering::SeqCst);
+        finds(count)(vm, cpu, io)
+    });
+    assert_eq!((end.unwrap(), seen.load(Ordering::SeqCst)), (End::DebugExit(count as u32), 3_500_000));
+}
+
+#[test]
 fn another_host_is_told_what_it_lacks() {
     let scratch = Scratch::new("lacks");
     let folder = scratch.path("one");
@@ -337,7 +352,7 @@ fn another_host_is_told_what_it_lacks() {
         }
     };
     rewrite(&folder, |manifest| manifest["tsc_khz"] = 3_000_751.into());
-    lacks(&["engine fake", "its TSC frequency (3000751 kHz; here 3000000 kHz)"]);
+    lacks(&["engine fake", "a TSC of 3000751 kHz (it is 3000000 kHz here, and cannot be scaled to that)"]);
     rewrite(&folder, |manifest| {
         for leaf in manifest["vcpus"][0]["cpuid"]["leaves"].as_array_mut().unwrap() {
             if leaf["leaf"] == 7 && leaf["subleaf"] == 1 {
