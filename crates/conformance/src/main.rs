@@ -17,6 +17,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+/// A case that takes so long says how long.
+const SLOW: Duration = Duration::from_secs(2);
+
 /// Runs the conformance suite on an engine of this host.
 #[derive(Parser)]
 #[command(version)]
@@ -82,6 +85,7 @@ fn run(options: &Options) -> Result<bool> {
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     let start = Instant::now();
     for case in &cases {
+        let begun = Instant::now();
         // The name first: if the host goes down, it is the last thing seen.
         print!("{} ... ", case.name);
         std::io::stdout().flush().context("writing to standard output")?;
@@ -112,7 +116,13 @@ fn run(options: &Options) -> Result<bool> {
                 format!("skipped: {why}")
             }
         };
-        println!("{line}");
+        // In the lines of a slow run, where its time goes.
+        let took = begun.elapsed();
+        if took >= SLOW {
+            println!("{line} ({:.1} s)", took.as_secs_f64())
+        } else {
+            println!("{line}")
+        }
         if let Some(file) = &mut report {
             writeln!(file, "{} ... {line}", case.name).context("writing the report")?;
         }

@@ -12,6 +12,9 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+/// When another thread acts on a vCPU that has begun to run, most probably.
+pub const A_LITTLE: Duration = Duration::from_millis(20);
+
 /// What cases write code with.
 type Assembling = Result<(), IcedError>;
 
@@ -96,6 +99,30 @@ impl<'a> Guest<'a> {
         }
         let (log, code) = (self.io.take_log(), self.code.clone());
         Ok(End { exit, ended, state, log, mode: self.mode, code, ip: self.ip(), memory: self.memory.clone() })
+    }
+
+    /// As [`Guest::run`], while another thread does `act` [`A_LITTLE`] after the state is set.
+    pub fn run_while(
+        &mut self,
+        act: impl FnOnce() + Send,
+        code: impl FnOnce(&mut Asm) -> Assembling,
+    ) -> Result<End, Mismatch> {
+        self.load(code)?;
+        self.vcpu.set_state(&self.state)?;
+        self.resume_while(act)
+    }
+
+    /// As [`Guest::resume`], while another thread does `act` [`A_LITTLE`] later.
+    pub fn resume_while(&mut self, act: impl FnOnce() + Send) -> Result<End, Mismatch> {
+        std::thread::scope(|scope| {
+            let actor = scope.spawn(|| {
+                std::thread::sleep(A_LITTLE);
+                act();
+            });
+            let end = self.resume();
+            actor.join().expect("what another thread does succeeds");
+            end
+        })
     }
 
     /// Replaces the handler of `vector` by `code` of the width of handlers, with an end behind it.

@@ -2,7 +2,7 @@
 //! modes (SDM vol. 3A chapter 10).
 
 use super::super::Guest;
-use super::interrupts::{enable_apic, set_apic};
+use super::interrupts::{enable_apic, returns_from_nmi, set_apic};
 use super::prelude::*;
 use anyvisor_x86::lapic::reg;
 
@@ -267,7 +267,7 @@ fn ipis(suite: &mut Suite) {
             a.mov(at(reg::ICR_LOW), 0x400)?;
             a.db(&[0xeb, 0xfe])
         })?;
-        end.vectored(vector::NMI).map(drop)
+        returns_from_nmi(g, &end)
     });
     suite.add("by logical destination", KERNEL, |g| {
         setup(g);

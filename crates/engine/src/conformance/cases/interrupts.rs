@@ -3,9 +3,13 @@
 //! A write to port [`SEND`] makes the machine send interrupts in the middle of a run. An interrupt comes
 //! "soon": where a case needs one to have come, the guest waits in a loop.
 
-use super::super::Guest;
+use super::super::guest::A_LITTLE;
+use super::super::tables::Ending;
+use super::super::{Asm, End, Guest, Mismatch};
 use super::prelude::*;
 use anyvisor_x86::lapic::reg;
+use anyvisor_x86::state::Activity;
+use iced_x86::IcedError;
 
 const SEND: u16 = 0x80;
 /// Modes with a LAPIC that code of CPL 0 can use.
@@ -48,9 +52,21 @@ pub fn send_on_out(g: &Guest, messages: &'static [Msi]) {
     });
 }
 
+/// What sends `message` to the machine, from whatever thread.
+fn sends(g: &Guest, message: Msi) -> impl FnOnce() + Send + use<> {
+    let vm = g.vm.clone();
+    move || vm.signal_msi(message).expect("the engine takes messages")
+}
+
 /// `jmp $`.
-fn forever(a: &mut CodeAssembler) -> Result<(), iced_x86::IcedError> {
+fn forever(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.db(&[0xeb, 0xfe])
+}
+
+/// Sleeps until an interrupt.
+fn sti_hlt(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.sti()?;
+    a.hlt()
 }
 
 fn messages(suite: &mut Suite) {
@@ -79,14 +95,8 @@ fn messages(suite: &mut Suite) {
     suite.add("an MSI from another thread during a loop", &[Mode::Real, Mode::Long, Mode::User], |g| {
         enable_apic(g);
         g.state.rflags |= rflags::IF;
-        let vm = g.vm.clone();
-        let sender = std::thread::spawn(move || {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            vm.signal_msi(msi(0x51))
-        });
-        let end = g.run(forever)?;
-        sender.join().expect("the sender does not panic")?;
-        end.vectored(0x51).map(drop)
+        let message = sends(g, msi(0x51));
+        g.run_while(message, forever)?.vectored(0x51).map(drop)
     });
     suite.add("no interrupt while IF is clear", MODES, |g| {
         enable_apic(g);
@@ -442,16 +452,26 @@ fn priorities(suite: &mut Suite) {
     });
 }
 
+/// Lets LINT0 take interrupts from the 8259 pair (ExtINT), which has `vector` ready.
+fn lint0_takes_pic(g: &mut Guest, vector: u8) {
+    enable_apic(g);
+    set_apic(g, reg::LVT_LINT0, 0x700);
+    g.io.set_pic(&[vector]);
+}
+
+/// Runs `code` with the 8259's wire raised.
+fn run_raised(g: &mut Guest, code: impl FnOnce(&mut Asm) -> Result<(), IcedError>) -> Result<End, Mismatch> {
+    g.load(code)?;
+    g.vcpu.set_state(&g.state)?;
+    g.vm.set_pic_intr(true)?;
+    g.resume()
+}
+
 fn pic(suite: &mut Suite) {
     suite.add("ExtINT by LINT0 takes the vector from the PIC", MODES, |g| {
-        enable_apic(g);
-        set_apic(g, reg::LVT_LINT0, 0x700);
+        lint0_takes_pic(g, 0x30);
         g.state.rflags |= rflags::IF;
-        g.io.set_pic(&[0x30]);
-        g.load(forever)?;
-        g.vcpu.set_state(&g.state)?;
-        g.vm.set_pic_intr(true)?;
-        let end = g.resume()?;
+        let end = run_raised(g, forever)?;
         end.vectored(0x30)?;
         ensure(end.log.contains(&Access::AcknowledgePic), || "no acknowledge cycle".to_owned())
     });
@@ -460,41 +480,29 @@ fn pic(suite: &mut Suite) {
         g.state.lapic.clear();
         g.state.rflags |= rflags::IF;
         g.io.set_pic(&[0x31]);
-        g.load(forever)?;
-        g.vcpu.set_state(&g.state)?;
-        g.vm.set_pic_intr(true)?;
-        g.resume()?.vectored(0x31).map(drop)
+        run_raised(g, forever)?.vectored(0x31).map(drop)
     });
     suite.add("a masked LINT0 lets nothing through", &[Mode::Real, Mode::Long], |g| {
         enable_apic(g);
         set_apic(g, reg::LVT_LINT0, 0x1_0700);
         g.state.rflags |= rflags::IF;
         g.io.set_pic(&[0x30]);
-        g.load(|a| a.nop())?;
-        g.vcpu.set_state(&g.state)?;
-        g.vm.set_pic_intr(true)?;
-        let end = g.resume()?;
+        let end = run_raised(g, |a| a.nop())?;
         end.done()?;
         end.saw(&[])
     });
     suite.add("ExtINT waits for IF", &[Mode::Real, Mode::Long], |g| {
-        enable_apic(g);
-        set_apic(g, reg::LVT_LINT0, 0x700);
-        g.io.set_pic(&[0x30]);
-        g.load(|a| {
+        lint0_takes_pic(g, 0x30);
+        run_raised(g, |a| {
             a.nop()?;
             a.sti()?;
             a.nop()?;
             a.nop()
-        })?;
-        g.vcpu.set_state(&g.state)?;
-        g.vm.set_pic_intr(true)?;
-        g.resume()?.trap_after(3, 0x30)
+        })?
+        .trap_after(3, 0x30)
     });
     suite.add("INTR that has dropped delivers nothing", &[Mode::Real, Mode::Long], |g| {
-        enable_apic(g);
-        set_apic(g, reg::LVT_LINT0, 0x700);
-        g.io.set_pic(&[0x30]);
+        lint0_takes_pic(g, 0x30);
         g.load(|a| {
             a.sti()?;
             a.nop()?;
@@ -506,9 +514,7 @@ fn pic(suite: &mut Suite) {
         g.resume()?.done()
     });
     suite.add("INTR raised and dropped during the run", &[Mode::Real, Mode::Long], |g| {
-        enable_apic(g);
-        set_apic(g, reg::LVT_LINT0, 0x700);
-        g.io.set_pic(&[0x33]);
+        lint0_takes_pic(g, 0x33);
         let vm = g.vm.clone();
         g.io.on_out(SEND, move || vm.set_pic_intr(true).expect("the engine takes it"));
         g.run(|a| {
@@ -521,6 +527,44 @@ fn pic(suite: &mut Suite) {
     });
 }
 
+/// IRETQ to what follows it, a NOP, with interrupts off.
+pub fn iret_to_next(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut after = a.create_label();
+    a.push(i32::from(selector::DATA))?;
+    a.push(place::STACK as i32)?;
+    a.push(2)?;
+    a.push(i32::from(selector::CODE64))?;
+    a.lea(rax, ptr(after))?;
+    a.push(rax)?;
+    a.iretq()?;
+    a.set_label(&mut after)?;
+    a.nop()
+}
+
+/// Goes on from the default handler of NMIs, where `end` is, with an IRET, which ends the blocking. There is an end
+/// where the NMI came.
+///
+/// Bochs forgets at VM entries that NMIs are no longer blocked (`cpu/vmx.cc`, `VMenterLoadCheckGuestState` only sets
+/// the block): without an IRET no later guest of the processor would get one.
+fn back_from_nmi(g: &mut Guest, end: &End) -> Result<End, Mismatch> {
+    let frame = end.vectored(vector::NMI)?;
+    equal("NMIs blocked in the handler", end.state.events.nmi_blocked, true)?;
+    let base = if g.mode == Mode::Real { u64::from(frame.cs) << 4 } else { 0 };
+    g.write(base + frame.rip, Ending::PORT.code);
+    g.write(end.linear_rip(), if g.mode.handler_bits() == 64 { &[0x48, 0xcf] } else { &[0xcf] });
+    g.vcpu.set_state(&end.state)?;
+    let end = g.resume()?;
+    equal("NMIs blocked behind the IRET", end.state.events.nmi_blocked, false)?;
+    Ok(end)
+}
+
+/// As [`back_from_nmi`], and nothing else comes.
+pub fn returns_from_nmi(g: &mut Guest, end: &End) -> Verdict {
+    let back = end.vectored(vector::NMI)?.rip;
+    let end = back_from_nmi(g, end)?;
+    equal("RIP behind the end", (end.ended, end.state.rip), (true, back + Ending::PORT.length))
+}
+
 fn nmi(suite: &mut Suite) {
     const ONE: &[Msi] = &[NMI];
     suite.add("an NMI needs no IF", MODES, |g| {
@@ -530,17 +574,15 @@ fn nmi(suite: &mut Suite) {
             a.out(SEND as i32, al)?;
             forever(a)
         })?;
-        end.vectored(vector::NMI)?;
-        equal("NMIs blocked", end.state.events.nmi_blocked, true)
+        returns_from_nmi(g, &end)
     });
     suite.add("an NMI needs no enabled APIC", &[Mode::Real, Mode::Long], |g| {
         send_on_out(g, ONE);
-        g.run(|a| {
+        let end = g.run(|a| {
             a.out(SEND as i32, al)?;
             forever(a)
-        })?
-        .vectored(vector::NMI)
-        .map(drop)
+        })?;
+        returns_from_nmi(g, &end)
     });
     suite.add("an NMI waits while one is handled, until IRET", &[Mode::Long], |g| {
         // The handler asks for another, which comes after its IRET only: it counts entries in RBX and runs
@@ -595,11 +637,13 @@ fn nmi(suite: &mut Suite) {
         g.vcpu.set_state(&g.state)?;
         g.vm.signal_msi(msi(0x50))?;
         g.vm.signal_msi(NMI)?;
-        g.resume()?.vectored(vector::NMI).map(drop)
+        let end = g.resume()?;
+        back_from_nmi(g, &end)?.vectored(0x50).map(drop)
     });
     suite.add("a waiting NMI is part of the state", &[Mode::Long], |g| {
         g.state.events.nmi_pending = true;
-        g.run(forever)?.vectored(vector::NMI).map(drop)
+        let end = g.run(forever)?;
+        returns_from_nmi(g, &end)
     });
     suite.add("blocked NMIs are part of the state", &[Mode::Long], |g| {
         g.state.events.nmi_pending = true;
@@ -610,55 +654,32 @@ fn nmi(suite: &mut Suite) {
         })?;
         end.done()?;
         let events = end.state.events;
-        equal("NMI pending, blocked", (events.nmi_pending, events.nmi_blocked), (true, true))
+        equal("NMI pending, blocked", (events.nmi_pending, events.nmi_blocked), (true, true))?;
+        let end = g.run(iret_to_next)?;
+        returns_from_nmi(g, &end)
     });
     suite.add("any IRET ends the blocking", &[Mode::Long], |g| {
         g.state.events.nmi_blocked = true;
-        let end = g.run(|a| {
-            let mut after = a.create_label();
-            a.push(i32::from(selector::DATA))?;
-            a.push(place::STACK as i32)?;
-            a.push(2)?;
-            a.push(i32::from(selector::CODE64))?;
-            a.lea(rax, ptr(after))?;
-            a.push(rax)?;
-            a.iretq()?;
-            a.set_label(&mut after)?;
-            a.nop()
-        })?;
+        let end = g.run(iret_to_next)?;
         end.done()?;
         equal("NMIs blocked", end.state.events.nmi_blocked, false)
     });
     suite.add("LINT1 as NMI does not depend on the vector", &[Mode::Long], |g| {
         enable_apic(g);
         send_on_out(g, &[Msi { address: 0xfee0_0000, data: 0x477 }]);
-        g.run(|a| {
+        let end = g.run(|a| {
             a.out(SEND as i32, al)?;
             forever(a)
-        })?
-        .vectored(vector::NMI)
-        .map(drop)
+        })?;
+        returns_from_nmi(g, &end)
     });
 }
 
 fn hlt(suite: &mut Suite) {
-    /// Sends `message` from another thread a little later.
-    fn later(g: &Guest, message: Msi) -> std::thread::JoinHandle<crate::Result<()>> {
-        let vm = g.vm.clone();
-        std::thread::spawn(move || {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            vm.signal_msi(message)
-        })
-    }
     suite.add("an interrupt wakes it and returns behind it", MODES, |g| {
         enable_apic(g);
-        let sender = later(g, msi(0x50));
-        let end = g.run(|a| {
-            a.sti()?;
-            a.hlt()
-        })?;
-        sender.join().expect("the sender does not panic")?;
-        end.trap(0x50)
+        let message = sends(g, msi(0x50));
+        g.run_while(message, sti_hlt)?.trap(0x50)
     });
     suite.add("STI; HLT with an interrupt waiting does not sleep", MODES, |g| {
         enable_apic(g);
@@ -671,63 +692,40 @@ fn hlt(suite: &mut Suite) {
         .trap(0x50)
     });
     suite.add("an NMI wakes it with IF clear", &[Mode::Real, Mode::Long], |g| {
-        let sender = later(g, NMI);
-        let end = g.run(|a| a.hlt())?;
-        sender.join().expect("the sender does not panic")?;
-        end.trap(vector::NMI)
+        let message = sends(g, NMI);
+        let end = g.run_while(message, |a| a.hlt())?;
+        end.trap(vector::NMI)?;
+        returns_from_nmi(g, &end)
     });
     suite.add("the PIC wakes it", &[Mode::Real, Mode::Long], |g| {
-        enable_apic(g);
-        set_apic(g, reg::LVT_LINT0, 0x700);
-        g.io.set_pic(&[0x30]);
+        lint0_takes_pic(g, 0x30);
         let vm = g.vm.clone();
-        let sender = std::thread::spawn(move || {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            vm.set_pic_intr(true)
-        });
-        let end = g.run(|a| {
-            a.sti()?;
-            a.hlt()
-        })?;
-        sender.join().expect("the sender does not panic")?;
-        end.trap(0x30)
+        g.run_while(move || vm.set_pic_intr(true).expect("the engine takes the wire"), sti_hlt)?.trap(0x30)
     });
     suite.add("an interrupt with IF clear does not wake it", &[Mode::Real, Mode::Long], |g| {
-        use anyvisor_x86::state::Activity;
         enable_apic(g);
-        let kicker = g.vcpu.kicker();
-        let vm = g.vm.clone();
-        let sender = std::thread::spawn(move || {
-            std::thread::sleep(std::time::Duration::from_millis(10));
-            vm.signal_msi(msi(0x50)).expect("the engine takes it");
-            std::thread::sleep(std::time::Duration::from_millis(30));
-            kicker.kick();
-        });
-        let end = g.run(|a| a.hlt())?;
-        sender.join().expect("the sender does not panic");
+        let (kicker, message) = (g.vcpu.kicker(), sends(g, msi(0x50)));
+        let end = g.run_while(
+            move || {
+                message();
+                std::thread::sleep(A_LITTLE);
+                kicker.kick();
+            },
+            |a| a.hlt(),
+        )?;
         equal("activity", end.state.activity, Activity::Halted)?;
         equal("RIP", end.state.rip, g.ip() + 1)
     });
     suite.add("a halted vCPU stays halted over a kick", &[Mode::Real, Mode::Long], |g| {
-        use anyvisor_x86::state::Activity;
         enable_apic(g);
         let kicker = g.vcpu.kicker();
-        let sender = std::thread::spawn(move || {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            kicker.kick();
-        });
-        let end = g.run(|a| {
-            a.sti()?;
-            a.hlt()
-        })?;
-        sender.join().expect("the sender does not panic");
+        let end = g.run_while(move || kicker.kick(), sti_hlt)?;
         equal("exit", &end.exit, &crate::Exit::Kicked)?;
         equal("activity", end.state.activity, Activity::Halted)?;
         g.vm.signal_msi(msi(0x52))?;
         g.resume()?.trap(0x52)
     });
     suite.add("halted is part of the state", &[Mode::Real, Mode::Long], |g| {
-        use anyvisor_x86::state::Activity;
         enable_apic(g);
         g.state.activity = Activity::Halted;
         g.state.rflags |= rflags::IF;
@@ -739,13 +737,11 @@ fn hlt(suite: &mut Suite) {
     suite.add("the return from the handler goes on behind it", &[Mode::Long], |g| {
         enable_apic(g);
         count_interrupts(g, 0x50)?;
-        let sender = later(g, msi(0x50));
-        let end = g.run(|a| {
-            a.sti()?;
-            a.hlt()?;
+        let message = sends(g, msi(0x50));
+        let end = g.run_while(message, |a| {
+            sti_hlt(a)?;
             a.mov(ecx, 7)
         })?;
-        sender.join().expect("the sender does not panic")?;
         end.registers(&[(gpr::RBX, 1), (gpr::RCX, 7)])
     });
 }

@@ -1,12 +1,23 @@
 //! Kicks: kept before a run, merged, from other threads, in loops, during HLT and between call-outs; and that
 //! a run ends at an instruction boundary, from where it goes on.
+//!
+//! Loops run with IF set unless a case is about that: what wakes a processor in a guest for the host differs.
 
+use super::super::{Asm, End, Guest, Mismatch};
 use super::prelude::*;
 use crate::Exit;
 use anyvisor_x86::state::Activity;
 use std::time::Duration;
 
 const MODES: &[Mode] = &[Mode::Real, Mode::Protected, Mode::Long, Mode::User];
+
+/// Runs `code`, which does not end by itself, and kicks the vCPU from another thread.
+fn kicked(g: &mut Guest, code: impl FnOnce(&mut Asm) -> Result<(), iced_x86::IcedError>) -> Result<End, Mismatch> {
+    let kicker = g.vcpu.kicker();
+    let end = g.run_while(move || kicker.kick(), code)?;
+    equal("exit", &end.exit, &Exit::Kicked)?;
+    Ok(end)
+}
 
 pub fn add(suite: &mut Suite) {
     suite.group("kicks");
@@ -61,39 +72,23 @@ pub fn add(suite: &mut Suite) {
         equal("reads", reads, usize::from(done))
     });
     suite.add("a tight loop", MODES, |g| {
-        let kicker = g.vcpu.kicker();
-        let sender = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(20));
-            kicker.kick();
-        });
-        let end = g.run(|a| a.db(&[0xeb, 0xfe]))?;
-        sender.join().expect("the sender does not panic");
-        equal("exit", &end.exit, &Exit::Kicked)?;
+        g.state.rflags |= rflags::IF;
+        let end = kicked(g, |a| a.db(&[0xeb, 0xfe]))?;
         equal("RIP", end.state.rip, g.ip())
     });
     suite.add("a loop with interrupts off", &[Mode::Real, Mode::Long], |g| {
-        let kicker = g.vcpu.kicker();
-        let sender = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(20));
-            kicker.kick();
-        });
-        let end = g.run(|a| {
+        kicked(g, |a| {
             let mut again = a.create_label();
             a.set_label(&mut again)?;
             a.cli()?;
             a.inc(ax)?;
             a.jmp(again)
-        })?;
-        sender.join().expect("the sender does not panic");
-        equal("exit", &end.exit, &Exit::Kicked)
+        })
+        .map(drop)
     });
     suite.add("a loop of calls and returns", &[Mode::Long, Mode::User], |g| {
-        let kicker = g.vcpu.kicker();
-        let sender = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(20));
-            kicker.kick();
-        });
-        let end = g.run(|a| {
+        g.state.rflags |= rflags::IF;
+        let end = kicked(g, |a| {
             let (mut again, mut function) = (a.create_label(), a.create_label());
             a.set_label(&mut again)?;
             a.call(function)?;
@@ -102,8 +97,6 @@ pub fn add(suite: &mut Suite) {
             a.inc(rax)?;
             a.ret()
         })?;
-        sender.join().expect("the sender does not panic");
-        equal("exit", &end.exit, &Exit::Kicked)?;
         ensure([place::STACK, place::STACK - 8].contains(&end.gpr(gpr::RSP)), || {
             format!("RSP {:#x}", end.gpr(gpr::RSP))
         })
@@ -111,12 +104,8 @@ pub fn add(suite: &mut Suite) {
     suite.add("a long REP string instruction", &[Mode::Long, Mode::User], |g| {
         // Five million bytes, again and again: registers of a kicked run say how far it got.
         g.state.gpr[gpr::RDI] = place::HIGH_RAM;
-        let kicker = g.vcpu.kicker();
-        let sender = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(20));
-            kicker.kick();
-        });
-        let end = g.run(|a| {
+        g.state.rflags |= rflags::IF;
+        let end = kicked(g, |a| {
             let mut again = a.create_label();
             a.set_label(&mut again)?;
             a.mov(rdi, place::HIGH_RAM)?;
@@ -124,8 +113,6 @@ pub fn add(suite: &mut Suite) {
             a.rep().stosb()?;
             a.jmp(again)
         })?;
-        sender.join().expect("the sender does not panic");
-        equal("exit", &end.exit, &Exit::Kicked)?;
         let (rcx_now, rdi_now) = (end.gpr(gpr::RCX), end.gpr(gpr::RDI));
         let at_reload = end.state.rip <= place::CODE + 15;
         ensure(at_reload || rdi_now - place::HIGH_RAM + rcx_now == 5_000_000, || {
@@ -133,19 +120,13 @@ pub fn add(suite: &mut Suite) {
         })
     });
     suite.add("HLT", &[Mode::Real, Mode::Protected, Mode::Long], |g| {
-        let kicker = g.vcpu.kicker();
-        let sender = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(20));
-            kicker.kick();
-        });
-        let end = g.run(|a| a.hlt())?;
-        sender.join().expect("the sender does not panic");
-        equal("exit", &end.exit, &Exit::Kicked)?;
+        let end = kicked(g, |a| a.hlt())?;
         equal("activity", end.state.activity, Activity::Halted)?;
         equal("RIP", end.state.rip, g.ip() + 1)
     });
     suite.add("many kicks from many threads, and the guest is none the wiser", &[Mode::Long, Mode::User], |g| {
-        // The guest counts; the host kicks it all the time and lets it go on.
+        // The guest counts; the host kicks it again and again and lets it go on.
+        g.state.rflags |= rflags::IF;
         g.load(|a| {
             let mut again = a.create_label();
             a.mov(ecx, 3_000_000)?;
@@ -155,23 +136,20 @@ pub fn add(suite: &mut Suite) {
             a.jne(again)
         })?;
         g.vcpu.set_state(&g.state)?;
-        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let senders: Vec<_> = (0..2)
-            .map(|_| {
-                let (kicker, stop) = (g.vcpu.kicker(), stop.clone());
-                std::thread::spawn(move || {
-                    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                        kicker.kick();
-                        std::thread::sleep(Duration::from_micros(200));
-                    }
-                })
+        // A bounded number: where runs are slow to begin, endless kicks would leave the guest no time at all.
+        let senders = [(); 2].map(|()| {
+            let kicker = g.vcpu.kicker();
+            std::thread::spawn(move || {
+                for _ in 0..100 {
+                    kicker.kick();
+                    std::thread::sleep(Duration::from_micros(200));
+                }
             })
-            .collect();
+        });
         let mut end = g.resume();
         while matches!(&end, Ok(end) if end.exit == Exit::Kicked && !end.ended) {
             end = g.resume();
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
         for sender in senders {
             sender.join().expect("the sender does not panic");
         }
