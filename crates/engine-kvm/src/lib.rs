@@ -13,6 +13,7 @@
 //! runs on its CPU is for [`probe`] to find out.
 
 mod cpuid;
+mod debug;
 mod kick;
 mod probe;
 mod routes;

@@ -138,6 +138,7 @@ pub fn probe(engine: &Kvm) -> std::result::Result<(), ProbeFailure> {
         (Exit::Kicked, None) => Err(ProbeFailure::NoEnd),
         (Exit::Shutdown, _) => Err(ProbeFailure::CannotRun("it ends in a triple fault".into())),
         (Exit::Failed(why), _) => Err(ProbeFailure::CannotRun(why)),
+        (Exit::Debug(stop), _) => Err(ProbeFailure::CannotRun(format!("it stops for no debugger ({stop:?})"))),
     }
 }
 

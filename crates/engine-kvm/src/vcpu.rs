@@ -10,11 +10,12 @@
 //! and would be missing in a snapshot. It happens only when KVM says that the guest accepts interrupts, which
 //! includes LINT0, and that nothing else is half delivered.
 
+use crate::debug::Debug;
 use crate::host_error;
 use crate::kick::{Held, Shared, reason};
 use crate::state;
 use crate::vm::VmShared;
-use anyvisor_engine::{Exit, GuestIo, Kicker, Result, Vcpu};
+use anyvisor_engine::{Exit, GuestDebug, GuestIo, Kicker, Result, Stop, Vcpu};
 use anyvisor_x86::{Cpuid, VcpuState};
 use kvm_bindings as kvm;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -27,6 +28,8 @@ pub(crate) struct KvmVcpu {
     pub table: Cpuid,
     pub vm: Arc<VmShared>,
     pub shared: Arc<Shared>,
+    /// What stops it for a debugger.
+    pub debug: Debug,
     /// An instruction waits to be completed by the next `KVM_RUN`.
     unfinished: bool,
 }
@@ -38,6 +41,8 @@ enum After {
     /// To go on, which completes the instruction.
     Unfinished,
     Return(Exit),
+    /// To find out whose debug exception it was.
+    Debug(kvm::kvm_debug_exit_arch),
     /// To find out what went wrong inside KVM.
     InternalError,
     UnknownExit,
@@ -47,7 +52,7 @@ impl KvmVcpu {
     /// A vCPU in the state after reset.
     pub fn new(fd: VcpuFd, id: u32, table: Cpuid, vm: Arc<VmShared>, shared: Arc<Shared>) -> Result<KvmVcpu> {
         let signature = table.get(1, 0).unwrap_or_default().eax;
-        let mut vcpu = KvmVcpu { fd, id, table, vm, shared, unfinished: false };
+        let mut vcpu = KvmVcpu { fd, id, table, vm, shared, debug: Debug::default(), unfinished: false };
         vcpu.set_state(&VcpuState::reset(id, signature))?;
         Ok(vcpu)
     }
@@ -115,7 +120,7 @@ impl KvmVcpu {
 
     /// Runs the guest until its next exit.
     fn enter(&mut self, io: &dyn GuestIo) -> Result<After> {
-        let finish = self.unfinished && (self.shared.has(reason::KICK) || self.pic_waits());
+        let finish = self.unfinished && (self.shared.has(reason::KICK) || self.pic_waits() || self.debug.steps());
         if finish {
             self.shared.set_immediate_exit(true);
         } else if !self.shared.enter() {
@@ -125,6 +130,10 @@ impl KvmVcpu {
         self.shared.leave();
         match result {
             Ok(exit) => Ok(serve(exit, &self.shared, &self.vm, io)),
+            // KVM's emulator does not stop behind an access to a device that is stepped.
+            Err(error) if error.errno() == libc::EINTR && finish && self.debug.steps() => {
+                Ok(After::Return(Exit::Debug(Stop::Step)))
+            }
             // Interrupted, or an application processor's INIT or start-up IPI has come.
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(After::Continue),
             Err(error) => Err(host_error("running a vCPU", error)),
@@ -195,6 +204,7 @@ fn serve(exit: VcpuExit, shared: &Shared, vm: &VmShared, io: &dyn GuestIo) -> Af
             After::Continue
         }
         VcpuExit::IrqWindowOpen | VcpuExit::Intr => After::Continue,
+        VcpuExit::Debug(event) => After::Debug(event),
         VcpuExit::Shutdown => After::Return(Exit::Shutdown),
         VcpuExit::InternalError => After::InternalError,
         VcpuExit::Unknown => After::UnknownExit,
@@ -224,6 +234,11 @@ impl Vcpu for KvmVcpu {
             match after {
                 After::Continue | After::Unfinished => {}
                 After::Return(exit) => return Ok(exit),
+                After::Debug(event) => {
+                    if let Some(stop) = self.judge(&event)? {
+                        return Ok(Exit::Debug(stop));
+                    }
+                }
                 After::InternalError => return Ok(Exit::Failed(self.internal_error())),
                 After::UnknownExit => return Ok(Exit::Failed(self.unknown_exit())),
             }
@@ -242,6 +257,11 @@ impl Vcpu for KvmVcpu {
         state::write(self, state)?;
         self.shared.expect_no_interrupt();
         Ok(())
+    }
+
+    fn set_debug(&mut self, debug: &GuestDebug) -> Result<()> {
+        debug.check()?;
+        self.stop_for(debug)
     }
 }
 

@@ -1,5 +1,6 @@
 //! One VM: memory slots, interrupts that come as messages, the log of written pages, guest time.
 
+use crate::debug::Planted;
 use crate::kick::{Shared, reason};
 use crate::routes::{PINS, Routes, address, level};
 use crate::vcpu::KvmVcpu;
@@ -43,8 +44,10 @@ pub(crate) struct VmShared {
     tsc_khz: OnceLock<u64>,
     /// MSRs of a state that this KVM has.
     pub msrs: OnceLock<Vec<u32>>,
+    /// INT3s in guest memory.
+    pub planted: Mutex<Planted>,
     /// Mapped as long as KVM may use it.
-    memory: GuestMemoryMmap,
+    pub memory: GuestMemoryMmap,
 }
 
 impl VmShared {
@@ -85,6 +88,11 @@ impl VmShared {
         }
     }
 
+    /// A number that says what this KVM has of `capability`, 0 for nothing.
+    pub fn capability(&self, capability: u32) -> u32 {
+        self.fd.check_extension_raw(capability.into()).max(0) as u32
+    }
+
     fn publish(&self, routes: &Routes) -> Result<()> {
         self.fd.set_gsi_routing(&routes.table()).map_err(|e| host_error("setting a VM's interrupt routes", e))
     }
@@ -107,7 +115,7 @@ impl VmShared {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -145,6 +153,7 @@ impl KvmVm {
             scales_tsc: device.check_extension(Cap::TscControl),
             tsc_khz: OnceLock::new(),
             msrs: OnceLock::new(),
+            planted: Mutex::default(),
             memory,
         };
         shared.set_slots(0)?;

@@ -1,6 +1,7 @@
 //! What one vCPU thread owns ([`Core`]) and what other threads reach of it ([`VcpuShared`], [`VmShared`]).
 
 use crate::cpu::{Cpu, pending};
+use crate::debugger::Debugger;
 use crate::host;
 use crate::mmu::Mmu;
 use crate::native::Stubs;
@@ -236,6 +237,8 @@ pub struct Core {
     /// Of the interpreter's vector and floating-point instructions.
     pub stubs: Stubs,
     pub clock: Clock,
+    /// What stops this vCPU for a debugger.
+    pub debugger: Debugger,
 }
 
 /// kvmclock's registration (Linux Documentation/virt/kvm/x86/msr.rst).
@@ -266,6 +269,7 @@ impl Core {
             bounce: Box::new(Bounce([0; BOUNCE_SIZE])),
             stubs: Stubs::default(),
             clock: Clock::default(),
+            debugger: Debugger::default(),
         }
     }
 

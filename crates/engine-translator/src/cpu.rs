@@ -105,6 +105,8 @@ pub mod pending {
     pub const EVENT: u32 = 1 << 1;
     /// Translations or TLB entries are to be dropped.
     pub const FLUSH: u32 = 1 << 2;
+    /// `Vcpu::run` is to return: the debugger has a reason ([`crate::debugger::Debugger`]).
+    pub const DEBUG: u32 = 1 << 3;
 }
 
 /// The vCPU block. `repr(C)`: generated code uses its offsets.

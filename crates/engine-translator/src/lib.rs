@@ -8,6 +8,7 @@
 pub mod code_memory;
 pub mod core;
 pub mod cpu;
+pub mod debugger;
 pub mod host;
 pub mod interpret;
 pub mod mmu;

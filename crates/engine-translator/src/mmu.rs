@@ -190,7 +190,13 @@ impl Core {
         }
         let Some(host) = self.ram.host(gpa, PAGE_SIZE) else { return Ok(false) };
         let attributes = self.ram.page_attributes(gpa).expect("RAM pages have attributes");
-        let may_write = mapping.writable || (!user && self.cpu.cr0 & cr0::WP == 0);
+        let mut may_write = mapping.writable || (!user && self.cpu.cr0 & cr0::WP == 0);
+        if self.debugger.watches() {
+            if self.debugger.guards(gva, false) {
+                return Ok(false);
+            }
+            may_write &= !self.debugger.guards(gva, true);
+        }
         let write_tag = may_write && mapping.dirty && attributes.load(Ordering::Relaxed) & page::CODE == 0;
         if write_tag {
             attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);

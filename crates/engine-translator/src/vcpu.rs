@@ -11,7 +11,7 @@ use crate::interpret;
 use crate::system::{self, Step};
 use crate::timer::{self, ThreadTimer};
 use crate::translate::Translator;
-use anyvisor_engine::{Error, Exit, GuestIo, Kick, Kicker, Result, Vcpu};
+use anyvisor_engine::{Error, Exit, GuestDebug, GuestIo, Kick, Kicker, Result, Vcpu};
 use anyvisor_x86::bits::{cr0, cr4, efer, rflags, xcr0};
 use anyvisor_x86::lapic::{LocalApic, RestoreError};
 use anyvisor_x86::segment::index;
@@ -150,6 +150,12 @@ impl TranslatorVcpu {
         core.cpu.pending.fetch_or(pending::EVENT, Ordering::SeqCst);
         loop {
             let reasons = core.cpu.pending.load(Ordering::SeqCst);
+            if reasons & pending::DEBUG != 0 {
+                core.cpu.pending.fetch_and(!pending::DEBUG, Ordering::SeqCst);
+                if let Some(stop) = core.debugger.take() {
+                    return Exit::Debug(stop);
+                }
+            }
             if reasons & pending::KICK != 0 {
                 core.cpu.pending.fetch_and(!pending::KICK, Ordering::SeqCst);
                 return Exit::Kicked;
@@ -158,6 +164,17 @@ impl TranslatorVcpu {
                 core.cpu.pending.fetch_and(!pending::FLUSH, Ordering::SeqCst);
                 core.flush_all();
             }
+            let steps = core.debugger.steps();
+            if steps && !core.cpu.halted && !core.cpu.wait_for_sipi {
+                let step = match &mut self.translator {
+                    Some(translator) => translator.interpret(core, io),
+                    None => interpret_until_pending(core, io, true),
+                };
+                if step == Step::Shutdown {
+                    return Exit::Shutdown;
+                }
+                continue;
+            }
             if reasons != 0 && system::poll_events(core, io) == Step::Shutdown {
                 return Exit::Shutdown;
             }
@@ -165,6 +182,11 @@ impl TranslatorVcpu {
             if core.cpu.halted || core.cpu.wait_for_sipi {
                 timer.settle();
                 sleep(core);
+                continue;
+            }
+            if steps {
+                // Woken up.
+                core.debugger_looks_back();
                 continue;
             }
             if reasons != 0 {
@@ -196,7 +218,8 @@ fn sleep(core: &mut Core) {
 /// Interprets until something is pending, or one instruction only.
 fn interpret_until_pending(core: &mut Core, io: &dyn GuestIo, single: bool) -> Step {
     loop {
-        if interpret::step(core, io) == Step::Shutdown {
+        let step = if core.debugger.is_on() { interpret::step_debugged(core, io) } else { interpret::step(core, io) };
+        if step == Step::Shutdown {
             return Step::Shutdown;
         }
         // Nobody translates, so nobody needs to know.
@@ -290,6 +313,18 @@ impl Vcpu for TranslatorVcpu {
             translator.flush(core);
         }
         core.cpu.pending.fetch_or(pending::EVENT, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn set_debug(&mut self, debug: &GuestDebug) -> Result<()> {
+        debug.check()?;
+        let core = &mut self.core;
+        core.debugger.set(debug);
+        core.cpu.pending.fetch_and(!pending::DEBUG, Ordering::SeqCst);
+        core.flush_all();
+        if let Some(translator) = &mut self.translator {
+            translator.flush(core);
+        }
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //! broken.
 
 use anyvisor_engine::conformance::{Bench, Outcome, cases};
-use anyvisor_engine::{DirtyPages, Doorbells, Engine, Exit, GuestIo, Kicker, Result, Vcpu, VcpuId, Vm};
+use anyvisor_engine::{DirtyPages, Doorbells, Engine, Exit, GuestDebug, GuestIo, Kicker, Result, Vcpu, VcpuId, Vm};
 use anyvisor_engine_translator::Translator;
 use anyvisor_x86::{Cpuid, Msi, VcpuState};
 use std::sync::Arc;
@@ -112,6 +112,9 @@ impl Vcpu for BrokenVcpu {
     }
     fn set_state(&mut self, state: &VcpuState) -> Result<()> {
         self.0.set_state(state)
+    }
+    fn set_debug(&mut self, debug: &GuestDebug) -> Result<()> {
+        self.0.set_debug(debug)
     }
 }
 

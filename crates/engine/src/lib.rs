@@ -13,6 +13,7 @@
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod linear;
 
 use anyvisor_x86::{Cpuid, Msi, VcpuState};
 use std::sync::Arc;
@@ -125,6 +126,89 @@ pub trait Vcpu: Send {
     /// Replaces the whole architectural state. An empty `lapic` means a reset local APIC. Guest code that the
     /// host changed in memory before is seen after.
     fn set_state(&mut self, state: &VcpuState) -> Result<()>;
+
+    /// Says what stops this vCPU for a debugger from now on; the default stops nothing and costs nothing. Guest code
+    /// that the host changed in memory before is seen after.
+    ///
+    /// # Errors
+    /// More than the engine can do here: it then stops for what it did before.
+    fn set_debug(&mut self, debug: &GuestDebug) -> Result<()>;
+}
+
+/// What stops a vCPU with [`Exit::Debug`]. Addresses are linear, in every address space.
+///
+/// A vCPU that stands at a breakpoint stops there again: to go on, it is stepped without it first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GuestDebug {
+    /// Execute one instruction, or some iterations of a repeated one, and stop. Interrupts wait meanwhile, unless
+    /// the vCPU is halted: then it stops once one has woken it.
+    pub single_step: bool,
+    /// Instructions before which to stop, any number. An engine may plant INT3 there as long as this is set,
+    /// visible to the guest, and refuse addresses that are not mapped to RAM.
+    pub software: Vec<u64>,
+    /// Up to [`HARDWARE_BREAKPOINTS`], invisible to the guest. An engine may take the guest's own debug registers
+    /// for them, whose breakpoints are then off.
+    pub hardware: Vec<HardwareBreakpoint>,
+}
+
+/// How many [`GuestDebug::hardware`] may have: the processor's four.
+pub const HARDWARE_BREAKPOINTS: usize = 4;
+
+/// What DR0 to DR3 can do (SDM vol. 3B 18.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HardwareBreakpoint {
+    /// A multiple of `length`.
+    pub address: u64,
+    /// 1, 2, 4 or 8 bytes; 1 for [`Watch::Execute`].
+    pub length: u8,
+    pub watch: Watch,
+}
+
+/// What a [`HardwareBreakpoint`] stops at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Before the instruction at the address.
+    Execute,
+    /// After an instruction that wrote there.
+    Write,
+    /// After an instruction that read or wrote there.
+    Access,
+}
+
+impl GuestDebug {
+    /// Whether nothing stops the vCPU.
+    pub fn is_off(&self) -> bool {
+        !self.single_step && self.software.is_empty() && self.hardware.is_empty()
+    }
+
+    /// Refuses what no engine can do.
+    ///
+    /// # Errors
+    /// One line about it.
+    pub fn check(&self) -> Result<()> {
+        if self.hardware.len() > HARDWARE_BREAKPOINTS {
+            let (n, most) = (self.hardware.len(), HARDWARE_BREAKPOINTS);
+            return Err(Error::Unsupported(format!("{n} hardware breakpoints; a processor has {most}")));
+        }
+        for breakpoint in &self.hardware {
+            let HardwareBreakpoint { address, length, watch } = *breakpoint;
+            let known = matches!(length, 1 | 2 | 4 | 8) && (watch != Watch::Execute || length == 1);
+            if !known || !address.is_multiple_of(u64::from(length)) {
+                return Err(Error::Unsupported(format!("a hardware breakpoint of {length} bytes at {address:#x}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why a debugged vCPU stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    Step,
+    /// It stands at one of [`GuestDebug::software`].
+    Software,
+    /// The index in [`GuestDebug::hardware`].
+    Hardware(usize),
 }
 
 /// The machine as seen from a vCPU. Called on vCPU threads, concurrently.
@@ -147,6 +231,8 @@ pub trait GuestIo: Send + Sync {
 pub enum Exit {
     /// A [`Kicker`] was used.
     Kicked,
+    /// What [`Vcpu::set_debug`] asked for.
+    Debug(Stop),
     /// A triple fault, or another shutdown event (SDM vol. 3A 6.15, interrupt 8).
     Shutdown,
     /// The engine cannot go on with this guest: what it could not do, for the user.

@@ -1,10 +1,8 @@
 //! A vCPU's state in readable form, for the user whose guest has crashed.
 
+use anyvisor_engine::linear;
 use anyvisor_x86::VcpuState;
-use anyvisor_x86::bits::efer;
 use anyvisor_x86::msr;
-use anyvisor_x86::paging::{Access, AccessKind, PageTables, PagingMode, walk};
-use anyvisor_x86::segment::index::CS;
 use std::fmt::Write;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -59,30 +57,11 @@ fn write_state(out: &mut String, cpu: usize, state: &VcpuState, memory: &GuestMe
 
 /// The bytes at CS:RIP; `None` for those that are not mapped to RAM.
 fn code(state: &VcpuState, memory: &GuestMemoryMmap) -> Vec<Option<u8>> {
-    /// Memory that the walk cannot change.
-    struct ReadOnly<'a>(&'a GuestMemoryMmap);
-    impl PageTables for ReadOnly<'_> {
-        fn read(&self, gpa: u64, size: u8) -> Option<u64> {
-            match size {
-                4 => self.0.read_obj::<u32>(GuestAddress(gpa)).ok().map(u64::from),
-                _ => self.0.read_obj::<u64>(GuestAddress(gpa)).ok(),
-            }
-        }
-        fn compare_exchange(&self, _gpa: u64, _size: u8, _old: u64, _new: u64) -> bool {
-            true
-        }
-    }
-    let efer_value = state.msr(msr::EFER).unwrap_or(0);
-    let mode =
-        PagingMode { cr0: state.cr0, cr3: state.cr3, cr4: state.cr4, efer: efer_value, ac: true, physical_bits: 52 };
-    let cs = &state.segments.seg[CS];
-    let base = if efer_value & efer::LMA != 0 && cs.is_long() { 0 } else { cs.base };
-    let access = Access { kind: AccessKind::Read, user: false, implicit: false };
+    let start = linear::instruction_pointer(state);
     (0..CODE_BYTES)
         .map(|i| {
-            let gva = base.wrapping_add(state.rip).wrapping_add(i);
-            let mapping = walk(&ReadOnly(memory), &mode, gva, access).ok()?;
-            memory.read_obj::<u8>(GuestAddress(mapping.gpa)).ok()
+            let gpa = linear::physical(memory, state, start.wrapping_add(i))?;
+            memory.read_obj::<u8>(GuestAddress(gpa)).ok()
         })
         .collect()
 }
@@ -90,6 +69,7 @@ fn code(state: &VcpuState, memory: &GuestMemoryMmap) -> Vec<Option<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anyvisor_x86::segment::index::CS;
 
     #[test]
     fn a_dump_has_registers_and_code() {

@@ -34,9 +34,9 @@ fn enabled(dr: &[u64; 8]) -> impl Iterator<Item = (u32, Kind, u64, u64)> + '_ {
     })
 }
 
-/// Whether DR7 enables any breakpoint.
+/// Whether DR7 enables any breakpoint, or a debugger watches memory.
 pub fn armed(core: &Core) -> bool {
-    core.cpu.dr[7] & ANY_ENABLED != 0
+    core.cpu.dr[7] & ANY_ENABLED != 0 || core.debugger.watches()
 }
 
 /// The #DB fault of an instruction breakpoint at linear address `rip`.
@@ -53,13 +53,14 @@ pub fn check_execution(core: &Core, rip: u64) -> Result<(), Exception> {
 /// Notes a data access of `size` bytes at linear address `gva` against the data breakpoints.
 #[inline]
 pub fn note_access(core: &Core, gva: u64, size: u64, write: bool) {
-    if core.cpu.dr[7] & ANY_ENABLED != 0 {
+    if armed(core) {
         match_access(core, gva, size, write);
     }
 }
 
 #[cold]
 fn match_access(core: &Core, gva: u64, size: u64, write: bool) {
+    core.debugger.note(gva, size, write);
     for (n, kind, address, length) in enabled(&core.cpu.dr) {
         let watched = match kind {
             Kind::Write => write,
@@ -86,6 +87,12 @@ pub fn note_port(core: &Core, port: u16, size: u64) {
             DATA_HITS.set(DATA_HITS.get() | 1 << n);
         }
     }
+}
+
+/// Forgets what an instruction hit that faulted after all.
+pub fn forget_hits(core: &Core) {
+    DATA_HITS.set(0);
+    core.debugger.forget();
 }
 
 /// Takes the DR6 bits of the data breakpoints hit so far.

@@ -66,11 +66,21 @@ pub fn step(core: &mut Core, io: &dyn GuestIo) -> Step {
             core.cpu.rip = rip;
             core.cpu.rflags |= old_flags & rflags::RF;
             if debug::armed(core) {
-                debug::take_hits();
+                debug::forget_hits(core);
             }
             system::deliver_exception(core, io, exception)
         }
     }
+}
+
+/// As [`step`] for a vCPU with a debugger: executes nothing at a breakpoint, and notes what stops behind it.
+pub fn step_debugged(core: &mut Core, io: &dyn GuestIo) -> Step {
+    if core.debugger_holds() {
+        return Step::Done;
+    }
+    let done = step(core, io);
+    core.debugger_looks_back();
+    done
 }
 
 /// Executes one instruction; returns the DR6 bits of the debug trap that follows it, or 0.

@@ -214,6 +214,8 @@ pub struct Source<'a> {
     pub coalesce: bool,
     /// Hoist a loop's probes.
     pub hoist: bool,
+    /// Addresses of instructions that are left to the interpreter, where a debugger stops.
+    pub breakpoints: Vec<u64>,
 }
 
 pub struct Builder<'a> {
@@ -369,7 +371,8 @@ impl<'a> Builder<'a> {
                 Unit::Fpu => source.context.fpu,
                 Unit::Avx => source.context.avx,
             };
-            if !enabled || (kind == Kind::ReadTsc && !source.context.tsc) {
+            let breakpoint = source.breakpoints.contains(&instruction.ip());
+            if !enabled || (kind == Kind::ReadTsc && !source.context.tsc) || breakpoint {
                 kind = Kind::Interpret;
             }
             insns.push(self.insn(instruction, offset, kind));
@@ -436,7 +439,10 @@ impl<'a> Builder<'a> {
             }
             let instruction = decoder.decode();
             let (kind, _) = classify::classify(&instruction, self.source.features, &self.source.context);
-            if instruction.is_invalid() || kind == Kind::Interpret {
+            if instruction.is_invalid()
+                || kind == Kind::Interpret
+                || self.source.breakpoints.contains(&instruction.ip())
+            {
                 break;
             }
             let (read, written) = classify::flags(&instruction);

@@ -375,7 +375,7 @@ impl Translator {
         if self.count {
             self.note_interpreted(core);
         }
-        let step = interpret::step(core, io);
+        let step = if core.debugger.is_on() { interpret::step_debugged(core, io) } else { interpret::step(core, io) };
         self.apply_code_writes(core);
         step
     }
@@ -481,6 +481,7 @@ impl Translator {
             first_exit,
             coalesce: !key.alone && !self.uncoalesced.contains(&key),
             hoist: self.eager || self.hot_loops.contains(&key),
+            breakpoints: core.debugger.breakpoints().to_vec(),
         };
         let mut translation = block::translate(&source);
         let mut next_page = None;

@@ -423,6 +423,21 @@ const PAGE_TABLES: Host = Host {
         },
         Limit { cases: &["breakpoints: "], seen: Some("expected vector 0x1"), reason: "it does not act on DR7" },
         Limit {
+            cases: &["debugger: "],
+            seen: Some("expected (Debug("),
+            reason: "KVM_SET_GUEST_DEBUG stops neither at INT3 nor at accesses, and user mode hardly",
+        },
+        Limit {
+            cases: &["debugger: a watchpoint", "debugger: a step over HLT"],
+            seen: Some("expected "),
+            reason: "KVM_SET_GUEST_DEBUG does not stop at accesses, and HLT does not halt",
+        },
+        Limit {
+            cases: &["debugger: a hardware breakpoint in code that runs already [user]"],
+            seen: None,
+            reason: "KVM_SET_GUEST_DEBUG does not stop user mode, which then never ends",
+        },
+        Limit {
             cases: &["breakpoints: a data breakpoint and a single step together"],
             seen: Some("DR6: expected"),
             reason: "it does not act on DR7",

@@ -159,6 +159,9 @@ impl Vcpu for FakeVcpu {
         self.vm.states.lock().unwrap().push(state.clone());
         Ok(())
     }
+    fn set_debug(&mut self, _debug: &anyvisor_engine::GuestDebug) -> anyvisor_engine::Result<()> {
+        Ok(())
+    }
 }
 
 /// A kernel file that loads, deleted with the value.

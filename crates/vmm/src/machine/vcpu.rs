@@ -27,6 +27,7 @@ pub(super) fn spawn(
             let mut vcpu = lock(&vcpu);
             let end = match vcpu.run(&*board) {
                 Ok(Exit::Kicked) => continue,
+                Ok(Exit::Debug(stop)) => End::Failed(format!("vCPU {cpu}: stops for no debugger ({stop:?})")),
                 Ok(Exit::Shutdown) => End::TripleFault(match vcpu.state() {
                     Ok(state) => dump::vcpu(cpu, &state, &memory),
                     Err(error) => format!("vCPU {cpu}: {error}"),

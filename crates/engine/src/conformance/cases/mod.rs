@@ -3,6 +3,7 @@
 mod apic;
 mod code;
 mod debug;
+mod debugger;
 mod events;
 mod exceptions;
 mod fpu;
@@ -61,6 +62,7 @@ pub fn cases() -> Vec<Case> {
     segments::add(&mut suite);
     transfers::add(&mut suite);
     debug::add(&mut suite);
+    debugger::add(&mut suite);
     fpu::add(&mut suite);
     code::add(&mut suite);
     state::add(&mut suite);
