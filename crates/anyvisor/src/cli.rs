@@ -3,7 +3,7 @@
 use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
 use anyvisor_vmm::config::{Config, HugePages, Memory, Module, OnReboot, Serial, show_size};
-use anyvisor_vmm::{Error, Result, snapshot};
+use anyvisor_vmm::{Error, Result, gdb, snapshot};
 use anyvisor_x86::cpuid::{CpuChoice, CpuModel};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
@@ -100,6 +100,9 @@ pub struct RunOptions {
     /// Make no control socket
     #[arg(long)]
     pub no_api: bool,
+    /// Wait for gdb on this TCP port of 127.0.0.1, or Unix socket (a path with a slash), before the guest starts
+    #[arg(long, value_name = "PORT|PATH")]
+    pub gdb: Option<gdb::Address>,
     /// Let a guest's write of v to port 0xf4 end the VM with exit code (v<<1)|1
     #[arg(long)]
     pub debug_exit: bool,
@@ -381,6 +384,8 @@ mod tests {
         assert!(mistake(&["run", "--kernel", "k", "--cpus", "many"]).contains("many"));
         assert!(mistake(&["run", "--kernel", "k", "--bogus"]).contains("--bogus"));
         assert!(mistake(&["run", "--kernel", "k", "--verify-first"]).contains("--restore"));
+        assert!(mistake(&["run", "--kernel", "k", "--gdb", "70000"]).contains("bad port '70000'"));
+        assert!(mistake(&["run", "--kernel", "k", "--gdb", "here"]).contains("bad address 'here'"));
         assert!(mistake(&["fly"]).contains("fly"));
         assert!(mistake(&["run", "--kernel", "k", "--id", "a/b"]).contains("bad name 'a/b'"));
         assert!(mistake(&["run", "--kernel", "k", "--id", ""]).contains("name"));

@@ -8,8 +8,9 @@ use crate::{detach, engines, signals, terminal};
 use anyvisor_vmm::config::Serial;
 use anyvisor_vmm::console::{Input, Output};
 use anyvisor_vmm::control::{Identity, Server};
+use anyvisor_vmm::machine::Debugger;
 use anyvisor_vmm::snapshot::Snapshot;
-use anyvisor_vmm::{Config, End, Error, Remote, Result, machine};
+use anyvisor_vmm::{Config, End, Error, Remote, Result, gdb, machine};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -35,7 +36,8 @@ pub fn command(options: RunOptions) -> Result<u8> {
     config.validate()?;
     let chosen = engines::open(options.engine)?;
     let output = open_output(&config.serial)?;
-    let surroundings = Surroundings { output, limit: None, api: options.api(), background };
+    let gdb = options.gdb.as_ref().map(gdb::Listener::new).transpose()?;
+    let surroundings = Surroundings { output, limit: None, api: options.api(), gdb, background };
     let end = run_vm(&config, snapshot.as_ref(), &chosen, surroundings)?;
     Ok(exit_code(&config, &end))
 }
@@ -48,6 +50,8 @@ pub struct Surroundings {
     pub limit: Option<Duration>,
     /// Where the control socket goes.
     pub api: Wanted,
+    /// Where to wait for a debugger.
+    pub gdb: Option<gdb::Listener>,
     /// For a VM that is to run in the background.
     pub background: Option<Background>,
 }
@@ -68,7 +72,7 @@ pub fn run_vm(
     chosen: &Chosen,
     surroundings: Surroundings,
 ) -> Result<End> {
-    let Surroundings { output, limit, api, background } = surroundings;
+    let Surroundings { output, limit, api, gdb, background } = surroundings;
     let (control, remote) = machine::control();
     // Before any thread starts, so that all inherit the mask.
     signals::end_vm_on_signals(remote.clone())?;
@@ -92,10 +96,20 @@ pub fn run_vm(
             (Some(claim), Some(server))
         }
     };
+    let (debugger, how) = match gdb {
+        None => (None, None),
+        Some(listener) => {
+            let how = format!("{} waits for gdb: gdb -ex 'target remote {listener}'", config.id);
+            (Some(debug(listener, &remote, config.cpus)?), Some(how))
+        }
+    };
     let mut raw = None;
     let built = || {
         if let Some(note) = &chosen.note {
             eprintln!("anyvisor: {note}");
+        }
+        if let Some(how) = how {
+            eprintln!("anyvisor: {how}");
         }
         if config.serial == Serial::Stdio {
             raw = open_input(&input, &remote)?;
@@ -110,10 +124,17 @@ pub fn run_vm(
         None => machine::run(config, &*chosen.engine, &output, &input, &control, built),
     };
     drop(raw);
+    drop(debugger);
     // Clients get their last answers while the name is still ours.
     drop(server);
     drop(claim);
     end
+}
+
+/// Lets who connects to `listener` debug the VM behind `remote`, which has not started.
+fn debug(listener: gdb::Listener, remote: &Remote, cpus: u32) -> Result<gdb::Server> {
+    let debugger = Debugger::new(remote.clone()).map_err(|e| Error::host("cannot prepare for gdb", e))?;
+    gdb::Server::start(listener, debugger, cpus).map_err(|e| Error::host("cannot start gdb's thread", e))
 }
 
 fn identity(config: &Config, chosen: &Chosen) -> Identity {

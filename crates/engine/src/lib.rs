@@ -141,7 +141,8 @@ pub trait Vcpu: Send {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GuestDebug {
     /// Execute one instruction, or some iterations of a repeated one, and stop. Interrupts wait meanwhile, unless
-    /// the vCPU is halted: then it stops once one has woken it.
+    /// the vCPU is halted: then it stops once one has woken it. Behind an exception it stops in its handler, or once
+    /// that has returned.
     pub single_step: bool,
     /// Instructions before which to stop, any number. An engine may plant INT3 there as long as this is set,
     /// visible to the guest, and refuse addresses that are not mapped to RAM.

@@ -12,6 +12,7 @@ mod confine;
 pub mod console;
 pub mod control;
 pub mod dump;
+pub mod gdb;
 pub mod layout;
 pub mod machine;
 pub mod memory;

@@ -42,8 +42,14 @@ const KVM_EMULATOR_USER: Limit = Limit {
     reason: "what KVM's emulator does not know is #UD at CPL 3",
 };
 
+const KVM_STEPS: Limit = Limit {
+    cases: &["debugger: a step into an exception", "debugger: a step over HLT halts"],
+    seen: Some("RIP"),
+    reason: "KVM steps by TF, which an event's delivery clears; the step ends once its handler has returned",
+};
+
 /// KVM on a processor with hardware virtualization.
-const KVM: Host = Host { name: "kvm", what: "KVM on hardware", limits: &[KVM_EMULATOR, KVM_EMULATOR_USER] };
+const KVM: Host = Host { name: "kvm", what: "KVM on hardware", limits: &[KVM_EMULATOR, KVM_EMULATOR_USER, KVM_STEPS] };
 
 /// kvm_amd in QEMU 7.2's TCG (target/i386/tcg).
 const QEMU_SVM: Host = Host {
@@ -52,6 +58,28 @@ const QEMU_SVM: Host = Host {
     limits: &[
         KVM_EMULATOR,
         KVM_EMULATOR_USER,
+        KVM_STEPS,
+        Limit {
+            cases: &[
+                "debugger: a hardware breakpoint",
+                "debugger: a watchpoint",
+                "debugger: a write watchpoint",
+                "debugger: an access watchpoint",
+                "debugger: the flags at a breakpoint",
+                "debugger: code that the debugger changed",
+                "debugger: what no processor has",
+                "debugger: four hardware breakpoints",
+                "debugger: the guest's debug registers",
+                "debugger: the guest's breakpoints",
+            ],
+            seen: None,
+            reason: "QEMU's VMRUN loads DR7 and does not act on it",
+        },
+        Limit {
+            cases: &["debugger: a software breakpoint"],
+            seen: Some("expected (Debug(Software)"),
+            reason: "QEMU does not intercept INT3's exception",
+        },
         Limit {
             cases: &["[protected user]", "[vm86]", "IRET: to virtual-8086 mode"],
             seen: None,

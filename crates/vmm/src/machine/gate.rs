@@ -19,6 +19,8 @@ pub(super) struct Gate {
 #[derive(Default)]
 struct State {
     closed: bool,
+    /// Bit n: thread n waits even if the gate is open.
+    held: u64,
     /// Threads at the closed gate. One that has not woken since it was last opened is still counted, and
     /// still waits if it has been closed again.
     waiting: usize,
@@ -35,13 +37,14 @@ pub(super) enum NotParked {
 }
 
 impl Gate {
-    /// Waits while the gate is closed; false if the VM ends.
-    pub fn pass(&self) -> bool {
+    /// Waits while the gate is closed, or thread `cpu` is held; false if the VM ends.
+    pub fn pass(&self, cpu: usize) -> bool {
         let mut state = lock(&self.state);
-        if state.closed && !state.ending {
+        let waits = |state: &State| (state.closed || state.held >> cpu & 1 != 0) && !state.ending;
+        if waits(&state) {
             state.waiting += 1;
             self.changed.notify_all();
-            while state.closed && !state.ending {
+            while waits(&state) {
                 state = self.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
             }
             state.waiting -= 1;
@@ -51,6 +54,11 @@ impl Gate {
 
     pub fn close(&self) {
         lock(&self.state).closed = true;
+    }
+
+    /// From when the gate opens, only those threads pass whose bits in `held` are clear.
+    pub fn hold(&self, held: u64) {
+        lock(&self.state).held = held;
     }
 
     pub fn open(&self) {
@@ -99,10 +107,10 @@ mod tests {
         let gate = Arc::new(Gate::default());
         let passes = Arc::new(AtomicU64::new(0));
         let threads: Vec<_> = (0..3)
-            .map(|_| {
+            .map(|cpu| {
                 let (gate, passes) = (gate.clone(), passes.clone());
                 std::thread::spawn(move || {
-                    while gate.pass() {
+                    while gate.pass(cpu) {
                         passes.fetch_add(1, Ordering::SeqCst);
                     }
                 })
@@ -123,10 +131,42 @@ mod tests {
     }
 
     #[test]
+    fn a_held_thread_waits_alone() {
+        let gate = Arc::new(Gate::default());
+        gate.close();
+        gate.hold(0b10);
+        let passes: [Arc<AtomicU64>; 2] = Default::default();
+        let threads: Vec<_> = (0..2)
+            .map(|cpu| {
+                let (gate, passes) = (gate.clone(), passes[cpu].clone());
+                std::thread::spawn(move || {
+                    while gate.pass(cpu) {
+                        passes.fetch_add(1, Ordering::SeqCst);
+                    }
+                })
+            })
+            .collect();
+        gate.open();
+        while passes[0].load(Ordering::SeqCst) < 1000 {
+            std::thread::yield_now();
+        }
+        assert_eq!(passes[1].load(Ordering::SeqCst), 0);
+        gate.close();
+        assert_eq!(gate.wait_for(2, PATIENCE), Ok(()));
+        gate.hold(0);
+        gate.open();
+        while passes[1].load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        gate.end();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    #[test]
     fn a_late_thread_opens_the_gate() {
         let gate = Gate::default();
         gate.close();
         assert_eq!(gate.wait_for(2, Duration::from_millis(5)), Err(NotParked::Late(2)));
-        assert!(gate.pass());
+        assert!(gate.pass(0));
     }
 }

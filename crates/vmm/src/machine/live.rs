@@ -1,12 +1,13 @@
 //! The owner at work: a VM that runs, between its start and the event that ends it.
 
+use super::debugging::Plan;
 use super::remote::{Paused, Refused, Request};
 use super::vcpu::SharedVcpu;
 use super::{Board, Control, End, Event, Notify, State, gate, lock};
 use crate::Config;
 use crate::console::Output;
 use crate::snapshot::History;
-use anyvisor_engine::Vm;
+use anyvisor_engine::{GuestDebug, Vm};
 use anyvisor_x86::{Cpuid, msr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -43,6 +44,11 @@ enum NotNow {
 impl Live<'_> {
     /// Carries out requests until the first event that ends the VM.
     pub fn run(&self, control: &Control, output: &Output) -> End {
+        if control.debugging.is_possible()
+            && let Some(end) = self.start_debugged(control, output)
+        {
+            return end;
+        }
         loop {
             let deferred = lock(&control.deferred).pop_front();
             let event = match deferred {
@@ -53,6 +59,15 @@ impl Live<'_> {
                 Event::Outside(end) => return end,
                 Event::Vm { generation, end } if generation == self.notify.generation => return end,
                 Event::Vm { .. } => {}
+                // One that is late is old news: the debugger has seen it, and let the VM go on.
+                Event::Stopped { generation } if generation == self.notify.generation && control.debugging.holds() => {
+                    match self.pause(control, output) {
+                        Ok(()) => control.debugging.notify(),
+                        Err(NotNow::Ending) => return next_end(control, self.notify.generation),
+                        Err(NotNow::Refused(refused)) => return End::Failed(refused.to_string()),
+                    }
+                }
+                Event::Stopped { .. } => {}
                 Event::Request(request) => {
                     if let Some(request) = self.carry_out(request, control, output) {
                         lock(&control.deferred).push_front(request);
@@ -73,6 +88,24 @@ impl Live<'_> {
                 Err(NotNow::Refused(refused)) => drop(answer.send(Err(refused))),
             },
             Request::Resume(answer) => {
+                let result = if control.debugging.holds() {
+                    Err(Refused::State("a debugger has stopped the VM; continue there, or detach".into()))
+                } else {
+                    self.resume(control);
+                    Ok(())
+                };
+                let _ = answer.send(result);
+            }
+            Request::DebuggerStop(answer) => match self.pause(control, output) {
+                Ok(()) => {
+                    control.debugging.hold();
+                    let _ = answer.send(Ok(()));
+                }
+                Err(NotNow::Ending) => return Some(Request::DebuggerStop(answer)),
+                Err(NotNow::Refused(refused)) => drop(answer.send(Err(refused))),
+            },
+            Request::DebuggerGo(plan, answer) => {
+                control.debugging.go(plan);
                 self.resume(control);
                 let _ = answer.send(Ok(()));
             }
@@ -119,6 +152,7 @@ impl Live<'_> {
             }
         }
         self.board.hold_still();
+        self.set_breakpoints(control, false);
         if let Err(why) = self.mark_stopped() {
             self.resume(control);
             return Err(NotNow::Refused(Refused::Failed(why)));
@@ -128,12 +162,48 @@ impl Live<'_> {
         Ok(())
     }
 
+    /// Does nothing while a debugger holds the VM.
     fn resume(&self, control: &Control) {
+        if control.debugging.holds() {
+            return;
+        }
+        self.set_breakpoints(control, true);
         self.board.let_go();
         self.notify.gate.open();
         if control.status.get() == State::Paused {
             control.status.set(State::Running);
             tracing::info!(id = self.config.id, "VM goes on");
+        }
+    }
+
+    /// The first moments of a VM that can be debugged, whose vCPUs wait at the gate. Returns how it ended already.
+    fn start_debugged(&self, control: &Control, output: &Output) -> Option<End> {
+        match self.pause(control, output) {
+            Ok(()) => {}
+            Err(NotNow::Ending) => return Some(next_end(control, self.notify.generation)),
+            Err(NotNow::Refused(refused)) => return Some(End::Failed(refused.to_string())),
+        }
+        if control.debugging.take_wait_at_start() {
+            control.debugging.hold();
+            control.debugging.notify();
+        } else {
+            self.resume(control);
+        }
+        None
+    }
+
+    /// Puts the debugger's breakpoints in force, or takes them away.
+    fn set_breakpoints(&self, control: &Control, on: bool) {
+        if !control.debugging.is_possible() {
+            return;
+        }
+        let Plan { debug, held } = control.debugging.plan();
+        self.notify.gate.hold(if on { held } else { 0 });
+        for (cpu, vcpu) in self.vcpus.iter().enumerate() {
+            let wanted = if on { debug.get(cpu).cloned().unwrap_or_default() } else { GuestDebug::default() };
+            if let Err(error) = lock(vcpu).set_debug(&wanted) {
+                tracing::warn!("vCPU {cpu} runs without the debugger's breakpoints: {error}");
+            }
         }
     }
 
@@ -174,7 +244,7 @@ fn next_end(control: &Control, generation: u32) -> End {
         match control.events.recv().expect("the control holds a sender itself") {
             Event::Outside(end) => return end,
             Event::Vm { generation: from, end } if from == generation => return end,
-            Event::Vm { .. } => {}
+            Event::Vm { .. } | Event::Stopped { .. } => {}
             Event::Request(request) => lock(&control.deferred).push_back(request),
         }
     }

@@ -20,6 +20,7 @@
 //! neither timers nor input in.
 
 mod board;
+mod debugging;
 mod gate;
 mod live;
 mod remote;
@@ -32,9 +33,11 @@ use crate::console::{Input, Output};
 use crate::snapshot::{History, Snapshot};
 use crate::{Config, Error, Result, acpi, boot, memory};
 use anyvisor_devices::PowerEvent;
-use anyvisor_engine::{Engine, Kicker, Vcpu, VcpuId, Vm};
+use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
 use anyvisor_x86::Cpuid;
 pub use board::{Board, BoardState, Chips};
+use debugging::Debugging;
+pub use debugging::{Debugger, Plan};
 use gate::Gate;
 use live::Live;
 pub use remote::{Paused, Refused, Remote, State};
@@ -70,6 +73,10 @@ enum Event {
         generation: u32,
         end: End,
     },
+    /// A vCPU of VM number `generation` has stopped for the debugger.
+    Stopped {
+        generation: u32,
+    },
     Outside(End),
     Request(Request),
 }
@@ -79,6 +86,7 @@ pub struct Control {
     events: mpsc::Receiver<Event>,
     sender: mpsc::Sender<Event>,
     status: Arc<Status>,
+    debugging: Arc<Debugging>,
     /// Requests that came as a VM was ending, for the next one.
     deferred: Mutex<VecDeque<Request>>,
 }
@@ -87,8 +95,9 @@ pub struct Control {
 pub fn control() -> (Control, Remote) {
     let (sender, events) = mpsc::channel();
     let status = Arc::new(Status::new());
-    let remote = Remote { sender: sender.clone(), status: status.clone() };
-    (Control { events, sender, status, deferred: Mutex::default() }, remote)
+    let debugging = Arc::new(Debugging::new());
+    let remote = Remote { sender: sender.clone(), status: status.clone(), debugging: debugging.clone() };
+    (Control { events, sender, status, debugging, deferred: Mutex::default() }, remote)
 }
 
 impl Control {
@@ -97,6 +106,7 @@ impl Control {
         self.status.set(State::Ended);
         lock(&self.deferred).clear();
         while self.events.try_recv().is_ok() {}
+        self.debugging.notify();
     }
 }
 
@@ -156,7 +166,7 @@ fn run_to_end(
     let mut built = Some(built);
     loop {
         control.status.set(State::Starting);
-        let notify = Arc::new(Notify::new(generation, control.sender.clone()));
+        let notify = Arc::new(Notify::new(generation, control.sender.clone(), control.debugging.clone()));
         let machine = match snapshot.take() {
             Some(snapshot) => Machine::restore(config, &snapshot, engine, output, input, notify)?,
             None => Machine::build(config, engine, output, input, notify)?,
@@ -180,11 +190,20 @@ struct Notify {
     sender: mpsc::Sender<Event>,
     gate: Gate,
     kickers: Mutex<Vec<Kicker>>,
+    debugging: Arc<Debugging>,
 }
 
 impl Notify {
-    fn new(generation: u32, sender: mpsc::Sender<Event>) -> Notify {
-        Notify { generation, sender, gate: Gate::default(), kickers: Mutex::default() }
+    fn new(generation: u32, sender: mpsc::Sender<Event>, debugging: Arc<Debugging>) -> Notify {
+        Notify { generation, sender, gate: Gate::default(), kickers: Mutex::default(), debugging }
+    }
+
+    /// vCPU `cpu` has stopped for the debugger. It must come to the gate next.
+    fn stopped(&self, cpu: usize, stop: Stop) {
+        self.debugging.stopped(cpu, stop);
+        self.gate.close();
+        // As in `end`.
+        let _ = self.sender.send(Event::Stopped { generation: self.generation });
     }
 
     fn end(&self, end: End) {
@@ -272,6 +291,10 @@ impl Machine {
         let verification = unverified.map(|snapshot| Verification::start(snapshot, notify.clone()));
         let vcpus: Vec<vcpu::SharedVcpu> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
         let mut threads = Vec::new();
+        if control.debugging.is_possible() {
+            // Nobody runs before the owner has set breakpoints.
+            notify.gate.close();
+        }
         let timer_board = board.clone();
         let spawned = std::thread::Builder::new().name("timer".into()).spawn(move || timer_board.run_timers());
         match spawned {

@@ -5,6 +5,7 @@
 //! new one; one that comes as it ends is answered [`Refused::Ended`]. What others merely want to know (the
 //! state) does not go through the owner, which may be busy.
 
+use super::debugging::{Debugging, Plan};
 use super::{Board, End, Event};
 use crate::Config;
 use crate::snapshot::History;
@@ -83,6 +84,13 @@ pub struct Paused<'a> {
     pub history: &'a Arc<Mutex<History>>,
 }
 
+impl Paused<'_> {
+    /// Notes that RAM at `gpa`, within a page, was written past the engine.
+    pub fn note_write(&mut self, gpa: u64) {
+        super::lock(self.history).note(gpa);
+    }
+}
+
 /// What is done to a VM that stands still, or why it cannot be. What it returns sends the answer, once the VM
 /// is in its old state again.
 type Work = Box<dyn FnOnce(Result<&mut Paused, Refused>) -> Box<dyn FnOnce()> + Send>;
@@ -93,6 +101,8 @@ pub(super) enum Request {
     Resume(Answer<()>),
     PressPowerButton(Answer<bool>),
     WithPaused(Work),
+    DebuggerStop(Answer<()>),
+    DebuggerGo(Plan, Answer<()>),
 }
 
 /// Where the answer goes. If it is dropped, the VM has ended.
@@ -103,6 +113,7 @@ pub(super) type Answer<T> = mpsc::Sender<Result<T, Refused>>;
 pub struct Remote {
     pub(super) sender: mpsc::Sender<Event>,
     pub(super) status: Arc<Status>,
+    pub(super) debugging: Arc<Debugging>,
 }
 
 impl Remote {
@@ -137,7 +148,7 @@ impl Remote {
     /// Goes on after [`Remote::pause`]. Does nothing to a running VM.
     ///
     /// # Errors
-    /// The VM has ended.
+    /// The VM has ended, or a debugger has stopped it.
     pub fn resume(&self) -> Result<(), Refused> {
         self.ask(Request::Resume)
     }
@@ -169,7 +180,7 @@ impl Remote {
         })
     }
 
-    fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, Refused> {
+    pub(super) fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, Refused> {
         let (answer, answered) = mpsc::channel();
         self.sender.send(Event::Request(request(answer))).map_err(|_| Refused::Ended)?;
         loop {

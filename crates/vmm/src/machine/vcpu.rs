@@ -23,11 +23,14 @@ pub(super) fn spawn(
         if let Err(error) = confine::this_thread() {
             tracing::warn!("vCPU {cpu} runs with all system calls, for this host takes no filter: {error}");
         }
-        while notify.gate.pass() {
+        while notify.gate.pass(cpu) {
             let mut vcpu = lock(&vcpu);
             let end = match vcpu.run(&*board) {
                 Ok(Exit::Kicked) => continue,
-                Ok(Exit::Debug(stop)) => End::Failed(format!("vCPU {cpu}: stops for no debugger ({stop:?})")),
+                Ok(Exit::Debug(stop)) => {
+                    notify.stopped(cpu, stop);
+                    continue;
+                }
                 Ok(Exit::Shutdown) => End::TripleFault(match vcpu.state() {
                     Ok(state) => dump::vcpu(cpu, &state, &memory),
                     Err(error) => format!("vCPU {cpu}: {error}"),

@@ -300,6 +300,10 @@ fn steps(suite: &mut Suite) {
     suite.add("a step over HLT halts, and the next waits for an interrupt", &[Mode::Long], |g| {
         enable_apic(g);
         g.state.rflags |= rflags::IF;
+        let handler = g.handler(0x50, |a| {
+            a.nop()?;
+            a.nop()
+        })?;
         g.load(|a| {
             a.hlt()?;
             a.nop()
@@ -311,7 +315,9 @@ fn steps(suite: &mut Suite) {
         let end = go_on(g, &STEP)?;
         equal("exit", &end.exit, &Exit::Debug(Stop::Step))?;
         equal("activity", end.state.activity, Activity::Running)?;
-        go_on(g, &GuestDebug::default())?.vectored(0x50).map(|_| ())
+        // Before or behind the handler's first instruction.
+        ensure((handler..=handler + 1).contains(&end.state.rip), || format!("RIP {:#x}", end.state.rip))?;
+        equal("ended", go_on(g, &GuestDebug::default())?.ended, true)
     });
     suite.add("a step into an exception ends in its handler", &[Mode::Protected, Mode::Long], |g| {
         let handler = g.handler(vector::UD, |a| {
