@@ -56,6 +56,7 @@ pub fn test(options: &Options) -> Result<()> {
 fn prepare() -> Result<()> {
     install("gcc", &["gcc", "libc6-dev"])?;
     install("dpkg-deb", &["dpkg"])?;
+    install("gdb", &["gdb"])?;
     let kernel = assets::kernel()?;
     let busybox = assets::busybox()?;
     eprintln!("xtask: guests are {} and {}", kernel.display(), busybox.display());
