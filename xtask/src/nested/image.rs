@@ -58,6 +58,21 @@ pub fn build(parts: &Parts) -> Result<Image> {
     Ok(Image { kernel, initramfs: archive.finish() })
 }
 
+/// The modules called `names` of L1's kernel, which is the guests' too, with all they depend on.
+///
+/// # Errors
+/// As for [`build`].
+pub fn modules(names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
+    let folder = assets::kernel_tree()?.join("lib/modules");
+    let mut all = Vec::new();
+    for name in names {
+        for (name, path) in with_dependencies(&folder, name)? {
+            all.push((name, fs::read(&path).with_context(|| format!("reading {}", path.display()))?));
+        }
+    }
+    Ok(all)
+}
+
 fn init(loads: &str) -> String {
     format!(
         "#!/bin/busybox sh

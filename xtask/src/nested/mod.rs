@@ -6,12 +6,13 @@
 //! **Idea.** An outer Linux ("L1") runs in an emulator whose CPU has hardware virtualization: QEMU's TCG has
 //! AMD-V with nested paging, Bochs has VT-x with EPT. Our programs are carried in statically linked. In L1,
 //! the conformance suite runs on `/dev/kvm`, and then a Linux boots under `anyvisor run --engine kvm`, checks
-//! itself and powers off, as often as asked.
+//! itself and powers off, as often as asked, and another is controlled from outside ([`control`]).
 //!
 //! Everything is slow: an exit to user space takes 0.1 ms under QEMU and 0.3 ms under Bochs. Time limits are
 //! fifty times the usual ones, and nothing is asserted about time. What an emulator gets wrong stands with
 //! its reason in `anyvisor_engine::conformance::limits`.
 
+mod control;
 mod emulator;
 mod image;
 mod moving;
@@ -51,6 +52,9 @@ pub struct Options {
     /// vCPUs of the Linux guest
     #[arg(long, default_value_t = 1)]
     cpus: u32,
+    /// Runs only the control commands: ps, pause, resume, console, snapshot, stop
+    #[arg(long)]
+    control_only: bool,
     /// Moves a VM between the translator here and KVM in L1 instead of the tests
     #[arg(long)]
     moving: bool,
@@ -66,7 +70,16 @@ pub struct Options {
 /// What failed.
 pub fn in_short() -> Result<()> {
     let vendor = Vendor::Amd;
-    nested(&Options { vendor, count: 1, filter: None, boots_only: false, cpus: 1, moving: false, command: None })
+    nested(&Options {
+        vendor,
+        count: 1,
+        filter: None,
+        boots_only: false,
+        cpus: 1,
+        control_only: false,
+        moving: false,
+        command: None,
+    })
 }
 
 /// Runs the bench.
@@ -87,9 +100,10 @@ pub fn nested(options: &Options) -> Result<()> {
         guest_initramfs: &guest,
         script: &script,
         module: emulator.module,
-        files: &[],
+        files: &[(control::INITRD.to_owned(), control::guest()?)],
     })?;
     let patience = Duration::from_secs(120) + emulator.boot * (3 * options.count + 2);
+    let patience = patience + emulator.boot * 6;
     let patience = if options.boots_only { patience } else { patience + emulator.suite };
     for attempt in 1..=2 {
         let began = Instant::now();
@@ -156,6 +170,10 @@ const CHECKS: u32 = 7;
 /// What runs in L1.
 fn script(options: &Options, emulator: &Emulator) -> String {
     let mut script = "set -e\n/anyvisor doctor | sed -n '/^kvm/,/verdict/p'\n".to_owned();
+    let control = control::script(emulator.boot.as_secs() * 3);
+    if options.control_only {
+        return script + &control;
+    }
     if !options.boots_only {
         let filter = options.filter.as_ref().map_or_else(String::new, |text| format!("--filter '{text}'"));
         let patience = SLOWER * 2;
@@ -178,7 +196,7 @@ while [ $n -lt {count} ]; do
 done
 "#
     );
-    script
+    if options.boots_only { script } else { script + &control }
 }
 
 /// A fresh folder for what an emulator needs and writes.
