@@ -245,7 +245,7 @@ pub fn initramfs(script: &str) -> Result<Vec<u8>> {
 /// As for [`busybox`].
 pub fn initramfs_with(script: &str, files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     let busybox = std::fs::read(busybox()?)?;
-    let mut archive = crate::cpio::Archive::new();
+    let mut archive = anyvisor_initramfs::Archive::new();
     archive.program("bin/busybox", &busybox);
     for (name, content) in files {
         archive.program(name, content);
@@ -268,6 +268,15 @@ fn sweep() {
             let _ = std::fs::remove_file(entry.path());
         }
     }
+}
+
+/// A folder of the caller's own in the assets folder, removed with the value.
+///
+/// # Panics
+/// It cannot be made.
+pub fn scratch_folder() -> tempfile::TempDir {
+    std::fs::create_dir_all(folder()).expect("a folder for assets");
+    tempfile::tempdir_in(folder()).expect("a folder for temporary files")
 }
 
 /// Writes `bytes` to a file of this process in the assets folder.

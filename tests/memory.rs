@@ -97,7 +97,8 @@ fn transparent_huge_pages() {
         let huge = smaps(&vm, " hg", "AnonHugePages:");
         assert!(huge >= 56 << 10, "{engine}: {huge} KiB of 60 MiB are on huge pages");
         // A restored VM has them, too.
-        let folder = assets::folder().join(format!("memory-{}-{engine}", std::process::id()));
+        let scratch = assets::scratch_folder();
+        let folder = scratch.path().join("one");
         let saved = vm::run(&["snapshot", "thp", &folder.display().to_string()], PATIENCE);
         assert_eq!(saved.code(), 0, "{saved:?}");
         end(vm);
@@ -107,7 +108,6 @@ fn transparent_huge_pages() {
         let huge = smaps(&vm, " hg", "AnonHugePages:");
         assert!(huge >= 56 << 10, "{engine}: {huge} KiB of 60 MiB are on huge pages after a restore");
         end(vm);
-        std::fs::remove_dir_all(folder).unwrap();
     }
 }
 
@@ -159,7 +159,8 @@ fn pages_of_the_pool() {
         };
         check(&vm);
         // A VM is saved from there and restored to there.
-        let folder = assets::folder().join(format!("memory-pool-{}-{engine}", std::process::id()));
+        let scratch = assets::scratch_folder();
+        let folder = scratch.path().join("one");
         let saved = vm::run(&["snapshot", "pool", &folder.display().to_string()], PATIENCE);
         assert_eq!(saved.code(), 0, "{saved:?}");
         end(vm);
@@ -177,7 +178,6 @@ fn pages_of_the_pool() {
         works(&mut vm);
         assert_eq!(smaps(&vm, "KernelPageSize: 2048 kB", "Size:"), 0, "where none are asked for, none are taken");
         end(vm);
-        [more, folder].iter().for_each(|folder| std::fs::remove_dir_all(folder).unwrap());
     }
 }
 

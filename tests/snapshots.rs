@@ -28,28 +28,6 @@ fn chain(steps: usize) -> String {
     })
 }
 
-/// A folder for the snapshots of one test, removed with the value.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Scratch {
-        let path = assets::folder().join(format!("snapshots-{}-{name}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir_all(&path).unwrap();
-        Scratch(path)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 /// A name for a VM that no other test uses.
 fn name(test: &str) -> String {
     format!("snapshots-{test}-{}", std::process::id())
@@ -124,8 +102,8 @@ fn check_hashes(before: &str, ended: &vm::Ended) {
 
 #[test]
 fn a_computation_goes_on_with_right_results_and_clock() {
-    let scratch = Scratch::new("goes-on");
-    let (id, folder) = (name("goes-on"), scratch.path("one"));
+    let scratch = assets::scratch_folder();
+    let (id, folder) = (name("goes-on"), scratch.path().join("one"));
     let mut vm = boot(&id, HASHES, QUIET);
     vm.wait_for("step 10 ", PATIENCE);
     save(&id, &folder, None);
@@ -139,9 +117,9 @@ fn a_computation_goes_on_with_right_results_and_clock() {
 
 #[test]
 fn three_incremental_snapshots_restore_each() {
-    let scratch = Scratch::new("three");
+    let scratch = assets::scratch_folder();
     let id = name("three");
-    let folders = ["a", "b", "c", "d"].map(|name| scratch.path(name));
+    let folders = ["a", "b", "c", "d"].map(|name| scratch.path().join(name));
     let mut vm = boot(&id, HASHES, QUIET);
     for (n, folder) in folders.iter().enumerate() {
         vm.wait_for(&format!("step {} ", 8 * n + 4), PATIENCE);
@@ -158,14 +136,14 @@ fn three_incremental_snapshots_restore_each() {
 
 #[test]
 fn a_restored_vm_can_be_saved_and_restored_again() {
-    let scratch = Scratch::new("again");
+    let scratch = assets::scratch_folder();
     let id = name("again");
     let mut before = String::new();
     let mut parent: Option<PathBuf> = None;
     let mut vm = boot(&id, HASHES, QUIET);
     for generation in 1..4 {
         vm.wait_for(&format!("step {} ", 12 * generation), PATIENCE);
-        let folder = scratch.path(&generation.to_string());
+        let folder = scratch.path().join(&generation.to_string());
         save(&id, &folder, parent.as_deref());
         before.push_str(&kill(vm).output);
         vm = restore(&folder, &["--id", &id]);
@@ -176,14 +154,14 @@ fn a_restored_vm_can_be_saved_and_restored_again() {
 
 #[test]
 fn it_goes_on_from_anywhere_in_the_boot() {
-    let scratch = Scratch::new("boot");
+    let scratch = assets::scratch_folder();
     let id = name("boot");
     let vm = boot(&id, "echo hello from init; poweroff -f", &["--memory", "256M"]);
     let mut parent: Option<PathBuf> = None;
     let mut folders = vec![];
     for n in 0..6 {
         std::thread::sleep(Duration::from_millis(if n < 3 { 20 } else { 150 }));
-        let folder = scratch.path(&n.to_string());
+        let folder = scratch.path().join(&n.to_string());
         // The first may come before the VM has its socket, the last after its end.
         if try_save(&id, &folder, parent.as_deref()).code() == 0 {
             parent = Some(folder.clone());
@@ -202,8 +180,8 @@ fn it_goes_on_from_anywhere_in_the_boot() {
 
 #[test]
 fn a_halted_guest_wakes_up_and_takes_input() {
-    let scratch = Scratch::new("halted");
-    let (id, folder) = (name("halted"), scratch.path("one"));
+    let scratch = assets::scratch_folder();
+    let (id, folder) = (name("halted"), scratch.path().join("one"));
     let script = "echo ready; exec setsid cttyhack sh -i";
     let mut vm = boot(&id, script, QUIET);
     vm.wait_for("ready", PATIENCE);
@@ -221,8 +199,8 @@ fn a_halted_guest_wakes_up_and_takes_input() {
 
 #[test]
 fn a_busy_program_goes_on_in_its_registers() {
-    let scratch = Scratch::new("busy");
-    let (id, folder) = (name("busy"), scratch.path("one"));
+    let scratch = assets::scratch_folder();
+    let (id, folder) = (name("busy"), scratch.path().join("one"));
     // bc and awk keep integers and floating point going, without asking the kernel for anything.
     let script = "echo ready
 awk 'BEGIN { x = 0.5; for (i = 0; i < 3000000; i++) { x = 3.75 * x * (1 - x); s += i % 7 } printf \"awk %.15f %d\\n\", x, s }'
@@ -257,14 +235,14 @@ const DOTS: &[u8] = &[
 ];
 
 /// What this host's KVM lacks of the translator's host model, as features to leave out; `None` if it cannot be used.
-fn common_model(scratch: &Scratch, kernel: &Path) -> Option<String> {
+fn common_model(scratch: &tempfile::TempDir, kernel: &Path) -> Option<String> {
     if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         println!("left out: /dev/kvm cannot be opened: {error}");
         return None;
     }
     let mut model = "host".to_owned();
     for attempt in 0..5 {
-        let (id, folder) = (name("common"), scratch.path(&format!("common-{attempt}")));
+        let (id, folder) = (name("common"), scratch.path().join(&format!("common-{attempt}")));
         let options = ["--engine", "translator", "--cpu-model", &model, "--memory", "32M", "--id", &id];
         let mut vm = vm::Vm::start(&vm::arguments(kernel, &options)).expect("anyvisor starts");
         vm.wait_for("..", PATIENCE);
@@ -292,7 +270,7 @@ fn common_model(scratch: &Scratch, kernel: &Path) -> Option<String> {
 /// The guest's TSC and its time go on from where they were, together, through saves and under another engine.
 #[test]
 fn tsc_and_clock_go_on_together() {
-    let scratch = Scratch::new("times");
+    let scratch = assets::scratch_folder();
     let kernel = assets::scratch("snapshots-dots", &anyvisor_tests::elf::pvh(DOTS)).unwrap();
     let common = common_model(&scratch, &kernel);
     let engines = if common.is_some() { &["translator", "kvm", "translator"][..] } else { &["translator"; 3] };
@@ -308,7 +286,7 @@ fn tsc_and_clock_go_on_together() {
         };
         for save_number in 0..2 {
             vm.wait_for("....", PATIENCE);
-            let folder = scratch.path(&format!("{n}-{save_number}"));
+            let folder = scratch.path().join(&format!("{n}-{save_number}"));
             save(&id, &folder, None);
             let (khz, tsc, clock) = times(&folder);
             if let Some((_, (old_khz, old_tsc, old_clock))) = last {
@@ -334,8 +312,8 @@ const KILLS_VARIABLE: &str = "ANYVISOR_KILLS";
 
 #[test]
 fn a_save_cut_short_costs_nothing() {
-    let scratch = Scratch::new("killed");
-    let (id, first) = (name("killed"), scratch.path("first"));
+    let scratch = assets::scratch_folder();
+    let (id, first) = (name("killed"), scratch.path().join("first"));
     let script =
         "n=0; while true; do n=$((n + 1)); dd if=/dev/urandom of=/tmp/x bs=1M count=4 2>/dev/null; echo round $n; done";
     let mut vm = boot(&id, script, QUIET);
@@ -345,7 +323,7 @@ fn a_save_cut_short_costs_nothing() {
     let kills = std::env::var(KILLS_VARIABLE).ok().and_then(|text| text.parse().ok()).unwrap_or(10);
     let (mut finished, mut cut) = (0, 0);
     for n in 0..kills {
-        let folder = scratch.path(&n.to_string());
+        let folder = scratch.path().join(&n.to_string());
         // This restores the earlier snapshot each time.
         let mut vm = restore(&first, &["--id", &id]);
         vm.wait_for("round", PATIENCE);
@@ -401,12 +379,12 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_full_disk_is_an_error_and_nothing_more() {
-    let scratch = Scratch::new("full");
-    let Some(disk) = SmallDisk::new(scratch.path("disk")) else {
+    let scratch = assets::scratch_folder();
+    let Some(disk) = SmallDisk::new(scratch.path().join("disk")) else {
         println!("left out: only root can mount a small file system");
         return;
     };
-    let (id, first, second) = (name("full"), scratch.path("first"), disk.0.join("second"));
+    let (id, first, second) = (name("full"), scratch.path().join("first"), disk.0.join("second"));
     let mut vm = boot(&id, HASHES, QUIET);
     vm.wait_for("step 5 ", PATIENCE);
     save(&id, &first, None);
@@ -417,18 +395,18 @@ fn a_full_disk_is_an_error_and_nothing_more() {
     assert!(!second.exists(), "nothing is left of it");
     // The log of written pages was not lost with it.
     vm.wait_for("step 20 ", PATIENCE);
-    save(&id, &scratch.path("third"), Some(&first));
+    save(&id, &scratch.path().join("third"), Some(&first));
     let whole = vm.end(PATIENCE);
     assert_eq!(whole.code(), 0, "the VM goes on\n{whole:?}");
     for name in ["first", "third"] {
-        check_hashes(&whole.output, &restore(&scratch.path(name), &[]).end(PATIENCE));
+        check_hashes(&whole.output, &restore(&scratch.path().join(name), &[]).end(PATIENCE));
     }
 }
 
 #[test]
 fn what_cannot_be_restored_is_refused_in_one_line() {
-    let scratch = Scratch::new("refused");
-    let (id, folder) = (name("refused"), scratch.path("one"));
+    let scratch = assets::scratch_folder();
+    let (id, folder) = (name("refused"), scratch.path().join("one"));
     let mut vm = boot(&id, "echo ready; while true; do :; done", &[QUIET, &["--memory", "128M"]].concat());
     vm.wait_for("ready", PATIENCE);
     save(&id, &folder, None);
@@ -475,8 +453,8 @@ fn what_cannot_be_restored_is_refused_in_one_line() {
 #[test]
 fn a_flipped_bit_of_memory_is_found() {
     use std::os::unix::fs::FileExt;
-    let scratch = Scratch::new("flipped");
-    let (id, folder) = (name("flipped"), scratch.path("one"));
+    let scratch = assets::scratch_folder();
+    let (id, folder) = (name("flipped"), scratch.path().join("one"));
     let mut vm = boot(&id, "echo ready; sleep 1; echo survived; poweroff -f", &[QUIET, &["--memory", "128M"]].concat());
     vm.wait_for("ready", PATIENCE);
     save(&id, &folder, None);
@@ -495,6 +473,70 @@ fn a_flipped_bit_of_memory_is_found() {
     }
 }
 
+/// Starts the guest that prints dots.
+fn dots(id: &str) -> vm::Vm {
+    let kernel = assets::scratch(id, &anyvisor_tests::elf::pvh(DOTS)).unwrap();
+    let mut vm = vm::Vm::start(&vm::arguments(&kernel, &["--memory", "32M", "--id", id])).expect("anyvisor starts");
+    vm.wait_for("..", PATIENCE);
+    vm
+}
+
+/// Whatever a save is pointed at, it says in one line why not, and the VM goes on.
+#[test]
+fn places_that_will_not_do_are_refused_and_hold_up_nobody() {
+    let scratch = assets::scratch_folder();
+    let id = name("places");
+    let mut vm = dots(&id);
+    let (fifo, file) = (scratch.path().join("fifo"), scratch.path().join("file"));
+    assets::run(std::process::Command::new("mkfifo").arg(&fifo)).unwrap();
+    std::fs::write(&file, "precious").unwrap();
+    let too_long = scratch.path().join(&"x".repeat(300));
+    let missing = scratch.path().join("no/such");
+    for place in [&*fifo, &file, &too_long, &missing, Path::new("/proc/nothing"), Path::new("/dev/null")] {
+        let ended = try_save(&id, place, None);
+        assert_eq!((ended.code(), ended.errors.trim().lines().count()), (2, 1), "{ended:?}");
+        assert!(ended.errors.contains("cannot save to") && ended.errors.contains("give another folder"), "{ended:?}");
+        vm.wait_for("..", PATIENCE);
+    }
+    assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    // And whatever a restore is.
+    let good = scratch.path().join("good");
+    save(&id, &good, None);
+    vm.signal(libc::SIGTERM);
+    vm.end(PATIENCE);
+    for (missing, word) in [("memory", "it has no 'memory'"), ("pages", "it has no 'pages'")] {
+        let away = scratch.path().join("away");
+        std::fs::rename(good.join(missing), &away).unwrap();
+        let ended = restore(&good, &[]).end(PATIENCE);
+        assert!(ended.code() == 2 && ended.errors.contains(word), "{ended:?}");
+        assert_eq!(ended.errors.trim().lines().count(), 1, "{ended:?}");
+        std::fs::rename(&away, good.join(missing)).unwrap();
+    }
+    let kernel = vm::arguments(&fifo, &[]);
+    let ended = vm::run(&kernel, PATIENCE);
+    assert!(ended.code() == 2 && ended.errors.contains("not a regular file"), "{ended:?}");
+    restore(&good, &[]).wait_for("..", PATIENCE);
+}
+
+/// Somebody cuts the file off that a VM's memory is mapped from: the VM cannot go on, and says why.
+#[test]
+fn a_file_that_goes_away_under_a_vm_is_told() {
+    use std::os::unix::process::ExitStatusExt;
+    let scratch = assets::scratch_folder();
+    let (id, folder) = (name("cut-off"), scratch.path().join("one"));
+    let vm = dots(&id);
+    save(&id, &folder, None);
+    kill(vm);
+    let mut vm = restore(&folder, &["--engine", "translator"]);
+    // Its checksums have been compared by then.
+    vm.wait_for("..", PATIENCE);
+    std::thread::sleep(Duration::from_millis(500));
+    std::fs::OpenOptions::new().write(true).open(folder.join("memory")).unwrap().set_len(0).unwrap();
+    let ended = vm.end(PATIENCE);
+    assert_eq!(ended.status.signal(), Some(libc::SIGBUS), "{ended:?}");
+    assert!(ended.errors.contains("a file of the snapshot that this VM goes on from was changed"), "{ended:?}");
+}
+
 /// How many forgeries the next test tries: some, or what this variable says.
 const FORGERIES_VARIABLE: &str = "ANYVISOR_FORGERIES";
 
@@ -502,8 +544,8 @@ const FORGERIES_VARIABLE: &str = "ANYVISOR_FORGERIES";
 /// a guest that does what it likes within its VM.
 #[test]
 fn forged_snapshots_are_refused_or_run_as_guests() {
-    let scratch = Scratch::new("forged");
-    let (id, folder) = (name("forged"), scratch.path("one"));
+    let scratch = assets::scratch_folder();
+    let (id, folder) = (name("forged"), scratch.path().join("one"));
     let script = "echo ready; i=0; while true; do i=$((i + 1)); done";
     let mut vm = boot(&id, script, &[QUIET, &["--memory", "128M"]].concat());
     vm.wait_for("ready", PATIENCE);

@@ -5,7 +5,8 @@
 
 use crate::{cargo, chart, install, measure, report, root, run};
 use anyhow::{Context, Result, bail};
-use anyvisor_tests::{assets, cpio, vm};
+use anyvisor_initramfs::Archive;
+use anyvisor_tests::{assets, vm};
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -134,7 +135,7 @@ fn row(name: String, class: String, samples: &mut BTreeMap<(String, Runner), Vec
 
 /// An archive whose init is the benchmark.
 fn initramfs(program: &Path) -> Result<PathBuf> {
-    let mut archive = cpio::Archive::new();
+    let mut archive = Archive::new();
     archive.program("init", &std::fs::read(program)?);
     assets::scratch("guestbench.cpio", &archive.finish())
 }

@@ -66,8 +66,14 @@ fn restore_on_panic() {
 /// Restores on signals that kill the process from inside. Call it before anything else installs handlers:
 /// those (an engine's for SIGSEGV) then come first and pass on what is not theirs.
 pub fn restore_on_fatal_signals() {
+    const MEMORY: &[u8] = b"anyvisor: a page of memory cannot be had: a file of the snapshot that this VM goes on \
+        from was changed, a disk failed, or memory ran out\n";
     extern "C" fn handler(signal: libc::c_int) {
         restore();
+        if signal == libc::SIGBUS {
+            // SAFETY: async-signal-safe, and the bytes are there for ever.
+            unsafe { libc::write(libc::STDERR_FILENO, MEMORY.as_ptr().cast(), MEMORY.len()) };
+        }
         // SAFETY: async-signal-safe. The signal is blocked until this returns; then the default action for
         // it, or for the fault that happens again, ends the process.
         unsafe {

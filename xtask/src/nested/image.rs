@@ -3,7 +3,8 @@
 //! L1's first serial port is its console, the second the script's output, the third its exit status.
 
 use anyhow::{Context, Result};
-use anyvisor_tests::{assets, cpio};
+use anyvisor_initramfs::Archive;
+use anyvisor_tests::assets;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -34,7 +35,7 @@ pub fn build(parts: &Parts) -> Result<Image> {
     let package = assets::kernel_tree()?;
     let kernel = assets::kernel_of(&package)?;
     let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
-    let mut archive = cpio::Archive::new();
+    let mut archive = Archive::new();
     for directory in ["guest", "modules", "run", "dev/pts", "dev/shm", "moved", "moved/here"] {
         archive.directory(directory);
     }

@@ -302,6 +302,9 @@ pub fn look(place: &Place) -> std::io::Result<Life> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Life::None),
         other => other?,
     };
+    if !file.metadata()?.is_file() {
+        return Ok(Life::None);
+    }
     let pid = read_pid(&place.lock);
     match file.try_lock() {
         Ok(()) if is_at(&file, &place.lock) => {
@@ -341,25 +344,16 @@ pub fn list(folder: &Path) -> std::io::Result<Vec<String>> {
 mod tests {
     use super::*;
 
-    /// A folder of this test's own, removed with the value.
-    struct Scratch(PathBuf);
+    struct Scratch(tempfile::TempDir);
     impl Scratch {
-        fn new(name: &str) -> Scratch {
-            let path = std::env::temp_dir().join(format!("anyvisor-runtime-{}-{name}", std::process::id()));
-            let _ = std::fs::remove_dir_all(&path);
-            std::fs::create_dir(&path).unwrap();
-            Scratch(path)
+        fn new() -> Scratch {
+            Scratch(tempfile::tempdir().unwrap())
         }
         fn at(&self, name: &str) -> Wanted {
-            Wanted::At(self.0.join(name))
+            Wanted::At(self.0.path().join(name))
         }
         fn files(&self) -> usize {
-            std::fs::read_dir(&self.0).unwrap().count()
-        }
-    }
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
+            std::fs::read_dir(self.0.path()).unwrap().count()
         }
     }
 
@@ -395,7 +389,7 @@ mod tests {
 
     #[test]
     fn a_place_belongs_to_one_vm_until_it_ends() {
-        let scratch = Scratch::new("one");
+        let scratch = Scratch::new();
         let wanted = scratch.at("a.sock");
         let (claim, _listener) = Claim::new("x", &wanted).unwrap().unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
@@ -411,8 +405,8 @@ mod tests {
 
     #[test]
     fn what_a_dead_vm_left_is_cleaned_up() {
-        let scratch = Scratch::new("dead");
-        let place = Place::of_socket(&scratch.0.join("a.sock"));
+        let scratch = Scratch::new();
+        let place = Place::of_socket(&scratch.0.path().join("a.sock"));
         for clean in [false, true] {
             drop(UnixListener::bind(&place.socket).unwrap());
             std::fs::write(&place.lock, "4000000000").unwrap();
@@ -428,27 +422,27 @@ mod tests {
 
     #[test]
     fn what_is_not_ours_is_left_alone() {
-        let scratch = Scratch::new("foreign");
-        std::fs::write(scratch.0.join("file"), "precious").unwrap();
+        let scratch = Scratch::new();
+        std::fs::write(scratch.0.path().join("file"), "precious").unwrap();
         assert!(refusal(&scratch.at("file")).contains("no socket"));
-        assert_eq!(std::fs::read(scratch.0.join("file")).unwrap(), b"precious");
-        let _other = UnixListener::bind(scratch.0.join("taken")).unwrap();
+        assert_eq!(std::fs::read(scratch.0.path().join("file")).unwrap(), b"precious");
+        let _other = UnixListener::bind(scratch.0.path().join("taken")).unwrap();
         assert!(refusal(&scratch.at("taken")).contains("listens"));
         assert!(refusal(&scratch.at("missing/folder")).contains("missing/folder"));
         assert!(refusal(&scratch.at(&"x".repeat(100))).contains("107"));
         // A link in place of the lock file is not followed.
-        std::os::unix::fs::symlink(scratch.0.join("file"), scratch.0.join("linked.lock")).unwrap();
+        std::os::unix::fs::symlink(scratch.0.path().join("file"), scratch.0.path().join("linked.lock")).unwrap();
         refusal(&scratch.at("linked"));
-        assert_eq!(std::fs::read(scratch.0.join("file")).unwrap(), b"precious");
+        assert_eq!(std::fs::read(scratch.0.path().join("file")).unwrap(), b"precious");
     }
 
     #[test]
     fn lists_are_of_locks_with_good_names() {
-        let scratch = Scratch::new("list");
+        let scratch = Scratch::new();
         for name in ["b.lock", "a.lock", "a.sock", "a.log", ".lock", "-x.lock"] {
-            std::fs::write(scratch.0.join(name), "").unwrap();
+            std::fs::write(scratch.0.path().join(name), "").unwrap();
         }
-        assert_eq!(list(&scratch.0).unwrap(), ["a", "b"]);
-        assert!(list(&scratch.0.join("missing")).unwrap().is_empty());
+        assert_eq!(list(scratch.0.path()).unwrap(), ["a", "b"]);
+        assert!(list(&scratch.0.path().join("missing")).unwrap().is_empty());
     }
 }

@@ -18,6 +18,16 @@ use anyvisor_x86::{Exception, Segment};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use std::sync::atomic::Ordering;
 
+/// What a far JMP or CALL asks for.
+#[derive(Clone, Copy)]
+struct FarBranch {
+    selector: u16,
+    offset: u64,
+    /// Operand size in bytes.
+    size: u32,
+    call: bool,
+}
+
 /// A far pointer operand: immediate, or in memory.
 fn far_pointer(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction) -> Result<(u16, u64, u32), Exception> {
     match instruction.op0_kind() {
@@ -42,13 +52,10 @@ fn far_pointer(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction) -> 
 /// Far JMP and CALL.
 pub(super) fn far_branch(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction) -> Result<(), Exception> {
     let (selector, offset, size) = far_pointer(core, io, instruction)?;
-    let call = instruction.mnemonic() == Mnemonic::Call;
+    let branch = FarBranch { selector, offset, size, call: instruction.mnemonic() == Mnemonic::Call };
     let saved = Registers::save(&core.cpu);
-    let result = if is_real_or_vm86(core) {
-        far_branch_real(core, io, selector, offset, size, call)
-    } else {
-        far_branch_protected(core, io, selector, offset, size, call)
-    };
+    let result =
+        if is_real_or_vm86(core) { far_branch_real(core, io, branch) } else { far_branch_protected(core, io, branch) };
     if result.is_err() {
         saved.restore(&mut core.cpu);
     }
@@ -73,14 +80,8 @@ fn set_real_cs(core: &mut Core, selector: u16) {
     }
 }
 
-fn far_branch_real(
-    core: &mut Core,
-    io: &dyn GuestIo,
-    selector: u16,
-    offset: u64,
-    size: u32,
-    call: bool,
-) -> Result<(), Exception> {
+fn far_branch_real(core: &mut Core, io: &dyn GuestIo, branch: FarBranch) -> Result<(), Exception> {
+    let FarBranch { selector, offset, size, call } = branch;
     if offset > u64::from(core.cpu.seg[index::CS].limit) {
         return Err(Exception::gp(0));
     }
@@ -102,14 +103,8 @@ fn check_target(core: &Core, segment: &Segment, offset: u64) -> Result<(), Excep
     if ok { Ok(()) } else { Err(Exception::gp(0)) }
 }
 
-fn far_branch_protected(
-    core: &mut Core,
-    io: &dyn GuestIo,
-    selector: u16,
-    offset: u64,
-    size: u32,
-    call: bool,
-) -> Result<(), Exception> {
+fn far_branch_protected(core: &mut Core, io: &dyn GuestIo, branch: FarBranch) -> Result<(), Exception> {
+    let FarBranch { selector, offset, size, call } = branch;
     if is_null(selector) {
         return Err(Exception::gp(0));
     }

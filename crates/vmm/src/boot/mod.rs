@@ -18,8 +18,9 @@ use crate::{Error, Result, layout};
 use anyvisor_x86::bits::{cr0, cr4, efer, gpr, rflags};
 use anyvisor_x86::segment::index::{CS, DS, ES, FS, GS, SS};
 use anyvisor_x86::{DescriptorTable, Segment, VcpuState, msr};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
 
@@ -259,7 +260,8 @@ fn load_initrd<F: Image>(
 fn open(path: &Path, what: &str) -> Result<File> {
     let explain =
         |e: std::io::Error| Error::user(format!("cannot read {what} '{}': {e}; check --{what}", path.display()));
-    let file = File::open(path).map_err(explain)?;
+    // A FIFO would wait for somebody who writes to it.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(explain)?;
     if !file.metadata().map_err(explain)?.is_file() {
         return Err(Error::user(format!("{what} '{}' is not a regular file; check --{what}", path.display())));
     }

@@ -10,7 +10,7 @@ use super::{CHAIN_MAX, MANIFEST, MEMORY, PAGE, PAGES};
 use crate::config::HugePages;
 use crate::{Error, Result, layout, memory};
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -189,19 +189,29 @@ fn bad(folder: &Path, what: &str) -> Error {
 }
 
 fn trouble(folder: &Path, error: std::io::Error) -> Error {
-    Error::host(format!("cannot read snapshot '{}'", folder.display()), error)
+    let shown = folder.display();
+    match error.kind() {
+        ErrorKind::PermissionDenied => {
+            one_line(&format!("cannot read snapshot '{shown}': {error}; only the user who saved it, or root, can"))
+        }
+        _ => Error::host(format!("cannot read snapshot '{shown}'"), error),
+    }
 }
 
 fn read_manifest(folder: &Path) -> Result<(Manifest, Checksum)> {
-    if !folder.join(MANIFEST).exists() {
-        let shown = folder.display();
-        return Err(Error::user(if folder.join(MEMORY).exists() {
-            format!("'{shown}' holds a snapshot that was never finished; save again")
-        } else if folder.exists() {
-            format!("'{shown}' holds no snapshot")
-        } else {
-            format!("there is no '{shown}'")
-        }));
+    match std::fs::metadata(folder.join(MANIFEST)) {
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(trouble(folder, error)),
+        Err(_) => {
+            let shown = folder.display();
+            return Err(one_line(&if folder.join(MEMORY).exists() {
+                format!("'{shown}' holds a snapshot that was never finished; save again")
+            } else if folder.exists() {
+                format!("'{shown}' holds no snapshot")
+            } else {
+                format!("there is no '{shown}'")
+            }));
+        }
     }
     let bytes = read_file(folder, MANIFEST, SIZE_MAX)?;
     Manifest::decode(&bytes).map_err(|what| bad(folder, &format!("cannot be used: its manifest {what}")))
@@ -210,8 +220,11 @@ fn read_manifest(folder: &Path) -> Result<(Manifest, Checksum)> {
 /// Opens a file of `folder`, which must be a plain one: nothing that blocks or has no length.
 fn open_file(folder: &Path, name: &str) -> Result<File> {
     let path = folder.join(name);
-    let plain = std::fs::metadata(&path).map_err(|error| trouble(folder, error))?.is_file();
-    if !plain {
+    let found = std::fs::metadata(&path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => bad(folder, &format!("is damaged: it has no '{name}'")),
+        _ => trouble(folder, error),
+    })?;
+    if !found.is_file() {
         return Err(bad(folder, &format!("is damaged: '{name}' is no plain file")));
     }
     File::open(path).map_err(|error| trouble(folder, error))

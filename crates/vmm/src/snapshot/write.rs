@@ -13,7 +13,7 @@ use crate::{Error, Result};
 use anyvisor_x86::{VcpuState, msr};
 use serde::Serialize;
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -154,10 +154,12 @@ impl Folder {
         let made = match DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => true,
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
-            Err(error) => return Err(Error::host(format!("cannot save to '{shown}': creating it"), error)),
+            Err(error) => return Err(cannot_save(path, error)),
         };
-        let trouble = |error| Error::host(format!("cannot save to '{shown}'"), error);
-        let lock = File::open(path).map_err(trouble)?;
+        let trouble = |error| cannot_save(path, error);
+        // Nothing but a folder is opened: a FIFO would wait for somebody who writes to it, and the VM with it.
+        let only = libc::O_DIRECTORY | libc::O_NONBLOCK;
+        let lock = OpenOptions::new().read(true).custom_flags(only).open(path).map_err(trouble)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -206,6 +208,19 @@ impl Drop for Folder {
             // Not if somebody else has put something there.
             let _ = std::fs::remove_dir(&self.path);
         }
+    }
+}
+
+/// Why nothing can be saved to `path`: its user's choice, or the host's failure.
+fn cannot_save(path: &Path, error: std::io::Error) -> Error {
+    let what = format!("cannot save to '{}'", path.display());
+    match error.kind() {
+        ErrorKind::NotFound
+        | ErrorKind::NotADirectory
+        | ErrorKind::PermissionDenied
+        | ErrorKind::ReadOnlyFilesystem
+        | ErrorKind::InvalidFilename => Error::user(format!("{what}: {error}; give another folder")),
+        _ => Error::host(what, error),
     }
 }
 

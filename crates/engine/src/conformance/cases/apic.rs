@@ -1,10 +1,11 @@
 //! The local APIC as guests use it: registers by memory and by MSR, IPIs to self, the timer in its three
 //! modes (SDM vol. 3A chapter 10).
 
-use super::super::Guest;
+use super::super::{Guest, Mismatch};
 use super::interrupts::{enable_apic, returns_from_nmi, set_apic};
 use super::prelude::*;
 use anyvisor_x86::lapic::reg;
+use iced_x86::IcedError;
 
 const KERNEL: &[Mode] = &[Mode::Long];
 
@@ -21,7 +22,7 @@ fn at(register: u32) -> AsmMemoryOperand {
 }
 
 /// The APIC enabled, RBX at its registers.
-fn setup(g: &mut Guest) {
+pub(super) fn setup(g: &mut Guest) {
     enable_apic(g);
     g.state.gpr[gpr::RBX] = place::APIC;
 }
@@ -291,6 +292,36 @@ fn ipis(suite: &mut Suite) {
     });
 }
 
+/// Ticks that [`await_ticks`] waits for, in RDX.
+pub(super) const TICKS: u64 = 5;
+
+/// Vector 40h counts in RDX. RBX points to the local APIC, here and below.
+pub(super) fn ticks_handler(g: &mut Guest) -> Result<u64, Mismatch> {
+    g.handler(0x40, |a| {
+        a.inc(rdx)?;
+        a.mov(at(reg::EOI), 0)?;
+        a.iretq()
+    })
+}
+
+/// Starts a periodic timer with vector 40h.
+pub(super) fn start_ticks(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(at(reg::DIVIDE), 0xb)?;
+    a.mov(at(reg::LVT_TIMER), 0x2_0040)?;
+    a.mov(at(reg::INITIAL_COUNT), 2_000_000)
+}
+
+/// Halts until there have been [`TICKS`].
+pub(super) fn await_ticks(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut wait = a.create_label();
+    a.set_label(&mut wait)?;
+    a.sti()?;
+    a.hlt()?;
+    a.cli()?;
+    a.cmp(rdx, TICKS as i32)?;
+    a.jb(wait)
+}
+
 fn timer(suite: &mut Suite) {
     suite.add("one-shot", KERNEL, |g| {
         setup(g);
@@ -346,25 +377,13 @@ fn timer(suite: &mut Suite) {
     });
     suite.add("periodic", KERNEL, |g| {
         setup(g);
-        g.handler(0x40, |a| {
-            a.inc(rdx)?;
-            a.mov(at(reg::EOI), 0)?;
-            a.iretq()
-        })?;
+        ticks_handler(g)?;
         let end = g.run(|a| {
-            a.mov(at(reg::DIVIDE), 0xb)?;
-            a.mov(at(reg::LVT_TIMER), 0x2_0040)?;
-            a.mov(at(reg::INITIAL_COUNT), 2_000_000)?;
-            let mut wait = a.create_label();
-            a.set_label(&mut wait)?;
-            a.sti()?;
-            a.hlt()?;
-            a.cli()?;
-            a.cmp(rdx, 5)?;
-            a.jb(wait)
+            start_ticks(a)?;
+            await_ticks(a)
         })?;
         end.done()?;
-        ensure(end.gpr(gpr::RDX) >= 5, || format!("{} ticks", end.gpr(gpr::RDX)))
+        ensure(end.gpr(gpr::RDX) >= TICKS, || format!("{} ticks", end.gpr(gpr::RDX)))
     });
     suite.add("a masked timer interrupts nothing", KERNEL, |g| {
         setup(g);

@@ -2,6 +2,7 @@
 //! that is taken out in the middle goes on as if nothing had been.
 
 use super::super::{Guest, Mismatch};
+use super::apic;
 use super::interrupts::{NMI, enable_apic, iret_to_next, msi, returns_from_nmi, set_apic};
 use super::prelude::*;
 use crate::Exit;
@@ -319,33 +320,19 @@ fn moves(suite: &mut Suite) {
         equal("RCX", end.gpr(gpr::RCX), 7)
     });
     suite.add("a periodic timer goes on", &[Mode::Long], |g| {
-        enable_apic(g);
-        g.state.gpr[gpr::RBX] = place::APIC;
-        let at = |register: u32| dword_ptr(rbx + register as i32);
+        apic::setup(g);
         let kicker = g.vcpu.kicker();
         g.io.on_out(0x80, move || kicker.kick());
-        g.handler(0x40, |a| {
-            a.inc(rdx)?;
-            a.mov(at(reg::EOI), 0)?;
-            a.iretq()
-        })?;
+        apic::ticks_handler(g)?;
         let end = g.run(|a| {
-            a.mov(at(reg::DIVIDE), 0xb)?;
-            a.mov(at(reg::LVT_TIMER), 0x2_0040)?;
-            a.mov(at(reg::INITIAL_COUNT), 2_000_000)?;
+            apic::start_ticks(a)?;
             a.out(0x80, al)?;
-            let mut wait = a.create_label();
-            a.set_label(&mut wait)?;
-            a.sti()?;
-            a.hlt()?;
-            a.cli()?;
-            a.cmp(rdx, 5)?;
-            a.jb(wait)
+            apic::await_ticks(a)
         })?;
         equal("exit", &end.exit, &Exit::Kicked)?;
         let mut other = fresh(g)?;
         other.vcpu.set_state(&end.state)?;
         let end = other.resume()?;
-        ensure(end.ended && end.gpr(gpr::RDX) >= 5, || format!("{} ticks, {:?}", end.gpr(gpr::RDX), end.exit))
+        ensure(end.ended && end.gpr(gpr::RDX) >= apic::TICKS, || format!("{} ticks, {:?}", end.gpr(gpr::RDX), end.exit))
     });
 }

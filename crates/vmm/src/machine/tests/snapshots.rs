@@ -6,28 +6,6 @@ use crate::snapshot::{self, Snapshot, Summary, Unfinished};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-/// A folder for one test, removed with the value.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Scratch {
-        let path = std::env::temp_dir().join(format!("anyvisor-snapshot-test-{}-{name}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir(&path).unwrap();
-        Scratch(path)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 /// Places that the guest below writes.
 const COUNT: u64 = 0x10_0000;
 const TRAIL: u64 = 0x20_0000;
@@ -139,8 +117,8 @@ fn read_count(folder: &Path) -> u64 {
 
 #[test]
 fn a_restored_machine_is_the_one_that_was_saved() {
-    let scratch = Scratch::new("same");
-    let folder = scratch.path("one");
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("one");
     let count = saved_vm(&folder);
     assert!(count > 0);
     let clock = Arc::new(AtomicU64::new(0));
@@ -159,8 +137,8 @@ fn a_restored_machine_is_the_one_that_was_saved() {
 
 #[test]
 fn incremental_snapshots_restore_each() {
-    let scratch = Scratch::new("chain");
-    let name = |n: usize| scratch.path(&format!("s{n}"));
+    let scratch = tempfile::tempdir().unwrap();
+    let name = |n: usize| scratch.path().join(&format!("s{n}"));
     let sizes: Vec<u64> = with_vm(
         |vm, _, io| counting(vm, io),
         |remote| {
@@ -185,13 +163,13 @@ fn incremental_snapshots_restore_each() {
         assert_eq!(restore(&name(n), finds(count)).0.unwrap(), End::DebugExit(count as u32), "snapshot {n}");
     }
     // They can be moved, together.
-    std::fs::create_dir(scratch.path("elsewhere")).unwrap();
+    std::fs::create_dir(scratch.path().join("elsewhere")).unwrap();
     for n in 0..4 {
-        std::fs::rename(name(n), scratch.path(&format!("elsewhere/s{n}"))).unwrap();
+        std::fs::rename(name(n), scratch.path().join(&format!("elsewhere/s{n}"))).unwrap();
     }
-    assert_eq!(restore(&scratch.path("elsewhere/s3"), finds(last)).0.unwrap(), End::DebugExit(last as u32));
-    std::fs::remove_dir_all(scratch.path("elsewhere/s1")).unwrap();
-    let message = restore(&scratch.path("elsewhere/s3"), finds(last)).0.unwrap_err().to_string();
+    assert_eq!(restore(&scratch.path().join("elsewhere/s3"), finds(last)).0.unwrap(), End::DebugExit(last as u32));
+    std::fs::remove_dir_all(scratch.path().join("elsewhere/s1")).unwrap();
+    let message = restore(&scratch.path().join("elsewhere/s3"), finds(last)).0.unwrap_err().to_string();
     assert!(message.contains("s2' builds on another") && message.contains("s1"), "{message}");
 }
 
@@ -213,9 +191,9 @@ fn check_read_memory(folder: &Path) {
 
 #[test]
 fn any_earlier_snapshot_of_the_vm_can_be_the_parent() {
-    let scratch = Scratch::new("parents");
-    let (first, second, third) = (scratch.path("1"), scratch.path("2"), scratch.path("3"));
-    let stranger = scratch.path("stranger");
+    let scratch = tempfile::tempdir().unwrap();
+    let (first, second, third) = (scratch.path().join("1"), scratch.path().join("2"), scratch.path().join("3"));
+    let stranger = scratch.path().join("stranger");
     saved_vm(&stranger);
     with_vm(
         |vm, _, io| counting(vm, io),
@@ -229,19 +207,23 @@ fn any_earlier_snapshot_of_the_vm_can_be_the_parent() {
             save(remote, &third, Some(&first)).unwrap();
             // A save that fails forgets nothing.
             save(remote, &stranger, Some(&third)).unwrap_err();
-            save(remote, &scratch.path("4"), Some(&third)).unwrap();
+            save(remote, &scratch.path().join("4"), Some(&third)).unwrap();
         },
     );
     for name in ["1", "2", "3", "4"] {
-        let count = read_count(&scratch.path(name));
-        assert_eq!(restore(&scratch.path(name), finds(count)).0.unwrap(), End::DebugExit(count as u32), "{name}");
+        let count = read_count(&scratch.path().join(name));
+        assert_eq!(
+            restore(&scratch.path().join(name), finds(count)).0.unwrap(),
+            End::DebugExit(count as u32),
+            "{name}"
+        );
     }
 }
 
 #[test]
 fn a_restored_vm_is_saved_incrementally_too() {
-    let scratch = Scratch::new("again");
-    let (first, second) = (scratch.path("1"), scratch.path("2"));
+    let scratch = tempfile::tempdir().unwrap();
+    let (first, second) = (scratch.path().join("1"), scratch.path().join("2"));
     saved_vm(&first);
     let opened = Arc::new(Snapshot::open(&first).unwrap());
     let config = opened.manifest().machine.config(crate::config::Serial::Null, OnReboot::Exit);
@@ -267,15 +249,15 @@ fn a_restored_vm_is_saved_incrementally_too() {
 
 #[test]
 fn folders_that_will_not_do_are_refused_and_left_alone() {
-    let scratch = Scratch::new("folders");
-    let taken = scratch.path("taken");
+    let scratch = tempfile::tempdir().unwrap();
+    let taken = scratch.path().join("taken");
     saved_vm(&taken);
-    let full = scratch.path("full");
+    let full = scratch.path().join("full");
     std::fs::create_dir(&full).unwrap();
     std::fs::write(full.join("thesis.txt"), "x").unwrap();
-    let file = scratch.path("file");
+    let file = scratch.path().join("file");
     std::fs::write(&file, "x").unwrap();
-    let cut_short = scratch.path("cut-short");
+    let cut_short = scratch.path().join("cut-short");
     std::fs::create_dir(&cut_short).unwrap();
     std::fs::write(cut_short.join("memory"), [0; 100_000]).unwrap();
     std::fs::write(cut_short.join("manifest.partial"), "anyvisor-snapshot 1").unwrap();
@@ -289,7 +271,7 @@ fn folders_that_will_not_do_are_refused_and_left_alone() {
                 (&taken, "has a snapshot already"),
                 (&full, "is not empty"),
                 (&file, "Not a directory"),
-                (&scratch.path("no/such"), "No such file"),
+                (&scratch.path().join("no/such"), "No such file"),
             ] {
                 let message = save(remote, folder, None).unwrap_err().to_string();
                 assert!(message.contains(why) && message.contains(&folder.display().to_string()), "{message}");
@@ -307,8 +289,8 @@ fn folders_that_will_not_do_are_refused_and_left_alone() {
 
 #[test]
 fn a_snapshot_that_is_not_finished_is_none() {
-    let scratch = Scratch::new("unfinished");
-    let folder = scratch.path("one");
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("one");
     with_vm(
         |vm, _, io| counting(vm, io),
         |remote| {
@@ -327,8 +309,8 @@ fn a_snapshot_that_is_not_finished_is_none() {
 
 #[test]
 fn a_tsc_is_scaled_to_what_was_saved() {
-    let scratch = Scratch::new("tsc");
-    let folder = scratch.path("one");
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("one");
     let count = saved_vm(&folder);
     rewrite(&folder, |manifest| manifest["tsc_khz"] = 3_500_000.into());
     let seen = Arc::new(AtomicU64::new(0));
@@ -342,8 +324,8 @@ fn a_tsc_is_scaled_to_what_was_saved() {
 
 #[test]
 fn another_host_is_told_what_it_lacks() {
-    let scratch = Scratch::new("lacks");
-    let folder = scratch.path("one");
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("one");
     saved_vm(&folder);
     let lacks = |parts: &[&str]| {
         let message = restore(&folder, finds(1)).0.unwrap_err().to_string();
@@ -365,8 +347,8 @@ fn another_host_is_told_what_it_lacks() {
 
 #[test]
 fn other_versions_are_refused_by_number() {
-    let scratch = Scratch::new("version");
-    let folder = scratch.path("one");
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("one");
     saved_vm(&folder);
     let path = folder.join("manifest");
     let text = String::from_utf8(std::fs::read(&path).unwrap()).unwrap();
@@ -407,8 +389,8 @@ fn copy(from: &Path, to: &Path) {
 
 #[test]
 fn damage_is_found_wherever_it_is() {
-    let scratch = Scratch::new("damage");
-    let (good, broken) = (scratch.path("good"), scratch.path("broken"));
+    let scratch = tempfile::tempdir().unwrap();
+    let (good, broken) = (scratch.path().join("good"), scratch.path().join("broken"));
     saved_vm(&good);
     let mut random = Random(11);
     for round in 0..150 {
@@ -448,8 +430,8 @@ fn damage_is_found_wherever_it_is() {
 
 #[test]
 fn a_vm_on_damaged_memory_ends_with_the_reason() {
-    let scratch = Scratch::new("late");
-    let folder = scratch.path("one");
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("one");
     let count = saved_vm(&folder);
     let path = folder.join("memory");
     let mut bytes = std::fs::read(&path).unwrap();
@@ -462,8 +444,8 @@ fn a_vm_on_damaged_memory_ends_with_the_reason() {
 
 #[test]
 fn forged_manifests_are_refused_or_harmless() {
-    let scratch = Scratch::new("forged");
-    let (good, forged) = (scratch.path("good"), scratch.path("forged"));
+    let scratch = tempfile::tempdir().unwrap();
+    let (good, forged) = (scratch.path().join("good"), scratch.path().join("forged"));
     saved_vm(&good);
     let mut random = Random(5);
     let (mut refused, mut harmless) = (0, 0);
