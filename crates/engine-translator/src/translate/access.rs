@@ -8,6 +8,7 @@
 use super::assembler::*;
 use super::block::{Builder, SAVED_RAX, Thunk, host_register, scratch, slot};
 use super::coalesce::{Access, Role};
+use super::flags::Redo;
 use super::planted::{self, Bug};
 use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry};
 use anyvisor_x86::segment::{Segment, index};
@@ -122,6 +123,8 @@ pub struct Miss {
     constant: Option<i32>,
     /// The delta that RDI holds across the probe.
     rdi: Option<u8>,
+    /// What makes the flags again, if they are not kept in AX.
+    redo: Option<Redo>,
 }
 
 /// The address of an access that `probe_constant` can serve: it does not cross its page, and its page's
@@ -180,6 +183,9 @@ impl Builder<'_> {
         assert_eq!(planned, Access { ea: *ea, size, write }, "accesses are emitted as planned");
         let (slot, low, high) = match role {
             Role::Follower { slot } => {
+                if self.settle_after {
+                    self.settle();
+                }
                 let register = self.delta_register(slot, keep_rdi);
                 return self.operand(register, ea, keep_rdi);
             }
@@ -189,6 +195,7 @@ impl Builder<'_> {
         };
         let table = self.table();
         let constant = short_constant(ea, size);
+        let again = flags && self.redo.is_some();
         match constant {
             Some(address) => self.probe_constant(address, write, flags),
             None => self.probe(ea, write, flags, low, high),
@@ -211,7 +218,12 @@ impl Builder<'_> {
             self.load_bit_number(register, size);
             self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), i32::from(size) * 8 - 1);
         }
-        if flags && hold_flags {
+        if again {
+            self.destroyed = true;
+            if self.settle_after {
+                self.settle();
+            }
+        } else if flags && hold_flags {
             self.flags_held = true;
         } else if flags {
             // A probe for itself needs RAX no more; a leader may, for its operand.
@@ -262,14 +274,16 @@ impl Builder<'_> {
         let for_write = write && !planted::is(Bug::WriteProbesForRead);
         let tag = if for_write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
         let high = if planted::is(Bug::PageEndUnchecked) { low + 1 } else { high };
+        let redo = self.redo.filter(|_| flags);
         let retry = self.a.position();
         self.effective_address(ea);
-        if flags {
+        let in_ax = flags && redo.is_none();
+        if in_ax {
             self.a.store(scratch(SAVED_RAX), RAX);
             self.a.lahf();
             self.a.bytes(&[0x0f, 0x90, 0xc0]); // seto al
         }
-        self.flags_in_ax = flags;
+        self.flags_in_ax = in_ax;
         if let Some((register, size)) = ea.bit {
             self.load_bit_number(register, size);
             self.a.sar64(RDI, if size == 8 { 6 } else { 5 });
@@ -292,7 +306,7 @@ impl Builder<'_> {
         }
         self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - (high - low));
         let hole = self.a.jcc(cc::A);
-        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low, constant: None, rdi: None });
+        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low, constant: None, rdi: None, redo });
     }
 
     /// Puts the offset of the TLB entry for the address in RSI, which is that of `ea`, into RDI.
@@ -326,8 +340,9 @@ impl Builder<'_> {
     fn probe_constant(&mut self, address: i32, write: bool, flags: bool) {
         let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
         let entry = self.table() + (constant_index(address) << ENTRY_BITS) as i32;
+        let redo = self.redo.filter(|_| flags);
         let retry = self.a.position();
-        if flags {
+        if flags && redo.is_none() {
             self.a.store(scratch(SAVED_RAX), RAX);
             self.a.lahf();
             self.a.bytes(&[0x0f, 0x90, 0xc0]); // seto al
@@ -335,7 +350,17 @@ impl Builder<'_> {
         self.a.alu_imm(Alu::Cmp, true, Rm::Gs(entry + tag), (address & !0xfff).wrapping_neg());
         let hole = self.a.jcc(cc::NE);
         let constant = Some(address);
-        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low: 0, constant, rdi: self.deltas[1] });
+        self.misses.push(Miss {
+            hole,
+            retry,
+            flags,
+            write,
+            offset: self.at,
+            low: 0,
+            constant,
+            rdi: self.deltas[1],
+            redo,
+        });
         self.a.load(RSI, Rm::Gs(entry + offset_of!(TlbEntry, delta) as i32));
     }
 
@@ -459,8 +484,10 @@ impl Builder<'_> {
             if miss.low != 0 {
                 self.a.lea(RSI, Rm::Base(RSI, -miss.low));
             }
-            if miss.flags {
-                self.restore_flags();
+            match &miss.redo {
+                Some(redo) => self.redo_at_miss(redo),
+                None if miss.flags => self.restore_flags(),
+                None => {}
             }
             let call = self.a.call();
             let context = self.source.context.tlb;

@@ -411,6 +411,10 @@ impl Assembler {
         self.op(false, &[0x0f, 0x95], 0, rm);
     }
     /// `test byte [rm], imm8`
+    /// `test r, r` of 64 or 32 bits
+    pub fn test(&mut self, wide: bool, a: u8, b: u8) {
+        self.op(wide, &[0x85], a, Rm::Reg(b));
+    }
     pub fn test8(&mut self, rm: Rm, value: u8) {
         self.op(false, &[0xf6], 0, rm);
         self.byte(value);

@@ -18,6 +18,7 @@ use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
 use super::coalesce::{Access, Coalescer, Role};
 use super::control::FarJump;
 use super::encoding::{Fields, Layout};
+use super::flags::Redo;
 use super::rename::{Held, Plan};
 use super::sensitive::{OddBase, OddSyscall};
 use crate::cpu::{Cpu, JumpContext};
@@ -181,6 +182,7 @@ pub(super) fn pending() -> Rm {
     Rm::Gs(offset_of!(Cpu, pending) as i32)
 }
 
+#[derive(Clone, Copy)]
 pub(super) struct Insn {
     pub(super) instruction: Instruction,
     pub(super) offset: u16,
@@ -194,6 +196,14 @@ pub(super) struct Insn {
 pub(super) struct PendingExit {
     pub(super) hole: Hole,
     pub(super) kind: ExitKind,
+    /// What makes the flags again that the way here has destroyed.
+    pub(super) redo: Option<Redo>,
+}
+
+impl PendingExit {
+    pub(super) fn new(hole: Hole, kind: ExitKind) -> PendingExit {
+        PendingExit { hole, kind, redo: None }
+    }
 }
 
 /// Inputs of a translation.
@@ -244,6 +254,12 @@ pub struct Builder<'a> {
     pub(super) hold_flags: bool,
     /// It has done so.
     pub(super) flags_held: bool,
+    /// How live flags can be made again.
+    pub(super) redo: Option<Redo>,
+    /// They must be before they are used: a check has destroyed them. Only if `redo` is there.
+    pub(super) destroyed: bool,
+    /// The accesses of the instruction being emitted put them in place.
+    pub(super) settle_after: bool,
     /// Guest registers that the scratch registers, RSI and RDI, hold copies of.
     pub(super) held: [Option<Held>; 2],
     /// Shared deltas that they hold, by slot. Never both for one register.
@@ -277,6 +293,9 @@ pub fn translate(source: &Source) -> Translation {
         incomplete: false,
         hold_flags: false,
         flags_held: false,
+        redo: None,
+        destroyed: false,
+        settle_after: false,
         held: [None; 2],
         deltas: [None; 2],
         overwrites_rax: false,
@@ -316,6 +335,7 @@ impl<'a> Builder<'a> {
 
     /// Moves the stack pointer.
     pub(super) fn adjust_stack(&mut self, by: i32) {
+        self.stack_moves(by);
         if self.bits() == 64 {
             self.a.lea(R13, Rm::Base(R13, by));
         } else {
@@ -559,6 +579,15 @@ impl<'a> Builder<'a> {
 
     /// Emits one instruction; `false` if it has to be interpreted after all (nothing emitted then).
     pub(super) fn emit(&mut self, insn: &Insn) -> bool {
+        let changes = self.before_flags(insn);
+        let emitted = self.emit_kind(insn);
+        if emitted {
+            self.after_flags(insn, changes);
+        }
+        emitted
+    }
+
+    fn emit_kind(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
         match insn.kind {
             Kind::Nop | Kind::Lea => {}
@@ -612,9 +641,10 @@ impl<'a> Builder<'a> {
     }
 
     pub(super) fn interpret(&mut self, insn: &Insn) {
+        self.settle();
         self.write_back_all();
         let hole = self.a.jmp();
-        self.exits.push(PendingExit { hole, kind: ExitKind::Interpret { rip: insn.instruction.ip() } });
+        self.exits.push(PendingExit::new(hole, ExitKind::Interpret { rip: insn.instruction.ip() }));
     }
 
     /// Copies an instruction with its registers renamed and `memory` in the place of its memory operand.

@@ -6,6 +6,7 @@
 
 use super::assembler::*;
 use super::block::*;
+use super::flags::Redo;
 use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JumpContext, JumpEntry};
 use iced_x86::Mnemonic;
 use std::mem::offset_of;
@@ -15,6 +16,7 @@ pub struct FarJump {
     hole: Hole,
     target: u64,
     flags: bool,
+    redo: Option<Redo>,
 }
 
 impl Builder<'_> {
@@ -26,11 +28,20 @@ impl Builder<'_> {
     /// Jumps to `target`. `flags`: the status flags are alive there.
     pub(super) fn direct(&mut self, target: u64, flags: bool) {
         if self.linkable(target) {
+            self.flags_home(flags);
             let hole = self.a.jmp();
-            self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
+            self.exits.push(PendingExit::new(hole, ExitKind::Direct { target }));
         } else {
             self.far(target, flags);
         }
+    }
+
+    /// Makes destroyed flags again if they are alive where control goes.
+    fn flags_home(&mut self, flags: bool) {
+        if flags {
+            self.settle();
+        }
+        self.destroyed = false;
     }
 
     /// Gives held flags back before code that expects them in place.
@@ -52,7 +63,7 @@ impl Builder<'_> {
         let same = self.a.short(0xe3);
         self.a.mov(RCX, RSI);
         let hole = self.a.jmp();
-        self.exits.push(PendingExit { hole, kind: ExitKind::Recheck { patch: patch as u32 } });
+        self.exits.push(PendingExit::new(hole, ExitKind::Recheck { patch: patch as u32 }));
         self.a.bind_short(same);
         self.a.mov(RCX, RSI);
     }
@@ -76,6 +87,7 @@ impl Builder<'_> {
 
     /// Where the return of a call comes back: drops the entry and goes on at `next`.
     fn returned(&mut self, next: u64) {
+        self.forget_flags();
         self.a.lea(RSP, Rm::Base(RSP, 8));
         if self.same_page(next) {
             self.direct(next, true);
@@ -93,9 +105,10 @@ impl Builder<'_> {
         }
         if self.linkable(target) {
             self.release_flags();
+            self.flags_home(flags);
             self.push_entry(next);
             let hole = self.a.call();
-            self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
+            self.exits.push(PendingExit::new(hole, ExitKind::Direct { target }));
         } else {
             let host = self.far_probe(self.source.context.jumps, target, flags);
             self.push_entry(next);
@@ -119,6 +132,14 @@ impl Builder<'_> {
             self.a.ret();
             self.a.bind_short(miss);
             self.restore_flags();
+        } else if flags && let Some(redo) = self.redo {
+            self.a.load(RDI, key);
+            self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
+            let miss = self.a.jcc(cc::NE);
+            self.emit_redo(&redo, RDI);
+            self.a.ret();
+            self.a.bind(miss);
+            self.destroyed = true;
         } else if flags {
             self.a.mov(RDI, RCX);
             self.a.load(RCX, key);
@@ -159,6 +180,7 @@ impl Builder<'_> {
         let (key, host) = (Rm::Gs(entry), Rm::Gs(entry + 8));
         // The displacement of `key` ends the instruction that names it.
         let key_end;
+        let mut redo = None;
         let hole = if std::mem::take(&mut self.flags_held) {
             self.a.mov_imm(RSI, 0u64.wrapping_sub(target));
             self.a.alu(Alu::Cmp, RSI, key);
@@ -168,6 +190,15 @@ impl Builder<'_> {
             let hole = self.a.jmp();
             self.a.bind_short(hit);
             self.restore_flags();
+            hole
+        } else if flags && self.redo.is_some() {
+            redo = self.redo;
+            self.a.mov_imm(RSI, 0u64.wrapping_sub(target));
+            self.a.alu(Alu::Cmp, RSI, key);
+            key_end = self.a.position();
+            let hole = self.a.jcc(cc::NE);
+            self.destroyed = true;
+            self.settle_with(RSI);
             hole
         } else if flags {
             self.a.mov(RSI, RCX);
@@ -192,7 +223,7 @@ impl Builder<'_> {
             self.a.jcc(cc::NE)
         };
         let kind = ExitKind::Far { target, key: key_end as u32 - 4, entry };
-        self.exits.push(PendingExit { hole, kind });
+        self.exits.push(PendingExit { hole, kind, redo });
         host
     }
 
@@ -226,6 +257,19 @@ impl Builder<'_> {
             self.a.alu(Alu::Sub, RSI, key);
             self.a.bind(poll);
             self.restore_flags();
+            self.indirect_miss();
+        } else if flags && let Some(redo) = self.redo {
+            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
+            let poll = self.a.jcc(cc::NE);
+            self.a.alu(Alu::Add, RSI, key);
+            let miss = self.a.jcc(cc::NE);
+            self.emit_redo(&redo, RSI);
+            self.found(host, call);
+            self.a.bind(miss);
+            self.a.alu(Alu::Sub, RSI, key);
+            self.a.bind(poll);
+            self.redo = Some(redo);
+            self.destroyed = true;
             self.indirect_miss();
         } else if flags {
             self.a.store(scratch(SAVED_RCX), RCX);
@@ -268,9 +312,10 @@ impl Builder<'_> {
 
     fn indirect_miss(&mut self) {
         self.a.store(Rm::Gs(word_offset(word::TARGET)), RSI);
+        self.settle_with(RSI);
         let hole = self.a.jmp();
         let (rip, stack) = self.origin;
-        self.exits.push(PendingExit { hole, kind: ExitKind::Indirect { rip, stack } });
+        self.exits.push(PendingExit::new(hole, ExitKind::Indirect { rip, stack }));
     }
 
     pub(super) fn jump_if(&mut self, insn: &Insn) {
@@ -280,10 +325,10 @@ impl Builder<'_> {
         let flags = insn.live_out != 0;
         if !self.linkable(target) {
             let hole = self.a.jcc(condition);
-            self.far_jumps.push(FarJump { hole, target, flags });
+            self.far_jumps.push(FarJump { hole, target, flags, redo: self.redo });
         } else {
             let hole = self.a.jcc(condition);
-            self.exits.push(PendingExit { hole, kind: ExitKind::Direct { target } });
+            self.exits.push(PendingExit::new(hole, ExitKind::Direct { target }));
         }
     }
 
@@ -317,6 +362,8 @@ impl Builder<'_> {
     pub(super) fn far_jumps(&mut self) {
         for jump in std::mem::take(&mut self.far_jumps) {
             self.a.bind(jump.hole);
+            self.redo = jump.redo;
+            self.destroyed = false;
             self.far(jump.target, jump.flags);
         }
     }
@@ -329,6 +376,9 @@ impl Builder<'_> {
             match exit.kind {
                 ExitKind::Loop { inside, .. } => self.a.bind_to(exit.hole, inside as usize),
                 _ => self.a.bind(exit.hole),
+            }
+            if let Some(redo) = exit.redo {
+                self.emit_redo(&redo, RSI);
             }
             self.a.store32_imm(Rm::Gs(word_offset(word::EXIT)), self.source.first_exit + i as u32);
             let jump = self.a.jmp();

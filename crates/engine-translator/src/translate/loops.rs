@@ -98,7 +98,9 @@ impl Builder<'_> {
         self.map.push((self.a.position() as u32, last.offset));
         self.at = last.offset;
         self.write_back_all();
+        self.before_flags(last);
         self.back_edge(last, limit, fast);
+        self.forget_flags();
     }
 
     /// Checks one group, keeps its delta, and lowers the limit to where it leaves its page.
@@ -150,7 +152,7 @@ impl Builder<'_> {
         let kind = ExitKind::Loop { target: self.source.rip, inside: fast as u32 };
         let Some(limit) = limit else {
             let hole = if conditional { self.a.jcc(condition) } else { self.a.jmp() };
-            self.exits.push(PendingExit { hole, kind });
+            self.exits.push(PendingExit::new(hole, kind));
             return self.after_loop(insn);
         };
         let over = conditional.then(|| self.a.short(0x70 | (condition ^ 1)));
@@ -162,9 +164,9 @@ impl Builder<'_> {
             }
         }
         let hole = self.a.jcc(if limit.stride > 0 { cc::LE } else { cc::GE });
-        self.exits.push(PendingExit { hole, kind });
+        self.exits.push(PendingExit::new(hole, kind));
         let hole = self.a.jmp();
-        self.exits.push(PendingExit { hole, kind: ExitKind::Loop { target: self.source.rip, inside: 0 } });
+        self.exits.push(PendingExit::new(hole, ExitKind::Loop { target: self.source.rip, inside: 0 }));
         if let Some(over) = over {
             self.a.bind_short(over);
         }

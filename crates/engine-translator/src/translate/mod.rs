@@ -16,6 +16,7 @@ mod control;
 mod encoding;
 mod enter;
 pub mod fault;
+mod flags;
 mod loops;
 pub mod planted;
 mod rename;

@@ -27,11 +27,13 @@ pub enum Bug {
     LimitOneTooFar,
     /// A loop's group that moves down is given the bytes above it.
     BudgetOfWrongSide,
+    /// Flags are made again from registers that have changed since.
+    FlagsFromNewOperand,
 }
 
 /// All of them.
 #[cfg(feature = "planted-bugs")]
-pub const ALL: [Bug; 8] = [
+pub const ALL: [Bug; 9] = [
     Bug::PageEndUnchecked,
     Bug::WriteProbesForRead,
     Bug::AddressNotTruncated,
@@ -40,6 +42,7 @@ pub const ALL: [Bug; 8] = [
     Bug::StaleCode,
     Bug::LimitOneTooFar,
     Bug::BudgetOfWrongSide,
+    Bug::FlagsFromNewOperand,
 ];
 
 #[cfg(feature = "planted-bugs")]

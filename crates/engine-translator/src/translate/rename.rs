@@ -146,7 +146,7 @@ impl Builder<'_> {
     }
 
     /// Stores what a scratch register holds if the vCPU block does not have it yet.
-    fn write_back(&mut self, which: usize) {
+    pub(super) fn write_back(&mut self, which: usize) {
         if let Some(held) = &mut self.held[which]
             && std::mem::take(&mut held.dirty)
         {

@@ -95,7 +95,7 @@ impl Builder<'_> {
     /// Leaves for the interpreter if `condition` holds.
     fn interpret_if(&mut self, condition: u8, insn: &Insn) {
         let hole = self.a.jcc(condition);
-        self.exits.push(PendingExit { hole, kind: ExitKind::Interpret { rip: insn.instruction.ip() } });
+        self.exits.push(PendingExit::new(hole, ExitKind::Interpret { rip: insn.instruction.ip() }));
     }
 
     fn sti(&mut self, insn: &Insn) {
@@ -106,7 +106,7 @@ impl Builder<'_> {
         let none = self.a.short(0xe3);
         self.a.mov(RCX, RSI);
         let hole = self.a.jmp();
-        self.exits.push(PendingExit { hole, kind: ExitKind::Interpret { rip } });
+        self.exits.push(PendingExit::new(hole, ExitKind::Interpret { rip }));
         self.a.bind_short(none);
         self.a.mov(RCX, RSI);
         self.with_flags(insn.live_out != 0, |b| {
@@ -310,7 +310,7 @@ impl Builder<'_> {
             self.a.push_rm(scratch(VALUE));
             self.a.popfq();
             let hole = self.a.jmp();
-            self.exits.push(PendingExit { hole, kind: ExitKind::Interpret { rip: syscall.rip } });
+            self.exits.push(PendingExit::new(hole, ExitKind::Interpret { rip: syscall.rip }));
         }
     }
 
@@ -324,7 +324,7 @@ impl Builder<'_> {
                 self.a.load(RAX, scratch(VALUE));
             }
             let hole = self.a.jmp();
-            self.exits.push(PendingExit { hole, kind: ExitKind::Interpret { rip: odd.rip } });
+            self.exits.push(PendingExit::new(hole, ExitKind::Interpret { rip: odd.rip }));
         }
     }
 
