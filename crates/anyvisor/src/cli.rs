@@ -38,6 +38,8 @@ pub enum Command {
     Snapshot(SnapshotOptions),
     /// Attaches this terminal to a VM's serial console (Ctrl-A X detaches)
     Console(NameOption),
+    /// Shows what intercepts a VM's guest code, how often and how long, by vCPU
+    Stat(StatOptions),
     /// Shows what this host offers each engine, and what `--engine auto` takes and why
     Doctor,
     /// Fetches a Linux kernel and a shell, and boots them
@@ -103,6 +105,9 @@ pub struct RunOptions {
     /// Wait for gdb on this TCP port of 127.0.0.1, or Unix socket (a path with a slash), before the guest starts
     #[arg(long, value_name = "PORT|PATH")]
     pub gdb: Option<gdb::Address>,
+    /// Count what intercepts guest code, and print it on stderr at the end; see anyvisor stat
+    #[arg(long)]
+    pub stat: bool,
     /// Let a guest's write of v to port 0xf4 end the VM with exit code (v<<1)|1
     #[arg(long)]
     pub debug_exit: bool,
@@ -251,6 +256,18 @@ pub struct StopOptions {
     /// End it now, without asking the guest
     #[arg(long)]
     pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct StatOptions {
+    /// The VM's name, or its control socket's path (with a slash)
+    pub id: String,
+    /// How long to count, unless the VM does so already: then what it has counted so far is shown
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time)]
+    pub time: Duration,
+    /// As JSON, for programs
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

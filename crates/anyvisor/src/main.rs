@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         cli::Command::Resume(vm) => control::commands::resume(&vm.id),
         cli::Command::Stop(options) => control::commands::stop(&options),
         cli::Command::Snapshot(options) => control::commands::snapshot(&options),
+        cli::Command::Stat(options) => control::stat::command(&options),
         cli::Command::Console(vm) => control::console::attach(&vm.id),
         cli::Command::Doctor => doctor::command(),
         cli::Command::Quickstart(options) => quickstart::command(options),

@@ -2,12 +2,13 @@
 
 use crate::cli::RunOptions;
 use crate::control::runtime::{Claim, Wanted};
+use crate::control::stat;
 use crate::detach::Background;
 use crate::engines::Chosen;
 use crate::{detach, engines, signals, terminal};
 use anyvisor_vmm::config::Serial;
 use anyvisor_vmm::console::{Input, Output};
-use anyvisor_vmm::control::{Identity, Server};
+use anyvisor_vmm::control::{Identity, Server, statistics};
 use anyvisor_vmm::machine::Debugger;
 use anyvisor_vmm::snapshot::Snapshot;
 use anyvisor_vmm::{Config, End, Error, Remote, Result, gdb, machine};
@@ -37,7 +38,7 @@ pub fn command(options: RunOptions) -> Result<u8> {
     let chosen = engines::open(options.engine)?;
     let output = open_output(&config.serial)?;
     let gdb = options.gdb.as_ref().map(gdb::Listener::new).transpose()?;
-    let surroundings = Surroundings { output, limit: None, api: options.api(), gdb, background };
+    let surroundings = Surroundings { output, limit: None, api: options.api(), gdb, measure: options.stat, background };
     let end = run_vm(&config, snapshot.as_ref(), &chosen, surroundings)?;
     Ok(exit_code(&config, &end))
 }
@@ -52,6 +53,8 @@ pub struct Surroundings {
     pub api: Wanted,
     /// Where to wait for a debugger.
     pub gdb: Option<gdb::Listener>,
+    /// Count what intercepts guest code, and print it at the end.
+    pub measure: bool,
     /// For a VM that is to run in the background.
     pub background: Option<Background>,
 }
@@ -72,7 +75,7 @@ pub fn run_vm(
     chosen: &Chosen,
     surroundings: Surroundings,
 ) -> Result<End> {
-    let Surroundings { output, limit, api, gdb, background } = surroundings;
+    let Surroundings { output, limit, api, gdb, measure, background } = surroundings;
     let (control, remote) = machine::control();
     // Before any thread starts, so that all inherit the mask.
     signals::end_vm_on_signals(remote.clone())?;
@@ -96,6 +99,9 @@ pub fn run_vm(
             (Some(claim), Some(server))
         }
     };
+    if measure {
+        remote.measure(true).map_err(|refused| Error::user(refused.to_string()))?;
+    }
     let (debugger, how) = match gdb {
         None => (None, None),
         Some(listener) => {
@@ -124,6 +130,9 @@ pub fn run_vm(
         None => machine::run(config, &*chosen.engine, &output, &input, &control, built),
     };
     drop(raw);
+    if measure && end.is_ok() {
+        eprint!("{}", stat::table(&statistics(&remote)));
+    }
     drop(debugger);
     // Clients get their last answers while the name is still ours.
     drop(server);

@@ -15,6 +15,7 @@ use crate::host_error;
 use crate::kick::{Held, Shared, reason};
 use crate::state;
 use crate::vm::VmShared;
+use anyvisor_engine::tally::{Meter, Tally, event};
 use anyvisor_engine::{Exit, GuestDebug, GuestIo, Kicker, Result, Stop, Vcpu};
 use anyvisor_x86::{Cpuid, VcpuState};
 use kvm_bindings as kvm;
@@ -30,6 +31,7 @@ pub(crate) struct KvmVcpu {
     pub shared: Arc<Shared>,
     /// What stops it for a debugger.
     pub debug: Debug,
+    meter: Meter,
     /// An instruction waits to be completed by the next `KVM_RUN`.
     unfinished: bool,
 }
@@ -52,7 +54,8 @@ impl KvmVcpu {
     /// A vCPU in the state after reset.
     pub fn new(fd: VcpuFd, id: u32, table: Cpuid, vm: Arc<VmShared>, shared: Arc<Shared>) -> Result<KvmVcpu> {
         let signature = table.get(1, 0).unwrap_or_default().eax;
-        let mut vcpu = KvmVcpu { fd, id, table, vm, shared, debug: Debug::default(), unfinished: false };
+        let mut vcpu =
+            KvmVcpu { fd, id, table, vm, shared, debug: Debug::default(), meter: Meter::default(), unfinished: false };
         vcpu.set_state(&VcpuState::reset(id, signature))?;
         Ok(vcpu)
     }
@@ -129,7 +132,12 @@ impl KvmVcpu {
         let result = self.fd.run();
         self.shared.leave();
         match result {
-            Ok(exit) => Ok(serve(exit, &self.shared, &self.vm, io)),
+            Ok(exit) => {
+                let (began, kind) = (self.meter.start(), kind(&exit));
+                let after = serve(exit, &self.shared, &self.vm, io);
+                self.meter.stop(began, kind);
+                Ok(after)
+            }
             // KVM's emulator does not stop behind an access to a device that is stepped.
             Err(error) if error.errno() == libc::EINTR && finish && self.debug.steps() => {
                 Ok(After::Return(Exit::Debug(Stop::Step)))
@@ -177,6 +185,19 @@ fn instruction(data: &[u64]) -> Option<String> {
     let count = usize::from(bytes[0]).min(15);
     let text: Vec<_> = bytes[1..=count].iter().map(|byte| format!("{byte:02x}")).collect();
     Some(text.join(" "))
+}
+
+/// What a tally calls an exit.
+fn kind(exit: &VcpuExit) -> &'static str {
+    match exit {
+        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => event::IO_PORT,
+        VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..) => event::MMIO,
+        VcpuExit::IoapicEoi(_) => event::END_OF_INTERRUPT,
+        VcpuExit::IrqWindowOpen => event::INTERRUPT_WINDOW,
+        VcpuExit::Intr => event::SIGNAL,
+        VcpuExit::Debug(_) => event::DEBUG,
+        _ => "end",
+    }
 }
 
 /// Serves what the guest left for.
@@ -262,6 +283,10 @@ impl Vcpu for KvmVcpu {
     fn set_debug(&mut self, debug: &GuestDebug) -> Result<()> {
         debug.check()?;
         self.stop_for(debug)
+    }
+
+    fn measure(&mut self, tally: Option<Arc<Tally>>) {
+        self.meter.set(tally);
     }
 }
 

@@ -7,6 +7,7 @@ use crate::mmu::Mmu;
 use crate::native::Stubs;
 use crate::ram::Ram;
 use crate::timer;
+use anyvisor_engine::tally::Meter;
 use anyvisor_x86::lapic::{self, LocalApic};
 use anyvisor_x86::{Cpuid, CpuidResult};
 use std::ops::{Deref, DerefMut};
@@ -239,6 +240,9 @@ pub struct Core {
     pub clock: Clock,
     /// What stops this vCPU for a debugger.
     pub debugger: Debugger,
+    /// What counts interceptions, and what the current one has turned out to be.
+    pub meter: Meter,
+    pub met: Option<&'static str>,
 }
 
 /// kvmclock's registration (Linux Documentation/virt/kvm/x86/msr.rst).
@@ -270,6 +274,8 @@ impl Core {
             stubs: Stubs::default(),
             clock: Clock::default(),
             debugger: Debugger::default(),
+            meter: Meter::default(),
+            met: None,
         }
     }
 

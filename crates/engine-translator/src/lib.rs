@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod debugger;
 pub mod host;
 pub mod interpret;
+mod measure;
 pub mod mmu;
 pub mod native;
 pub mod ram;

@@ -16,6 +16,7 @@ use crate::cpu::{
 };
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
 use anyvisor_engine::GuestIo;
+use anyvisor_engine::tally::event;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::cr0;
 use anyvisor_x86::paging::{self, Access, AccessKind, Mapping, PagingMode};
@@ -593,6 +594,7 @@ impl Core {
             return;
         }
         for (i, chunk) in data.chunks_mut(8).enumerate() {
+            self.met = Some(event::MMIO);
             io.mmio_read(gpa + 8 * i as u64, chunk);
         }
     }
@@ -609,6 +611,7 @@ impl Core {
             return;
         }
         for (i, chunk) in data.chunks(8).enumerate() {
+            self.met = Some(event::MMIO);
             io.mmio_write(gpa + 8 * i as u64, chunk);
         }
     }

@@ -8,9 +8,11 @@ use crate::core::{Core, VcpuShared};
 use crate::cpu::{Cpu, Ymm, pending};
 use crate::host;
 use crate::interpret;
+use crate::measure;
 use crate::system::{self, Step};
 use crate::timer::{self, ThreadTimer};
 use crate::translate::Translator;
+use anyvisor_engine::tally::{Tally, event};
 use anyvisor_engine::{Error, Exit, GuestDebug, GuestIo, Kick, Kicker, Result, Vcpu};
 use anyvisor_x86::bits::{cr0, cr4, efer, rflags, xcr0};
 use anyvisor_x86::lapic::{LocalApic, RestoreError};
@@ -175,13 +177,15 @@ impl TranslatorVcpu {
                 }
                 continue;
             }
-            if reasons != 0 && system::poll_events(core, io) == Step::Shutdown {
+            if reasons != 0 && measure::poll(core, io) == Step::Shutdown {
                 return Exit::Shutdown;
             }
             let timer = self.timer.as_mut().expect("made by enter_thread");
             if core.cpu.halted || core.cpu.wait_for_sipi {
                 timer.settle();
+                let began = core.meter.start();
                 sleep(core);
+                core.meter.stop(began, event::HALT);
                 continue;
             }
             if steps {
@@ -218,7 +222,7 @@ fn sleep(core: &mut Core) {
 /// Interprets until something is pending, or one instruction only.
 fn interpret_until_pending(core: &mut Core, io: &dyn GuestIo, single: bool) -> Step {
     loop {
-        let step = if core.debugger.is_on() { interpret::step_debugged(core, io) } else { interpret::step(core, io) };
+        let step = interpret::step_watched(core, io);
         if step == Step::Shutdown {
             return Step::Shutdown;
         }
@@ -326,6 +330,10 @@ impl Vcpu for TranslatorVcpu {
             translator.flush(core);
         }
         Ok(())
+    }
+
+    fn measure(&mut self, tally: Option<Arc<Tally>>) {
+        self.core.meter.set(tally);
     }
 }
 

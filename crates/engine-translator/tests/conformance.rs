@@ -2,6 +2,7 @@
 //! broken.
 
 use anyvisor_engine::conformance::{Bench, Outcome, cases};
+use anyvisor_engine::tally::Tally;
 use anyvisor_engine::{DirtyPages, Doorbells, Engine, Exit, GuestDebug, GuestIo, Kicker, Result, Vcpu, VcpuId, Vm};
 use anyvisor_engine_translator::Translator;
 use anyvisor_x86::{Cpuid, Msi, VcpuState};
@@ -115,6 +116,9 @@ impl Vcpu for BrokenVcpu {
     }
     fn set_debug(&mut self, debug: &GuestDebug) -> Result<()> {
         self.0.set_debug(debug)
+    }
+    fn measure(&mut self, tally: Option<Arc<Tally>>) {
+        self.0.measure(tally);
     }
 }
 

@@ -14,9 +14,11 @@
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod linear;
+pub mod tally;
 
 use anyvisor_x86::{Cpuid, Msi, VcpuState};
 use std::sync::Arc;
+use tally::Tally;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -133,6 +135,10 @@ pub trait Vcpu: Send {
     /// # Errors
     /// More than the engine can do here: it then stops for what it did before.
     fn set_debug(&mut self, debug: &GuestDebug) -> Result<()>;
+
+    /// Counts what intercepts guest code into `tally` from now on, or nothing. What an engine cannot see (what KVM does
+    /// inside the kernel) is not counted.
+    fn measure(&mut self, tally: Option<Arc<Tally>>);
 }
 
 /// What stops a vCPU with [`Exit::Debug`]. Addresses are linear, in every address space.

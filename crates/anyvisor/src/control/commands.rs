@@ -87,7 +87,7 @@ fn show_time(time: Duration) -> String {
 }
 
 /// A closed stdout is nobody's mistake.
-fn print(text: &str) {
+pub fn print(text: &str) {
     let mut out = std::io::stdout().lock();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

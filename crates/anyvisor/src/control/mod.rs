@@ -6,8 +6,10 @@
 //! | [`client`] | one request to a VM, or a console |
 //! | [`commands`] | `ps`, `pause`, `resume`, `stop`, `snapshot` |
 //! | [`console`] | `console` |
+//! | [`stat`] | `stat`, and the table of `run --stat` |
 
 pub mod client;
 pub mod commands;
 pub mod console;
 pub mod runtime;
+pub mod stat;

@@ -61,7 +61,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
 }
 
 fn surroundings(output: Box<dyn Write + Send>, limit: Option<Duration>) -> Surroundings {
-    Surroundings { output, limit, api: Wanted::InFolder, gdb: None, background: None }
+    Surroundings { output, limit, api: Wanted::InFolder, gdb: None, measure: false, background: None }
 }
 
 /// Boots the guest to check itself.

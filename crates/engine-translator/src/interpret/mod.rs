@@ -30,6 +30,7 @@ pub use crate::system::Step;
 pub use decode::{Fetched, decode_at};
 
 use crate::core::Core;
+use crate::measure;
 use crate::native;
 use crate::system;
 use anyvisor_engine::GuestIo;
@@ -73,12 +74,16 @@ pub fn step(core: &mut Core, io: &dyn GuestIo) -> Step {
     }
 }
 
-/// As [`step`] for a vCPU with a debugger: executes nothing at a breakpoint, and notes what stops behind it.
-pub fn step_debugged(core: &mut Core, io: &dyn GuestIo) -> Step {
+/// As [`step`], for a vCPU that is debugged or measured as well as for any other: executes nothing at a breakpoint,
+/// and notes what stops behind it.
+pub fn step_watched(core: &mut Core, io: &dyn GuestIo) -> Step {
+    if !core.debugger.is_on() {
+        return if core.meter.is_on() { measure::step(core, io) } else { step(core, io) };
+    }
     if core.debugger_holds() {
         return Step::Done;
     }
-    let done = step(core, io);
+    let done = measure::step(core, io);
     core.debugger_looks_back();
     done
 }

@@ -12,6 +12,7 @@ use crate::core::Core;
 use crate::cpu::Cpu;
 use crate::mmu::Rights;
 use anyvisor_engine::GuestIo;
+use anyvisor_engine::tally::event;
 use anyvisor_x86::bits::{dr, gpr, rflags};
 use anyvisor_x86::exception::vector;
 use anyvisor_x86::segment::index;
@@ -85,6 +86,14 @@ impl Registers {
 /// A second exception met on the way is delivered instead, or becomes a double fault; the third is a triple
 /// fault (SDM vol. 3A 6.15, table 6-5).
 pub fn deliver_exception(core: &mut Core, io: &dyn GuestIo, exception: Exception) -> Step {
+    let began = core.meter.start();
+    let step = raise(core, io, exception);
+    core.meter.stop(began, event::EXCEPTION);
+    core.met = Some(event::EXCEPTION);
+    step
+}
+
+fn raise(core: &mut Core, io: &dyn GuestIo, exception: Exception) -> Step {
     let mut current = exception;
     loop {
         set_payload(core, &current);
@@ -101,6 +110,7 @@ pub fn deliver_exception(core: &mut Core, io: &dyn GuestIo, exception: Exception
 
 /// Delivers an external interrupt, or an NMI (vector 2). The caller has checked that it is accepted.
 pub fn deliver_interrupt(core: &mut Core, io: &dyn GuestIo, vector: u8) -> Step {
+    core.met = Some(event::INTERRUPT);
     match deliver(core, io, Event { vector, error_code: None, source: Source::External }) {
         Ok(()) => Step::Done,
         Err(exception) => deliver_exception(core, io, exception),

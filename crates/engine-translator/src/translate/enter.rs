@@ -13,6 +13,7 @@ use super::block::{host_register, slot, word, word_offset};
 use crate::core::Core;
 use crate::cpu::{Cpu, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, TlbEntry, Ymm};
 use crate::mmu::Fill;
+use anyvisor_engine::tally::event;
 use anyvisor_x86::bits::rflags;
 use std::mem::offset_of;
 
@@ -236,7 +237,9 @@ unsafe extern "sysv64" fn tlb_miss(core: *mut Core, gva: u64, how: u64) -> u64 {
         1 => TlbContext::KernelAc,
         _ => TlbContext::User,
     };
+    let began = core.meter.start();
     let fill = core.fill(context, gva, how & 1 != 0);
+    core.meter.stop(began, event::TLB_MISS);
     core.cpu.translated[word::MISFIT] = u64::from(fill == Fill::Misfit);
     u64::from(fill != Fill::Ready)
 }

@@ -33,6 +33,7 @@ use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, Mode, TlbC
 use crate::interpret::{self, Step};
 use crate::system;
 use crate::timer;
+use anyvisor_engine::tally::event;
 use anyvisor_engine::{GuestIo, Result};
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::segment::{attr, index};
@@ -376,7 +377,7 @@ impl Translator {
         if self.count {
             self.note_interpreted(core);
         }
-        let step = if core.debugger.is_on() { interpret::step_debugged(core, io) } else { interpret::step(core, io) };
+        let step = interpret::step_watched(core, io);
         self.apply_code_writes(core);
         step
     }
@@ -384,9 +385,11 @@ impl Translator {
     /// Drops the translations of code that Rust has written over.
     fn apply_code_writes(&mut self, core: &mut Core) {
         if !core.code_writes.is_empty() {
+            let began = core.meter.start();
             for (gpa, length) in std::mem::take(&mut core.code_writes) {
                 self.code_written(core, gpa, u64::from(length));
             }
+            core.meter.stop(began, event::INVALIDATION);
         }
     }
 
@@ -442,7 +445,10 @@ impl Translator {
                 core.protect_code_page(gpa);
                 // SAFETY: fetch_page returned the host address of a byte in a page of RAM.
                 unsafe { crate::ram::copy_from_guest(page_start, &mut page) };
-                self.translate(core, key, &page)
+                let began = core.meter.start();
+                let block = self.translate(core, key, &page);
+                core.meter.stop(began, event::TRANSLATION);
+                block
             }
         };
         let address = self.code.address(self.blocks[block as usize].start as usize);

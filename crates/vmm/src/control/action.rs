@@ -29,6 +29,10 @@ pub enum Action {
     Stop,
     /// `GET /anyvisor/console`
     Console,
+    /// `GET /anyvisor/stat`
+    Statistics,
+    /// `PUT /anyvisor/stat`
+    Measure(bool),
 }
 
 /// `PATCH /vm`.
@@ -36,6 +40,13 @@ pub enum Action {
 #[serde(deny_unknown_fields)]
 struct VmState {
     state: WantedState,
+}
+
+/// `PUT /anyvisor/stat`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Measurement {
+    measure: bool,
 }
 
 #[derive(Deserialize)]
@@ -101,6 +112,8 @@ pub fn understand(method: &str, path: &str, body: &[u8]) -> Result<Action, Fault
         ("/anyvisor/power-button", "PUT") => without_body(body, Action::PressPowerButton),
         ("/anyvisor/stop", "PUT") => without_body(body, Action::Stop),
         ("/anyvisor/console", "GET") => without_body(body, Action::Console),
+        ("/anyvisor/stat", "GET") => without_body(body, Action::Statistics),
+        ("/anyvisor/stat", "PUT") => Ok(Action::Measure(parse::<Measurement>(body)?.measure)),
         (known, _) if KNOWN.contains(&known) => Err(Fault::new(405, format!("{known} cannot be asked to {method}"))),
         _ => Err(Fault::new(404, format!("there is no {}", short(path)))),
     }
@@ -117,6 +130,7 @@ const KNOWN: &[&str] = &[
     "/anyvisor/power-button",
     "/anyvisor/stop",
     "/anyvisor/console",
+    "/anyvisor/stat",
 ];
 
 fn snapshot(parameters: SnapshotParameters) -> Result<Action, Fault> {
@@ -169,6 +183,8 @@ mod tests {
             ("PUT", "/anyvisor/power-button", "{}", Action::PressPowerButton),
             ("PUT", "/anyvisor/stop", "", Action::Stop),
             ("GET", "/anyvisor/console", "", Action::Console),
+            ("GET", "/anyvisor/stat", "", Action::Statistics),
+            ("PUT", "/anyvisor/stat", r#"{"measure":true}"#, Action::Measure(true)),
             (
                 "PUT",
                 "/snapshot/create",
@@ -199,6 +215,7 @@ mod tests {
             ("PATCH", "/vm", r#"{"state":"Paused","more":1}"#, 400, "more"),
             ("PATCH", "/vm", "\u{1}", 400, "body"),
             ("PUT", "/anyvisor/stop", "now", 400, "no body"),
+            ("PUT", "/anyvisor/stat", r#"{"measure":1}"#, 400, "body"),
             ("PUT", "/actions", r#"{"action_type":"SendCtrlAltDel"}"#, 400, "power-button"),
             ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, 400, "started"),
             ("PUT", "/actions", r#"{"action_type":"Fly"}"#, 400, "Fly"),

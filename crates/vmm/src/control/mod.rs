@@ -307,6 +307,11 @@ fn carry_out(shared: &Shared, action: Action) -> Result<Response, Fault> {
         }
         Action::PressPowerButton => Response::json(json!({ "enabled": remote.press_power_button()? })),
         Action::Snapshot { directory, parent } => Response::json(snapshot::save(remote, directory, parent)?),
+        Action::Statistics => Response::json(statistics(remote)),
+        Action::Measure(on) => {
+            remote.measure(on)?;
+            Response::done()
+        }
         Action::Console => {
             return Err(Fault::new(426, format!("ask with Connection: Upgrade and Upgrade: {}", console::PROTOCOL)));
         }
@@ -353,6 +358,34 @@ fn details(shared: &Shared) -> Value {
         "uptime_ms": u64::try_from(shared.started.elapsed().as_millis()).unwrap_or(u64::MAX),
         "version": identity.version,
     })
+}
+
+/// What has intercepted guest code, by vCPU and kind: kinds that took the most time first.
+pub fn statistics(remote: &Remote) -> Value {
+    let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    let tallies = remote.tallies();
+    let vcpus: Vec<_> = tallies
+        .iter()
+        .flatten()
+        .enumerate()
+        .map(|(cpu, tally)| {
+            let events: Vec<_> = tally
+                .read()
+                .into_iter()
+                .map(|(event, counts)| {
+                    json!({
+                        "event": event,
+                        "samples": counts.samples,
+                        "time_ns": nanoseconds(counts.time),
+                        "min_ns": nanoseconds(counts.min),
+                        "max_ns": nanoseconds(counts.max),
+                    })
+                })
+                .collect();
+            json!({ "vcpu": cpu, "elapsed_ns": nanoseconds(tally.elapsed()), "events": events })
+        })
+        .collect();
+    json!({ "measuring": tallies.is_some(), "vcpus": vcpus })
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ mod board;
 mod debugging;
 mod gate;
 mod live;
+mod measuring;
 mod remote;
 mod restore;
 mod timer;
@@ -40,6 +41,7 @@ use debugging::Debugging;
 pub use debugging::{Debugger, Plan};
 use gate::Gate;
 use live::Live;
+use measuring::Measuring;
 pub use remote::{Paused, Refused, Remote, State};
 use remote::{Request, Status};
 use restore::Verification;
@@ -87,6 +89,7 @@ pub struct Control {
     sender: mpsc::Sender<Event>,
     status: Arc<Status>,
     debugging: Arc<Debugging>,
+    measuring: Arc<Measuring>,
     /// Requests that came as a VM was ending, for the next one.
     deferred: Mutex<VecDeque<Request>>,
 }
@@ -96,8 +99,14 @@ pub fn control() -> (Control, Remote) {
     let (sender, events) = mpsc::channel();
     let status = Arc::new(Status::new());
     let debugging = Arc::new(Debugging::new());
-    let remote = Remote { sender: sender.clone(), status: status.clone(), debugging: debugging.clone() };
-    (Control { events, sender, status, debugging, deferred: Mutex::default() }, remote)
+    let measuring = Arc::new(Measuring::default());
+    let remote = Remote {
+        sender: sender.clone(),
+        status: status.clone(),
+        debugging: debugging.clone(),
+        measuring: measuring.clone(),
+    };
+    (Control { events, sender, status, debugging, measuring, deferred: Mutex::default() }, remote)
 }
 
 impl Control {
@@ -289,6 +298,8 @@ impl Machine {
     fn run(self, config: &Config, engine: &str, input: &Arc<Input>, control: &Control, output: &Output) -> End {
         let Machine { memory, vm, board, vcpus, tables, history, unverified, notify } = self;
         let verification = unverified.map(|snapshot| Verification::start(snapshot, notify.clone()));
+        let mut vcpus = vcpus;
+        control.measuring.begin(&mut vcpus);
         let vcpus: Vec<vcpu::SharedVcpu> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
         let mut threads = Vec::new();
         if control.debugging.is_possible() {

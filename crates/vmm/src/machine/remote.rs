@@ -6,6 +6,7 @@
 //! state) does not go through the owner, which may be busy.
 
 use super::debugging::{Debugging, Plan};
+use super::measuring::Measuring;
 use super::{Board, End, Event};
 use crate::Config;
 use crate::snapshot::History;
@@ -114,6 +115,7 @@ pub struct Remote {
     pub(super) sender: mpsc::Sender<Event>,
     pub(super) status: Arc<Status>,
     pub(super) debugging: Arc<Debugging>,
+    pub(super) measuring: Arc<Measuring>,
 }
 
 impl Remote {

@@ -162,6 +162,7 @@ impl Vcpu for FakeVcpu {
     fn set_debug(&mut self, _debug: &anyvisor_engine::GuestDebug) -> anyvisor_engine::Result<()> {
         Ok(())
     }
+    fn measure(&mut self, _tally: Option<Arc<anyvisor_engine::tally::Tally>>) {}
 }
 
 /// A kernel file that loads, deleted with the value.
