@@ -74,6 +74,27 @@ pub struct TlbEntry {
     pub delta: u64,
 }
 
+/// What a probe asks of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tag {
+    Read,
+    Write,
+    /// Read it, and be able to write to it without setting its dirty bit.
+    Upgrade,
+}
+
+impl Tag {
+    pub const ALL: [Tag; 3] = [Tag::Read, Tag::Write, Tag::Upgrade];
+
+    /// Offset in a TLB entry of the tag to compare with.
+    pub fn offset(self) -> i32 {
+        match self {
+            Tag::Read => std::mem::offset_of!(TlbEntry, read) as i32,
+            Tag::Write | Tag::Upgrade => std::mem::offset_of!(TlbEntry, write) as i32,
+        }
+    }
+}
+
 /// The tag that never matches in entry `index`: the negated address of a page that belongs elsewhere.
 /// Not the next entry's: an access that crosses into the next page is looked up here.
 pub const fn invalid_tag(index: usize) -> u64 {

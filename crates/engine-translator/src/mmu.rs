@@ -12,7 +12,7 @@ mod spaces;
 
 use crate::core::Core;
 use crate::cpu::{
-    JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, invalid_tag,
+    JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext, invalid_tag,
 };
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
 use anyvisor_engine::GuestIo;
@@ -163,13 +163,17 @@ impl Core {
 
     /// Handles a miss of translated code in `context` at `gva`. If the tag is there already, what missed is
     /// the end of the page: the access crosses it.
-    pub fn fill(&mut self, context: TlbContext, gva: u64, write: bool) -> Fill {
+    pub fn fill(&mut self, context: TlbContext, gva: u64, tag: Tag) -> Fill {
         let entry = &self.cpu.tlb[context as usize][tlb_index(gva)];
-        let tag = if write { entry.write } else { entry.read };
-        if tag == 0u64.wrapping_sub(gva & !0xfff) {
+        let found = if tag == Tag::Read { entry.read } else { entry.write };
+        if found == 0u64.wrapping_sub(gva & !0xfff) {
             return Fill::Misfit;
         }
-        match self.fill_page(context, gva, write) {
+        match self.fill_page(context, gva, tag == Tag::Write) {
+            Ok(true) if tag == Tag::Upgrade => {
+                let entry = &self.cpu.tlb[context as usize][tlb_index(gva)];
+                if entry.write == 0u64.wrapping_sub(gva & !0xfff) { Fill::Ready } else { Fill::Misfit }
+            }
             Ok(true) => Fill::Ready,
             // Present after all, but not for writing.
             Ok(false) if self.cpu.tlb[context as usize][tlb_index(gva)].read == 0u64.wrapping_sub(gva & !0xfff) => {

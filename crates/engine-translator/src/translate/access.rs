@@ -10,7 +10,7 @@ use super::block::{Builder, SAVED_RAX, Thunk, host_register, scratch, slot};
 use super::coalesce::{Access, Role};
 use super::flags::Redo;
 use super::planted::{self, Bug};
-use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry};
+use crate::cpu::{Cpu, TLB_ENTRIES, Tag, TlbEntry};
 use anyvisor_x86::segment::{Segment, index};
 use iced_x86::{Instruction, Register};
 use std::mem::offset_of;
@@ -115,7 +115,7 @@ pub struct Miss {
     hole: Hole,
     retry: usize,
     flags: bool,
-    write: bool,
+    tag: Tag,
     offset: u16,
     /// What was added to the address for the range of a group.
     low: i32,
@@ -181,6 +181,7 @@ impl Builder<'_> {
         let hold_flags = std::mem::take(&mut self.hold_flags);
         let (planned, role) = self.planned.next().expect("every access is planned");
         assert_eq!(planned, Access { ea: *ea, size, write }, "accesses are emitted as planned");
+        let mut tag = if write { Tag::Write } else { Tag::Read };
         let (slot, low, high) = match role {
             Role::Follower { slot } => {
                 if self.settle_after {
@@ -189,16 +190,21 @@ impl Builder<'_> {
                 let register = self.delta_register(slot, keep_rdi);
                 return self.operand(register, ea, keep_rdi);
             }
-            Role::Leader { slot, low: 0, high: 0 } => (Some(slot), 0, size as i32),
-            Role::Leader { slot, low, high } => (Some(slot), low, high),
+            Role::Leader { slot, low, high, upgrade } => {
+                if upgrade {
+                    tag = Tag::Upgrade;
+                }
+                let own = (low, high) == (0, 0);
+                if own { (Some(slot), 0, size as i32) } else { (Some(slot), low, high) }
+            }
             Role::Single => (None, 0, size as i32),
         };
         let table = self.table();
         let constant = short_constant(ea, size);
         let again = flags && self.redo.is_some();
         match constant {
-            Some(address) => self.probe_constant(address, write, flags),
-            None => self.probe(ea, write, flags, low, high),
+            Some(address) => self.probe_constant(address, tag, flags),
+            None => self.probe(ea, tag, flags, low, high),
         }
         self.deltas[0] = slot;
         if constant.is_none() || keep_rdi {
@@ -269,10 +275,9 @@ impl Builder<'_> {
 
     /// Probes for `low..high` around `ea`. Leaves the offset in the page in RSI, the entry's offset in RDI,
     /// and live flags in AX.
-    fn probe(&mut self, ea: &Ea, write: bool, flags: bool, low: i32, high: i32) {
+    fn probe(&mut self, ea: &Ea, kind: Tag, flags: bool, low: i32, high: i32) {
         let table = self.table();
-        let for_write = write && !planted::is(Bug::WriteProbesForRead);
-        let tag = if for_write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
+        let tag = if planted::is(Bug::WriteProbesForRead) { Tag::Read } else { kind }.offset();
         let high = if planted::is(Bug::PageEndUnchecked) { low + 1 } else { high };
         let redo = self.redo.filter(|_| flags);
         let retry = self.a.position();
@@ -306,7 +311,7 @@ impl Builder<'_> {
         }
         self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - (high - low));
         let hole = self.a.jcc(cc::A);
-        self.misses.push(Miss { hole, retry, flags, write, offset: self.at, low, constant: None, rdi: None, redo });
+        self.misses.push(Miss { hole, retry, flags, tag: kind, offset: self.at, low, constant: None, rdi: None, redo });
     }
 
     /// Puts the offset of the TLB entry for the address in RSI, which is that of `ea`, into RDI.
@@ -337,8 +342,8 @@ impl Builder<'_> {
 
     /// Probes for an access at a constant address inside its page: the entry is known, and one comparison
     /// with its tag does. Leaves the page's delta in RSI.
-    fn probe_constant(&mut self, address: i32, write: bool, flags: bool) {
-        let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
+    fn probe_constant(&mut self, address: i32, kind: Tag, flags: bool) {
+        let tag = kind.offset();
         let entry = self.table() + (constant_index(address) << ENTRY_BITS) as i32;
         let redo = self.redo.filter(|_| flags);
         let retry = self.a.position();
@@ -354,7 +359,7 @@ impl Builder<'_> {
             hole,
             retry,
             flags,
-            write,
+            tag: kind,
             offset: self.at,
             low: 0,
             constant,
@@ -476,7 +481,7 @@ impl Builder<'_> {
             self.map.push((self.a.position() as u32, miss.offset));
             if let Some(address) = miss.constant {
                 // What the thunk expects: the entry's offset, and the address plus the tag.
-                let tag = if miss.write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
+                let tag = miss.tag.offset();
                 self.a.mov_imm(RDI, (constant_index(address) << ENTRY_BITS) as u64);
                 self.a.load(RSI, Rm::GsBase(RDI, self.table() + tag));
                 self.a.lea(RSI, Rm::Base(RSI, address));
@@ -491,7 +496,7 @@ impl Builder<'_> {
             }
             let call = self.a.call();
             let context = self.source.context.tlb;
-            let thunk = Thunk::Fill { context, write: miss.write, flags: miss.flags };
+            let thunk = Thunk::Fill { context, tag: miss.tag, flags: miss.flags };
             self.thunk_calls.push((call.at as u32, thunk));
             if let Some(slot) = miss.rdi {
                 self.a.load(RDI, delta(slot));

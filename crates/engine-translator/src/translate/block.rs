@@ -21,7 +21,7 @@ use super::encoding::{Fields, Layout};
 use super::flags::Redo;
 use super::rename::{Held, Plan};
 use super::sensitive::{OddBase, OddSyscall};
-use crate::cpu::{Cpu, JumpContext};
+use crate::cpu::{Cpu, JumpContext, Tag};
 use anyvisor_x86::bits::gpr;
 use iced_x86::{
     Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
@@ -115,10 +115,10 @@ pub struct Translation {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thunk {
     Exit,
-    /// TLB miss for a context, for a write, with live flags.
+    /// TLB miss for a context, with live flags or without.
     Fill {
         context: u8,
-        write: bool,
+        tag: Tag,
         flags: bool,
     },
     /// REP MOVS (`moves`) or REP STOS of 2^`log` bytes.
@@ -222,6 +222,8 @@ pub struct Source<'a> {
     pub first_exit: u32,
     /// Let accesses share probes.
     pub coalesce: bool,
+    /// Let reads lead writes.
+    pub mix: bool,
     /// Hoist a loop's probes.
     pub hoist: bool,
     /// Addresses of instructions that are left to the interpreter, where a debugger stops.
@@ -494,7 +496,7 @@ impl<'a> Builder<'a> {
     }
 
     fn plan_accesses(&mut self, insns: &[Insn]) {
-        let mut coalescer = Coalescer::new();
+        let mut coalescer = Coalescer::new(self.source.mix);
         let mut accesses = Vec::new();
         let share = self.source.coalesce && self.bits() == 64;
         for insn in insns {

@@ -3,11 +3,12 @@
 //! Accesses whose addresses differ by constants known at translation time form a group. The first, the
 //! leader, checks that the whole range of the group lies in its page, and keeps the page's *delta* (host
 //! address minus linear address) in the vCPU block; the others only add that delta to their own address.
-//! A group never mixes a write into a leader that only reads, so no dirty bit is set for a write that may
-//! not happen. The delta stays right to the block's end: whatever changes a mapping ends the block.
+//! Reads may lead writes. Such a leader asks for a page that can be written *already*: no dirty bit is set for
+//! a write that may not happen, and a page that is only read so far is a misfit. The delta stays right to the block's end: whatever changes a mapping ends the block.
 //!
-//! A leader whose range leaves the page is interpreted. A block where that happens often is translated
-//! again without groups.
+//! A leader whose range leaves the page, or that misfits otherwise, goes on in a twin of the block without
+//! groups. A block where that happens often is translated again, with groups of one kind of access first, and
+//! without any then.
 
 use super::access::Ea;
 use super::block::Insn;
@@ -25,7 +26,8 @@ pub enum Role {
     /// Probes for itself.
     Single,
     /// Probes for `low..high` around its address and keeps the delta in `slot`.
-    Leader { slot: u8, low: i32, high: i32 },
+    /// With `upgrade` it is a read that leads writes.
+    Leader { slot: u8, low: i32, high: i32, upgrade: bool },
     /// Uses the delta in `slot`.
     Follower { slot: u8 },
 }
@@ -56,6 +58,8 @@ enum Origin {
 struct Group {
     origin: Origin,
     write: bool,
+    /// The leader is a write itself.
+    led_by_write: bool,
     low: i64,
     high: i64,
     members: Vec<(usize, i64)>,
@@ -67,13 +71,16 @@ pub struct Coalescer {
     next: u32,
     segments: u32,
     groups: Vec<Group>,
+    /// Reads may lead writes.
+    mix: bool,
     count: usize,
     info: InstructionInfoFactory,
 }
 
 impl Coalescer {
-    pub fn new() -> Coalescer {
+    pub fn new(mix: bool) -> Coalescer {
         Coalescer {
+            mix,
             values: std::array::from_fn(|i| Value { origin: i as u32, offset: 0 }),
             next: 16,
             segments: 0,
@@ -93,16 +100,19 @@ impl Coalescer {
             return;
         }
         let end = offset + access.size as i64;
+        let mix = self.mix;
         let fits = |g: &&mut Group| {
-            g.origin == origin && (g.write || !access.write) && g.high.max(end) - g.low.min(offset) <= RANGE
+            g.origin == origin && (g.write || !access.write || mix) && g.high.max(end) - g.low.min(offset) <= RANGE
         };
         if let Some(group) = self.groups.iter_mut().rev().find(fits) {
+            group.write |= access.write;
             group.low = group.low.min(offset);
             group.high = group.high.max(end);
             group.members.push((number, offset));
         } else {
             let members = vec![(number, offset)];
-            self.groups.push(Group { origin, write: access.write, low: offset, high: end, members });
+            let write = access.write;
+            self.groups.push(Group { origin, write, led_by_write: write, low: offset, high: end, members });
         }
     }
 
@@ -314,7 +324,7 @@ impl Group {
             Origin::Page(_) => (0, 0),
             _ => ((self.low - at) as i32, (self.high - at) as i32),
         };
-        roles[leader] = Role::Leader { slot, low, high };
+        roles[leader] = Role::Leader { slot, low, high, upgrade: self.write && !self.led_by_write };
         for &(member, _) in &self.members[1..] {
             roles[member] = Role::Follower { slot };
         }

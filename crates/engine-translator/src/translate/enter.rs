@@ -11,7 +11,7 @@
 use super::assembler::*;
 use super::block::{host_register, slot, word, word_offset};
 use crate::core::Core;
-use crate::cpu::{Cpu, TLB_CONTEXTS, TLB_ENTRIES, TlbContext, TlbEntry, Ymm};
+use crate::cpu::{Cpu, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext, TlbEntry, Ymm};
 use crate::mmu::Fill;
 use anyvisor_engine::tally::event;
 use anyvisor_x86::bits::rflags;
@@ -33,8 +33,8 @@ pub struct Thunks {
     pub fault: usize,
     /// What a return finds on an empty return stack.
     pub no_return: usize,
-    /// By context, write, flags.
-    pub fill: [[[usize; 2]; 2]; TLB_CONTEXTS],
+    /// By context, tag, flags.
+    pub fill: [[[usize; 2]; Tag::ALL.len()]; TLB_CONTEXTS],
     /// By context, MOVS, log2 of the size.
     pub repeat: [[[usize; 4]; 2]; TLB_CONTEXTS],
 }
@@ -58,10 +58,10 @@ pub fn generate() -> (Vec<u8>, Thunks) {
     let to_exit = a.jmp();
     a.bind_to(to_exit, thunks.exit);
     for context in 0..TLB_CONTEXTS {
-        for write in 0..2 {
+        for tag in Tag::ALL {
             for flags in 0..2 {
-                thunks.fill[context][write][flags] = a.position();
-                fill(&mut a, avx, context, write == 1, flags == 1, thunks.fault);
+                thunks.fill[context][tag as usize][flags] = a.position();
+                fill(&mut a, avx, context, tag, flags == 1, thunks.fault);
             }
         }
     }
@@ -124,7 +124,7 @@ fn exit(a: &mut Assembler, avx: bool) {
 }
 
 /// Entered by a call from a probe that missed: RSI is the address plus the tag, RDI the entry's offset.
-fn fill(a: &mut Assembler, avx: bool, context: usize, write: bool, flags: bool, fault: usize) {
+fn fill(a: &mut Assembler, avx: bool, context: usize, tag: Tag, flags: bool, fault: usize) {
     let caller_saved: Vec<_> = mapped().filter(|(_, host)| !CALLEE_SAVED.contains(host)).collect();
     for &(guest, host) in &caller_saved {
         a.store(slot(guest), host);
@@ -136,11 +136,10 @@ fn fill(a: &mut Assembler, avx: bool, context: usize, write: bool, flags: bool, 
     }
     // Rust runs on its own stack.
     a.store(Rm::Gs(offset_of!(Cpu, return_stack) as i32), RSP);
-    let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
-    let table = offset_of!(Cpu, tlb) + context * size_of::<[TlbEntry; TLB_ENTRIES]>() + tag;
-    a.alu(Alu::Sub, RSI, Rm::GsBase(RDI, table as i32));
+    let table = offset_of!(Cpu, tlb) + context * size_of::<[TlbEntry; TLB_ENTRIES]>();
+    a.alu(Alu::Sub, RSI, Rm::GsBase(RDI, table as i32 + tag.offset()));
     save_vectors(a, avx);
-    a.mov_imm(RDX, (context * 2 + usize::from(write)) as u64);
+    a.mov_imm(RDX, (context * 4 + tag as usize) as u64);
     a.load(RDI, Rm::Gs(word_offset(word::CORE)));
     a.load(RSP, Rm::Gs(offset_of!(Cpu, host_rsp) as i32));
     a.mov_imm(RAX, tlb_miss as *const () as u64);
@@ -232,13 +231,13 @@ fn load_vectors(a: &mut Assembler, avx: bool) {
 unsafe extern "sysv64" fn tlb_miss(core: *mut Core, gva: u64, how: u64) -> u64 {
     // SAFETY: `Translator::run` put its own exclusive `Core` there and is waiting for translated code.
     let core = unsafe { &mut *core };
-    let context = match how >> 1 {
+    let context = match how >> 2 {
         0 => TlbContext::Kernel,
         1 => TlbContext::KernelAc,
         _ => TlbContext::User,
     };
     let began = core.meter.start();
-    let fill = core.fill(context, gva, how & 1 != 0);
+    let fill = core.fill(context, gva, Tag::ALL[(how & 3) as usize]);
     core.meter.stop(began, event::TLB_MISS);
     core.cpu.translated[word::MISFIT] = u64::from(fill == Fill::Misfit);
     u64::from(fill != Fill::Ready)

@@ -55,7 +55,7 @@ const CODE_RESERVE: usize = 64 << 10;
 const GRANULE: u64 = 64;
 /// Writes to the code of a page after which all of it is dropped, so that further ones are just writes.
 const MAX_CODE_WRITES: u32 = 64;
-/// Misfits of a block with shared probes after which it is translated without ...
+/// Misfits of a block with shared probes after which it is translated with fewer ...
 const MAX_MISFITS: u8 = 64;
 /// ... if they come faster than one in this many TSC ticks; rarer ones cost less than shared probes save.
 const MISFIT_TICKS: u64 = 2_000;
@@ -166,7 +166,8 @@ pub struct Translator {
     exits: Vec<Exit>,
     index: AddressMap<Key, u32>,
     pages: AddressMap<u64, CodePage>,
-    /// Blocks in which shared probes did not pay.
+    /// Blocks in which reads that lead writes did not pay, and those in which no shared probes did.
+    unmixed: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     uncoalesced: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     /// Loops that samples met; and those of them that hoisted probes do not pay for.
     hot_loops: HashSet<Key, BuildHasherDefault<AddressHasher>>,
@@ -208,6 +209,7 @@ impl Translator {
             exits: Vec::new(),
             index: AddressMap::default(),
             pages: AddressMap::default(),
+            unmixed: HashSet::default(),
             uncoalesced: HashSet::default(),
             hot_loops: HashSet::default(),
             short_loops: HashSet::default(),
@@ -487,6 +489,7 @@ impl Translator {
             features: &self.features,
             first_exit,
             coalesce: !key.alone && !self.uncoalesced.contains(&key),
+            mix: !self.unmixed.contains(&key),
             hoist: self.eager || self.hot_loops.contains(&key),
             breakpoints: core.debugger.breakpoints().to_vec(),
         };
@@ -538,8 +541,8 @@ impl Translator {
         for &(at, thunk) in &translation.thunk_calls {
             let target = match thunk {
                 Thunk::Exit => self.thunks.exit,
-                Thunk::Fill { context, write, flags } => {
-                    self.thunks.fill[context as usize][usize::from(write)][usize::from(flags)]
+                Thunk::Fill { context, tag, flags } => {
+                    self.thunks.fill[context as usize][tag as usize][usize::from(flags)]
                 }
                 Thunk::Repeat { context, moves, log } => {
                     self.thunks.repeat[context as usize][usize::from(moves)][log as usize]
@@ -639,8 +642,8 @@ impl Translator {
         self.code.write(site as usize, &displacement.to_le_bytes());
     }
 
-    /// Counts an access that a shared probe did not serve; too many too fast, and the block's accesses
-    /// probe alone from now on.
+    /// Counts an access that a shared probe did not serve; too many too fast, and the block's reads lead no
+    /// writes from now on; again, and its accesses probe alone.
     fn misfit(&mut self, core: &mut Core, id: u32) {
         let now = core.tsc();
         let block = &mut self.blocks[id as usize];
@@ -657,7 +660,9 @@ impl Translator {
         block.misfits = 0;
         if now.wrapping_sub(block.first_misfit) < u64::from(MAX_MISFITS) * MISFIT_TICKS {
             let key = block.key;
-            self.uncoalesced.insert(key);
+            if !self.unmixed.insert(key) {
+                self.uncoalesced.insert(key);
+            }
             self.kill(core, id);
         }
     }
@@ -793,6 +798,7 @@ impl Translator {
         self.blocks.clear();
         self.exits.clear();
         self.index.clear();
+        self.unmixed.clear();
         self.uncoalesced.clear();
         self.hot_loops.clear();
         self.short_loops.clear();
