@@ -138,7 +138,7 @@ fn a_restored_machine_is_the_one_that_was_saved() {
 #[test]
 fn incremental_snapshots_restore_each() {
     let scratch = tempfile::tempdir().unwrap();
-    let name = |n: usize| scratch.path().join(&format!("s{n}"));
+    let name = |n: usize| scratch.path().join(format!("s{n}"));
     let sizes: Vec<u64> = with_vm(
         |vm, _, io| counting(vm, io),
         |remote| {
@@ -165,7 +165,7 @@ fn incremental_snapshots_restore_each() {
     // They can be moved, together.
     std::fs::create_dir(scratch.path().join("elsewhere")).unwrap();
     for n in 0..4 {
-        std::fs::rename(name(n), scratch.path().join(&format!("elsewhere/s{n}"))).unwrap();
+        std::fs::rename(name(n), scratch.path().join(format!("elsewhere/s{n}"))).unwrap();
     }
     assert_eq!(restore(&scratch.path().join("elsewhere/s3"), finds(last)).0.unwrap(), End::DebugExit(last as u32));
     std::fs::remove_dir_all(scratch.path().join("elsewhere/s1")).unwrap();
