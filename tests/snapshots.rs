@@ -143,7 +143,7 @@ fn a_restored_vm_can_be_saved_and_restored_again() {
     let mut vm = boot(&id, HASHES, QUIET);
     for generation in 1..4 {
         vm.wait_for(&format!("step {} ", 12 * generation), PATIENCE);
-        let folder = scratch.path().join(&generation.to_string());
+        let folder = scratch.path().join(generation.to_string());
         save(&id, &folder, parent.as_deref());
         before.push_str(&kill(vm).output);
         vm = restore(&folder, &["--id", &id]);
@@ -161,7 +161,7 @@ fn it_goes_on_from_anywhere_in_the_boot() {
     let mut folders = vec![];
     for n in 0..6 {
         std::thread::sleep(Duration::from_millis(if n < 3 { 20 } else { 150 }));
-        let folder = scratch.path().join(&n.to_string());
+        let folder = scratch.path().join(n.to_string());
         // The first may come before the VM has its socket, the last after its end.
         if try_save(&id, &folder, parent.as_deref()).code() == 0 {
             parent = Some(folder.clone());
@@ -242,7 +242,7 @@ fn common_model(scratch: &tempfile::TempDir, kernel: &Path) -> Option<String> {
     }
     let mut model = "host".to_owned();
     for attempt in 0..5 {
-        let (id, folder) = (name("common"), scratch.path().join(&format!("common-{attempt}")));
+        let (id, folder) = (name("common"), scratch.path().join(format!("common-{attempt}")));
         let options = ["--engine", "translator", "--cpu-model", &model, "--memory", "32M", "--id", &id];
         let mut vm = vm::Vm::start(&vm::arguments(kernel, &options)).expect("anyvisor starts");
         vm.wait_for("..", PATIENCE);
@@ -286,7 +286,7 @@ fn tsc_and_clock_go_on_together() {
         };
         for save_number in 0..2 {
             vm.wait_for("....", PATIENCE);
-            let folder = scratch.path().join(&format!("{n}-{save_number}"));
+            let folder = scratch.path().join(format!("{n}-{save_number}"));
             save(&id, &folder, None);
             let (khz, tsc, clock) = times(&folder);
             if let Some((_, (old_khz, old_tsc, old_clock))) = last {
@@ -323,7 +323,7 @@ fn a_save_cut_short_costs_nothing() {
     let kills = std::env::var(KILLS_VARIABLE).ok().and_then(|text| text.parse().ok()).unwrap_or(10);
     let (mut finished, mut cut) = (0, 0);
     for n in 0..kills {
-        let folder = scratch.path().join(&n.to_string());
+        let folder = scratch.path().join(n.to_string());
         // This restores the earlier snapshot each time.
         let mut vm = restore(&first, &["--id", &id]);
         vm.wait_for("round", PATIENCE);
@@ -490,7 +490,7 @@ fn places_that_will_not_do_are_refused_and_hold_up_nobody() {
     let (fifo, file) = (scratch.path().join("fifo"), scratch.path().join("file"));
     assets::run(std::process::Command::new("mkfifo").arg(&fifo)).unwrap();
     std::fs::write(&file, "precious").unwrap();
-    let too_long = scratch.path().join(&"x".repeat(300));
+    let too_long = scratch.path().join("x".repeat(300));
     let missing = scratch.path().join("no/such");
     for place in [&*fifo, &file, &too_long, &missing, Path::new("/proc/nothing"), Path::new("/dev/null")] {
         let ended = try_save(&id, place, None);
