@@ -7,6 +7,7 @@
 //! - `restore`: how long a restore takes.
 //! - `start`: how long a start takes, and its memory.
 //! - `test-nested`: the KVM engine on emulated AMD-V or VT-x.
+//! - `suites`: CPU tests written by others, into docs/conformance.md.
 //! - `fuzz-insn`: the per-instruction differential fuzzer.
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,7 @@ mod nested;
 mod report;
 mod restore;
 mod start;
+mod suites;
 mod test;
 mod tidy;
 
@@ -49,6 +51,8 @@ enum Task {
     Start(start::Options),
     /// Tests the KVM engine in a Linux on an emulated CPU with AMD-V or VT-x
     TestNested(nested::Options),
+    /// Runs CPU tests written by others, fetched and built outside of the repository
+    Suites(suites::Options),
     /// Compares random instructions on the host CPU, the interpreter and the translator
     FuzzInsn {
         /// Options of the fuzzer; `--help` lists them
@@ -66,6 +70,7 @@ fn main() -> ExitCode {
         Task::Restore(options) => restore::restore(&options),
         Task::Start(options) => start::start(&options),
         Task::TestNested(options) => nested::nested(&options),
+        Task::Suites(options) => suites::suites(&options),
         Task::FuzzInsn { options } => fuzz_insn(&options),
     };
     match result {

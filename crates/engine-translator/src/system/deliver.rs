@@ -154,8 +154,10 @@ pub(super) fn deliver(core: &mut Core, io: &dyn GuestIo, event: Event) -> Result
     } else {
         deliver_protected(core, io, event)
     };
-    if result.is_err() {
-        saved.restore(&mut core.cpu);
+    match result {
+        // Whatever is delivered ends a halt: HLT's own single step, too.
+        Ok(()) => core.cpu.halted = false,
+        Err(_) => saved.restore(&mut core.cpu),
     }
     result
 }

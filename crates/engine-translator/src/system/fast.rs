@@ -29,7 +29,7 @@ fn flat_stack(selector: u16, dpl: u8) -> Segment {
 }
 
 /// Whether the vCPU's CPUID names an AMD-like processor, where SYSCALL works outside 64-bit mode too.
-fn is_amd(core: &Core) -> bool {
+pub(crate) fn is_amd(core: &Core) -> bool {
     let vendor = core.cpuid(0, 0).ebx;
     vendor == u32::from_le_bytes(*b"Auth") || vendor == u32::from_le_bytes(*b"Hygo")
 }

@@ -9,6 +9,7 @@
 //! manual's order, and nothing is committed before the last of them.
 
 use crate::core::Core;
+use crate::interpret;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::rflags;
@@ -207,7 +208,11 @@ fn pop_segment(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction) -> 
 fn interrupt(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction) -> Result<(), Exception> {
     match instruction.mnemonic() {
         Mnemonic::Int3 => software_interrupt(core, io, vector::BP, Source::Software),
-        Mnemonic::Int1 => software_interrupt(core, io, vector::DB, Source::PrivilegedSoftware),
+        Mnemonic::Int1 => {
+            // A data breakpoint of MOV SS, held off until now, is part of the same #DB.
+            core.cpu.dr[6] |= interpret::debug::take_hits();
+            software_interrupt(core, io, vector::DB, Source::PrivilegedSoftware)
+        }
         Mnemonic::Into if core.cpu.rflags & rflags::OF == 0 => Ok(()),
         Mnemonic::Into => software_interrupt(core, io, vector::OF, Source::Software),
         _ => {

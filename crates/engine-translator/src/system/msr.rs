@@ -26,7 +26,6 @@ pub const PAT_DEFAULT: u64 = 0x0007_0406_0007_0406;
 const IA32_PLATFORM_ID: u32 = 0x17;
 const EBL_CR_POWERON: u32 = 0x2a;
 const PLATFORM_INFO: u32 = 0xce;
-const IA32_FLUSH_CMD: u32 = 0x10b;
 /// Bits of IA32_SPEC_CTRL: IBRS, STIBP, SSBD, BHI_DIS_S.
 const SPEC_CTRL_DEFINED: u64 = 7 | 1 << 10;
 /// AMD's model-specific range, in which kernels poke without looking.
@@ -152,10 +151,6 @@ pub fn write(core: &mut Core, io: &dyn GuestIo, number: u32, value: u64) -> Resu
         }
         msr::IA32_PRED_CMD => {
             require(core, &cpuid::SPEC_CTRL)?;
-            within(value, 1)?;
-        }
-        IA32_FLUSH_CMD => {
-            require(core, &cpuid::ARCH_CAPABILITIES_PRESENT)?;
             within(value, 1)?;
         }
         msr::MTRR_DEF_TYPE => {

@@ -82,6 +82,14 @@ fn single_step(suite: &mut Suite) {
         })?;
         trap_with(&end, 2, dr::DR6_BS)
     });
+    suite.add("HLT's own step ends the halt", &[Mode::Protected, Mode::Long], |g| {
+        g.state.rflags |= rflags::TF;
+        let end = g.run(|a| {
+            a.hlt()?;
+            a.nop()
+        })?;
+        trap_with(&end, 1, dr::DR6_BS)
+    });
     suite.add("REP steps once for each repetition", &[Mode::Protected, Mode::Long], |g| {
         g.state.rflags |= rflags::TF;
         g.state.gpr[gpr::RCX] = 3;
@@ -189,6 +197,18 @@ fn execution(suite: &mut Suite) {
         g.state.dr[7] = breakpoint_0(EXECUTE, BYTE);
         g.state.rflags |= rflags::RF;
         g.run(|a| a.nop())?.done()
+    });
+    suite.add("MOV SS holds an execution breakpoint off on Intel's", &[Mode::Protected, Mode::Long], |g| {
+        g.state.dr[0] = place::CODE + 2;
+        g.state.dr[7] = breakpoint_0(EXECUTE, BYTE);
+        g.state.gpr[gpr::RAX] = g.state.segments.seg[index::SS].selector.into();
+        let end = g.run(|a| {
+            a.db(&[0x8e, 0xd0])?;
+            a.nop()?;
+            a.nop()
+        })?;
+        let intel = g.cpuid.get(0, 0).is_some_and(|leaf| leaf.ebx == u32::from_le_bytes(*b"Genu"));
+        if intel { end.done() } else { equal("RIP", end.vectored(vector::DB)?.rip, place::CODE + 2) }
     });
     suite.add("a breakpoint that is not enabled does nothing", FLAT, |g| {
         g.state.dr[0] = place::CODE;
@@ -332,6 +352,22 @@ fn data(suite: &mut Suite) {
             a.nop()
         })?;
         trap_with(&end, 2, 1)
+    });
+    suite.add("a data breakpoint that MOV SS held off is one with INT1", &[Mode::Long], |g| {
+        watch(g, 0, ACCESS, WORD);
+        let stack = g.state.segments.seg[index::SS].selector;
+        g.write(place::DATA, &stack.to_le_bytes());
+        g.handler(vector::DB, |a| {
+            a.inc(rbx)?;
+            a.iretq()
+        })?;
+        // mov ss, [rdi]; int1
+        let end = g.run(|a| {
+            a.db(&[0x8e, 0x17])?;
+            a.db(&[0xf1])?;
+            a.nop()
+        })?;
+        end.registers(&[(gpr::RBX, 1)])
     });
 }
 

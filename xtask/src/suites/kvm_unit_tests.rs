@@ -1,0 +1,294 @@
+//! kvm-unit-tests for x86: the suite's own list (`x86/unittests.cfg`), each test a Multiboot kernel that prints
+//! `PASS:` and `FAIL:` lines and ends through port 0xf4.
+//!
+//! anyvisor runs each with `--test-device`, and with one module that says how many processors there are, because
+//! the tests would ask QEMU's firmware interface for that. QEMU's own options of a test become a CPU model.
+
+use super::process::{self, Ended};
+use super::table::{Row, Suite, Verdict};
+use super::{Place, commit};
+use anyhow::{Context, Result, bail};
+use anyvisor_tests::{assets, vm};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+const NAME: &str = "kvm-unit-tests";
+const URL: &str = "https://gitlab.com/kvm-unit-tests/kvm-unit-tests.git";
+/// The suite's own default (`scripts/runtime.bash`).
+const TIMEOUT: Duration = Duration::from_secs(90);
+
+/// Tests that are not run: a part of their name or group, and why.
+const ASIDE: &[(&str, &str)] = &[
+    ("vmx", "nested virtualization is not offered"),
+    ("svm", "nested virtualization is not offered"),
+    ("pmu", "there are no performance counters"),
+    ("hyperv", "Hyper-V's paravirtual interface is not offered"),
+    ("vmware", "VMware's backdoor is not offered"),
+    ("intel_iommu", "the machine has no IOMMU, nor QEMU's edu device"),
+];
+
+/// Why a test does not pass, or what to know about it.
+const REMARKS: &[(&str, &str)] = &[];
+
+/// One entry of the list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Entry {
+    name: String,
+    file: String,
+    arguments: String,
+    qemu: String,
+    arch: String,
+    groups: String,
+    smp: u32,
+    timeout: Option<Duration>,
+}
+
+/// Builds the suite and runs its list.
+///
+/// # Errors
+/// It cannot be had, built or started.
+pub fn run(place: &Place, tcg: bool, only: Option<&str>) -> Result<Suite> {
+    let folder = build(place)?;
+    let list = folder.join("x86/unittests.cfg");
+    let text = std::fs::read_to_string(&list).with_context(|| format!("reading {}", list.display()))?;
+    let kept = place.kept(NAME);
+    let mut qemu = read_kept(&kept);
+    let mut rows = Vec::new();
+    for entry in parse(&text).into_iter().filter(|entry| only.is_none_or(|only| entry.name.contains(only))) {
+        let aside = aside(&entry);
+        if tcg && !aside.as_ref().is_some_and(|why| why.contains("32-bit")) {
+            let verdict = run_in_qemu(&folder, &entry)?;
+            eprintln!("xtask: {} in QEMU: {}", entry.name, verdict.encode());
+            qemu.insert(entry.name.clone(), verdict);
+            write_kept(&kept, &qemu)?;
+        }
+        let (ours, found) = match &aside {
+            Some(why) => (Verdict::Aside, why.clone()),
+            None => {
+                let (verdict, note) = run_here(place, &folder, &entry)?;
+                eprintln!("xtask: {} here: {}", entry.name, verdict.encode());
+                (verdict, note)
+            }
+        };
+        let remark = match REMARKS.iter().find(|(name, _)| *name == entry.name) {
+            Some((_, remark)) => (*remark).to_owned(),
+            None => found,
+        };
+        rows.push(Row { tcg: qemu.get(&entry.name).cloned(), name: entry.name, ours, remark });
+    }
+    let about = format!(
+        "kvm-unit-tests ({}), x86_64, its own list; `cargo xtask suites kvm-unit-tests --tcg`. anyvisor: translator, one vCPU. {}.",
+        commit(&folder),
+        qemu_version()
+    );
+    Ok(Suite { name: NAME, about, rows })
+}
+
+/// The suite, built.
+fn build(place: &Place) -> Result<PathBuf> {
+    crate::install("gcc", &["gcc", "libc6-dev"])?;
+    crate::install("make", &["make"])?;
+    let folder = place.fetch(NAME, URL)?;
+    if folder.join("x86/setjmp.flat").exists() {
+        return Ok(folder);
+    }
+    eprintln!("xtask: building {}", folder.display());
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    assets::run(Command::new("./configure").arg("--arch=x86_64").current_dir(&folder))?;
+    assets::run(Command::new("make").arg(format!("-j{jobs}")).current_dir(&folder))?;
+    Ok(folder)
+}
+
+/// The entries of a list: `[name]`, then `key = value` lines.
+fn parse(text: &str) -> Vec<Entry> {
+    let mut entries: Vec<Entry> = Vec::new();
+    for line in text.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
+        if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+            entries.push(Entry { name: name.into(), smp: 1, ..Entry::default() });
+            continue;
+        }
+        let (Some(entry), Some((key, value))) = (entries.last_mut(), line.split_once('=')) else { continue };
+        let value = value.trim().trim_matches(['\'', '"']).to_owned();
+        match key.trim() {
+            "file" => entry.file = value,
+            "smp" => entry.smp = value.parse().unwrap_or(1),
+            "test_args" => entry.arguments = value.replace("`date +%s`", &now().to_string()),
+            "qemu_params" | "extra_params" => entry.qemu = value,
+            "arch" => entry.arch = value,
+            "groups" => entry.groups = value,
+            "timeout" => entry.timeout = value.trim_end_matches('s').parse().ok().map(Duration::from_secs),
+            // What the host's KVM must be set to, and which accelerator a test is for.
+            _ => {}
+        }
+    }
+    entries
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+/// Why a test is not run.
+fn aside(entry: &Entry) -> Option<String> {
+    if entry.arch == "i386" {
+        return Some("for 32-bit kernels only".into());
+    }
+    if entry.groups.split(' ').any(|group| group == "nodefault") {
+        return Some("not run by default: it wants a debugging feature of KVM".into());
+    }
+    let named = |part: &str| entry.name.contains(part) || entry.groups.contains(part) || entry.file.starts_with(part);
+    ASIDE.iter().find(|(part, _)| named(part)).map(|(_, why)| (*why).to_owned())
+}
+
+/// The CPU model nearest to what the entry asks of QEMU.
+fn cpu_model(qemu: &str) -> String {
+    let mut words = qemu.split_whitespace().skip_while(|word| *word != "-cpu").skip(1);
+    let wanted = words.next().unwrap_or("qemu64");
+    let mut parts = wanted.split(',');
+    let base = if parts.next() == Some("qemu64") && !wanted.contains("pcid") { "x86-64-v3" } else { "host" };
+    let mut model = base.to_owned();
+    for part in parts {
+        match part {
+            "-x2apic" | "-pcid" | "-invpcid" => model += &format!(",{part}"),
+            "phys-bits=36" => model += ",phys-bits=36",
+            _ => {}
+        }
+    }
+    model
+}
+
+/// Runs a test in anyvisor; the verdict, and what to know about it.
+fn run_here(place: &Place, folder: &Path, entry: &Entry) -> Result<(Verdict, String)> {
+    // Of the tests that go by AMD's rules, those that cannot on Intel's are left out where no test device is told of.
+    let amd = entry.qemu.contains("vendor=AuthenticAMD");
+    let environment = place.cache.join("environment");
+    let text = format!("NR_CPUS=1\nMEMSIZE=1024\nTEST_DEVICE={}\nBOOTLOADER=0\n", u8::from(!amd));
+    std::fs::write(&environment, text).with_context(|| format!("writing {}", environment.display()))?;
+    let memory = if entry.qemu.contains("-m 2048") { "2048M" } else { "1024M" };
+    let mut command = vm::command();
+    command.args(["run", "--engine", "translator", "--no-api", "--test-device", "--memory", memory]);
+    command.args(["--cpu-model", &cpu_model(&entry.qemu), "--cmdline", &entry.arguments]);
+    command.arg("--module").arg(&environment).arg("--kernel").arg(folder.join("x86").join(&entry.file));
+    let ended = process::run(&mut command, entry.timeout.unwrap_or(TIMEOUT))?;
+    let verdict = judge(&ended);
+    let several = "with one vCPU; what needs several waits for SMP";
+    let note = match &verdict {
+        Verdict::Pass if entry.smp > 1 => several.into(),
+        Verdict::Skip => skipped_for(&ended.output),
+        _ => String::new(),
+    };
+    Ok((verdict, note))
+}
+
+fn run_in_qemu(folder: &Path, entry: &Entry) -> Result<Verdict> {
+    crate::install("qemu-system-x86_64", &["qemu-system-x86"])?;
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["--no-reboot", "-nodefaults", "-device", "pc-testdev"]);
+    command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-display", "none", "-serial", "stdio"]);
+    command.args(["-device", "pci-testdev", "-machine", "accel=tcg", "-smp", &entry.smp.to_string()]);
+    command.arg("-kernel").arg(folder.join("x86").join(&entry.file));
+    command.args(["-append", &entry.arguments]).args(entry.qemu.split_whitespace());
+    Ok(judge(&process::run(&mut command, entry.timeout.unwrap_or(TIMEOUT))?))
+}
+
+/// What a run came to. The exit code is `code << 1 | 1`: 0 for success, 77 >> 1 when all was skipped.
+fn judge(ended: &Ended) -> Verdict {
+    let count = |word: &str| ended.output.lines().filter(|line| line.starts_with(word)).count();
+    let (passed, failed) = (count("PASS:"), count("FAIL:"));
+    match ended.code {
+        _ if ended.timed_out => Verdict::Fail(format!("hangs after {passed}")),
+        Some(1) if failed == 0 => Verdict::Pass,
+        Some(77) => Verdict::Skip,
+        _ if failed > 0 => Verdict::Fail(format!("{failed} of {} fail", passed + failed)),
+        Some(code) => Verdict::Fail(match last_words(&ended.output) {
+            Some(words) => words,
+            None => format!("exit code {code}"),
+        }),
+        None => Verdict::Fail("killed by a signal".into()),
+    }
+}
+
+/// What a test that crashed said, or the program that ran it.
+fn last_words(output: &str) -> Option<String> {
+    let telling =
+        |line: &&str| ["Unhandled", "Assert", "ABORT", "anyvisor:", "qemu-"].iter().any(|word| line.contains(word));
+    let line = output.lines().rev().find(telling)?;
+    Some(line.trim().chars().filter(|c| *c != '|').take(60).collect())
+}
+
+fn skipped_for(output: &str) -> String {
+    let reason = output.lines().find_map(|line| line.trim().strip_prefix("SKIP: "));
+    reason.unwrap_or_else(|| output.lines().rfind(|line| !line.starts_with("SUMMARY")).unwrap_or("")).trim().to_owned()
+}
+
+fn qemu_version() -> String {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    text.lines().next().unwrap_or("no QEMU here").trim().to_owned()
+}
+
+fn read_kept(path: &Path) -> BTreeMap<String, Verdict> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let kept: BTreeMap<String, String> = serde_json::from_str(&text).unwrap_or_default();
+    kept.into_iter().filter_map(|(name, text)| Some((name, Verdict::decode(&text)?))).collect()
+}
+
+fn write_kept(path: &Path, verdicts: &BTreeMap<String, Verdict>) -> Result<()> {
+    let kept: BTreeMap<&String, String> = verdicts.iter().map(|(name, verdict)| (name, verdict.encode())).collect();
+    if kept.is_empty() {
+        bail!("nothing to keep");
+    }
+    std::fs::write(path, serde_json::to_vec_pretty(&kept)?).with_context(|| format!("writing {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIST: &str = "# [no]\n[x2apic]\nfile = apic.flat\nsmp = 2\nqemu_params = -cpu qemu64,+x2apic\ntimeout = 30\n\
+                        groups = apic\n\n[vmexit_cpuid]\nfile = vmexit.flat\ntest_args = 'cpuid'\narch = i386\n";
+
+    #[test]
+    fn lists_are_read() {
+        let entries = parse(LIST);
+        assert_eq!(entries.len(), 2);
+        assert_eq!(
+            (entries[0].name.as_str(), entries[0].smp, entries[0].timeout),
+            ("x2apic", 2, Some(Duration::from_secs(30)))
+        );
+        assert_eq!(entries[1].arguments, "cpuid");
+        assert!(aside(&entries[1]).unwrap().contains("32-bit") && aside(&entries[0]).is_none());
+    }
+
+    #[test]
+    fn models_are_near() {
+        for (qemu, model) in [
+            ("", "x86-64-v3"),
+            ("-cpu max,host-phys-bits", "host"),
+            ("-cpu qemu64,-x2apic,+tsc-deadline", "x86-64-v3,-x2apic"),
+            ("-cpu qemu64,-pcid,-invpcid", "host,-pcid,-invpcid"),
+            ("-m 2048 -cpu host", "host"),
+            ("-cpu IvyBridge,phys-bits=36,host-phys-bits=off", "host,phys-bits=36"),
+        ] {
+            assert_eq!(cpu_model(qemu), model);
+        }
+    }
+
+    #[test]
+    fn ends_are_judged() {
+        let ended =
+            |code, output: &str| Ended { code, timed_out: code.is_none(), output: output.into(), took: Duration::ZERO };
+        assert_eq!(judge(&ended(Some(1), "PASS: a\n")), Verdict::Pass);
+        assert_eq!(judge(&ended(Some(77), "SKIP: b\n")), Verdict::Skip);
+        assert_eq!(judge(&ended(Some(3), "PASS: a\nFAIL: b\n")), Verdict::Fail("1 of 2 fail".into()));
+        assert_eq!(
+            judge(&ended(Some(127), "PASS: a\nUnhandled exception 6\n")),
+            Verdict::Fail("Unhandled exception 6".into())
+        );
+        assert_eq!(judge(&ended(None, "PASS: a\n")), Verdict::Fail("hangs after 1".into()));
+        assert_eq!(skipped_for("x\nSKIP: PKU not enabled\nSUMMARY: 0 tests\n"), "PKU not enabled");
+        assert_eq!(skipped_for("y\nno PKU\nSUMMARY: 0 tests\n"), "no PKU");
+    }
+}

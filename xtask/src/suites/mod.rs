@@ -1,0 +1,117 @@
+//! `cargo xtask suites`: CPU tests written by others, on anyvisor and, for comparison, in QEMU's TCG.
+//!
+//! None of their code is kept here: each suite is taken from a folder that the user names, or fetched, and built
+//! in a folder of its own outside of the repository. Results go test by test into docs/conformance.md, each
+//! suite's between its markers; a test that does not pass needs a reason, which stands beside the suite's runner.
+
+mod kvm_unit_tests;
+mod process;
+mod table;
+
+use anyhow::{Context, Result, bail};
+use anyvisor_tests::assets;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Which suite
+    suite: Name,
+    /// Its sources, instead of a fetched copy; they are copied and not changed
+    #[arg(long, value_name = "FOLDER")]
+    source: Option<PathBuf>,
+    /// Where sources, builds and QEMU's results are kept [default: the user's cache folder]
+    #[arg(long, value_name = "FOLDER")]
+    cache: Option<PathBuf>,
+    /// Runs the suite in QEMU's TCG too; without it, what an earlier run kept is shown
+    #[arg(long)]
+    tcg: bool,
+    /// Only tests whose name contains TEXT; the document is left alone
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Shows the results, and leaves the document alone
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Name {
+    KvmUnitTests,
+}
+
+/// Runs a suite, prints its table and writes it to docs/conformance.md.
+///
+/// # Errors
+/// The suite cannot be fetched, built or run; or a test does not pass and has no reason.
+pub fn suites(options: &Options) -> Result<()> {
+    let cache = match &options.cache {
+        Some(folder) => folder.clone(),
+        None => default_cache()?,
+    };
+    std::fs::create_dir_all(&cache).with_context(|| format!("making {}", cache.display()))?;
+    let place = Place { cache: cache.canonicalize()?, source: options.source.clone() };
+    let suite = match options.suite {
+        Name::KvmUnitTests => kvm_unit_tests::run(&place, options.tcg, options.only.as_deref())?,
+    };
+    print!("{}", suite.markdown());
+    if options.only.is_none() && !options.dry_run {
+        suite.write()?;
+    }
+    match suite.unexplained().as_slice() {
+        [] => Ok(()),
+        names => bail!("do not pass, and nobody knows why: {}", names.join(", ")),
+    }
+}
+
+fn default_cache() -> Result<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
+    Ok(base.context("neither XDG_CACHE_HOME nor HOME is set; give --cache FOLDER")?.join("anyvisor/suites"))
+}
+
+/// Where a suite is kept.
+struct Place {
+    cache: PathBuf,
+    source: Option<PathBuf>,
+}
+
+impl Place {
+    /// A fresh copy of the suite's sources, to build in: `name` in the cache, from the user's folder or from `url`.
+    fn fetch(&self, name: &str, url: &str) -> Result<PathBuf> {
+        let build = self.cache.join(name);
+        if build.exists() && self.source.is_none() {
+            return Ok(build);
+        }
+        let partial = self.cache.join(format!(".{name}.{}", std::process::id()));
+        let source = match &self.source {
+            Some(folder) => {
+                let folder = folder.canonicalize().with_context(|| format!("--source {}", folder.display()))?;
+                assets::run(Command::new("cp").arg("-r").arg(&folder).arg(&partial))?;
+                folder.display().to_string()
+            }
+            None => {
+                eprintln!("xtask: fetching {url}");
+                let clone = ["clone", "--quiet", "--depth", "1", url];
+                assets::run(Command::new("git").args(clone).arg(&partial))
+                    .with_context(|| format!("fetching {name} from {url}; or give --source FOLDER"))?;
+                url.to_owned()
+            }
+        };
+        let _ = std::fs::remove_dir_all(&build);
+        std::fs::rename(&partial, &build).with_context(|| format!("putting {source} in place"))?;
+        Ok(build)
+    }
+
+    /// The file in which what QEMU made of the suite is kept.
+    fn kept(&self, name: &str) -> PathBuf {
+        self.cache.join(format!("{name}.tcg.json"))
+    }
+}
+
+/// The commit that a copy of a repository is of, for the record.
+fn commit(folder: &Path) -> String {
+    let output = Command::new("git").arg("-C").arg(folder).args(["log", "-1", "--format=%h of %cs"]).output();
+    let text = output.ok().filter(|output| output.status.success());
+    let text = text.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    text.filter(|text| !text.is_empty()).unwrap_or_else(|| "an unknown commit".into())
+}
