@@ -53,8 +53,8 @@ const LEAF7_EBX_AVX: u32 = bits(&[5]);
 const LEAF7_ECX_AVX: u32 = bits(&[9, 10]);
 
 /// KVM's features that exist here: no delay after port I/O (1), kvmclock with MSRs 4b564d00h and 01h (3),
-/// and a stable kvmclock (24).
-const KVM_FEATURES: u32 = bits(&[1, 3, 24]);
+/// interrupts to many processors by one hypercall (11), and a stable kvmclock (24).
+const KVM_FEATURES: u32 = bits(&[1, 3, 11, 24]);
 
 fn leaf(number: u32, sub: u32) -> CpuidResult {
     let max = __cpuid(number & 0xf000_0000).eax;

@@ -4,7 +4,8 @@ use crate::testing::{Access, Method, TestVm, handler, place};
 use anyvisor_engine::Exit;
 use anyvisor_x86::bits::{cr0, cr4, efer, gpr, xcr0};
 use anyvisor_x86::exception::vector;
-use anyvisor_x86::{cpuid, msr};
+use anyvisor_x86::lapic::{Now, reg};
+use anyvisor_x86::{cpuid, lapic, msr};
 
 fn kernel(code: &[u8]) -> TestVm {
     TestVm::long_mode(code, 0)
@@ -188,6 +189,27 @@ fn hypercalls_are_unknown_ones() {
     let mut test = TestVm::long_mode(&[0x0f, 0x01, 0xd9], 3);
     test.steps(1);
     assert_eq!(test.core().cpu.gpr[gpr::RAX] as i64, -1, "not at CPL 3");
+}
+
+/// KVM_HC_SEND_IPI in a machine whose one vCPU has number 0: bitmap, first APIC ID, ICR, and what comes of it.
+#[test]
+fn a_hypercall_sends_interrupts() {
+    for (low, first, icr, result, arrives) in [
+        (1, 0, 0x51, 1, true),
+        (6, 0, 0x51, 0, false),
+        (!0, 0xffff_ffff, 0, 0, false),
+        (1, 0, 0x4_0051, -22, false),
+        (1, 0, 0x651, -22, false),
+    ] {
+        let mut test = kernel(&[0x0f, 0x01, 0xc1]);
+        assert_eq!(test.core().lapic.write32(reg::SVR, 0x1ff, Now::default()), lapic::Work::None);
+        let registers = [(gpr::RAX, 10), (gpr::RBX, low), (gpr::RCX, 0), (gpr::RDX, first), (gpr::RSI, icr)];
+        registers.into_iter().for_each(|(register, value): (usize, u64)| test.core().cpu.gpr[register] = value);
+        test.steps(1);
+        assert_eq!(test.core().cpu.gpr[gpr::RAX] as i64, result, "{low:x} {first:x} {icr:x}");
+        crate::system::take_messages(test.core());
+        assert_eq!(test.core().lapic.highest_pending(), arrives.then_some(0x51));
+    }
 }
 
 #[test]
