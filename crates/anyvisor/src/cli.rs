@@ -59,8 +59,11 @@ impl Command {
 #[derive(Debug, Args)]
 pub struct RunOptions {
     /// Linux bzImage (vmlinuz), ELF vmlinux with a PVH note, or a Multiboot kernel
-    #[arg(long, value_name = "FILE", required_unless_present = "restore")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["restore", "firmware"])]
     pub kernel: Option<PathBuf>,
+    /// BIOS image of at most 256K, to start instead of a kernel
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "module", "cmdline"])]
+    pub firmware: Option<PathBuf>,
     /// Go on from a snapshot; of the machine's options, only those that agree with it can be given
     #[arg(long, value_name = "FOLDER")]
     pub restore: Option<PathBuf>,
@@ -130,6 +133,7 @@ impl RunOptions {
     pub fn config(&self) -> Config {
         Config {
             id: self.id.clone().unwrap_or_else(default_id),
+            firmware: self.firmware.clone(),
             kernel: self.kernel.clone().unwrap_or_default(),
             initrd: self.initrd.clone(),
             modules: self.module.clone(),
@@ -169,9 +173,11 @@ impl RunOptions {
             return contradicts("cmdline", format!("'{given}'"), format!("'{}'", machine.command_line.escape_debug()));
         }
         let shown = |path: Option<&PathBuf>| path.map_or("none".into(), |path| format!("'{}'", path.display()));
-        for (option, given, saved) in
-            [("kernel", &self.kernel, Some(&machine.kernel)), ("initrd", &self.initrd, machine.initrd.as_ref())]
-        {
+        for (option, given, saved) in [
+            ("kernel", &self.kernel, Some(&machine.kernel)),
+            ("initrd", &self.initrd, machine.initrd.as_ref()),
+            ("firmware", &self.firmware, machine.firmware.as_ref()),
+        ] {
             if given.as_ref().is_some_and(|given| Some(&snapshot::absolute(given)) != saved) {
                 return contradicts(option, shown(given.as_ref()), shown(saved));
             }
@@ -403,6 +409,7 @@ mod tests {
         assert!(mistake(&["run", "--kernel", "k", "--verify-first"]).contains("--restore"));
         assert!(mistake(&["run", "--kernel", "k", "--gdb", "70000"]).contains("bad port '70000'"));
         assert!(mistake(&["run", "--kernel", "k", "--gdb", "here"]).contains("bad address 'here'"));
+        assert!(mistake(&["run", "--kernel", "k", "--firmware", "f"]).contains("--firmware"));
         assert!(mistake(&["fly"]).contains("fly"));
         assert!(mistake(&["run", "--kernel", "k", "--id", "a/b"]).contains("bad name 'a/b'"));
         assert!(mistake(&["run", "--kernel", "k", "--id", ""]).contains("name"));

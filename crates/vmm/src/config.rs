@@ -19,6 +19,8 @@ pub const CPUS_MAX: u32 = 64;
 pub struct Config {
     /// Name in messages.
     pub id: String,
+    /// A BIOS image to boot instead of a kernel.
+    pub firmware: Option<PathBuf>,
     /// bzImage, ELF with a PVH note, or an image with a Multiboot header.
     pub kernel: PathBuf,
     pub initrd: Option<PathBuf>,
@@ -277,6 +279,7 @@ mod tests {
     fn a_machine_has_limits() {
         let good = Config {
             id: "t".into(),
+            firmware: None,
             kernel: "k".into(),
             initrd: None,
             modules: Vec::new(),

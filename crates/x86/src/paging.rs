@@ -136,6 +136,9 @@ fn walk_levels<T: PageTables>(
     'restart: loop {
         let mut table = root;
         let (mut writable, mut user, mut executable) = (true, true, true);
+        // Entries on the way without an accessed bit. They get it when the walk has succeeded: a processor may set
+        // them before, but programs of the 386's day know that a walk that faults leaves no trace.
+        let (mut not_accessed, mut count) = ([(0, 0); 4], 0);
         let mut level = levels;
         loop {
             level -= 1;
@@ -157,14 +160,20 @@ fn walk_levels<T: PageTables>(
                 executable &= entry & pte::NX == 0;
             }
             if !leaf {
-                if entry & pte::A == 0 && !tables.compare_exchange(entry_gpa, entry_size, entry, entry | pte::A) {
-                    continue 'restart;
+                if entry & pte::A == 0 {
+                    not_accessed[count] = (entry_gpa, entry);
+                    count += 1;
                 }
                 table = if entry_size == 8 { entry & 0x000f_ffff_ffff_f000 } else { entry & 0xffff_f000 };
                 continue;
             }
             if !allowed(mode, access, writable, user, executable) {
                 return Err(fault(mode, gva, access, pf::PRESENT));
+            }
+            for &(gpa, entry) in &not_accessed[..count] {
+                if !tables.compare_exchange(gpa, entry_size, entry, entry | pte::A) {
+                    continue 'restart;
+                }
             }
             let mut updated = entry | pte::A;
             if access.kind == AccessKind::Write {
@@ -242,4 +251,65 @@ fn has_reserved_bits(
         reserved |= pte::PS;
     }
     entry & reserved != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+    use std::collections::BTreeMap;
+
+    struct Memory(RefCell<BTreeMap<u64, u64>>);
+
+    impl PageTables for Memory {
+        fn read(&self, gpa: u64, _size: u8) -> Option<u64> {
+            Some(self.0.borrow().get(&gpa).copied().unwrap_or(0))
+        }
+        fn compare_exchange(&self, gpa: u64, _size: u8, old: u64, new: u64) -> bool {
+            let mut memory = self.0.borrow_mut();
+            let entry = memory.entry(gpa).or_insert(0);
+            let same = *entry == old;
+            if same {
+                *entry = new;
+            }
+            same
+        }
+    }
+
+    const MODE: PagingMode = PagingMode {
+        cr0: cr0::PG | cr0::WP,
+        cr3: 0x1000,
+        cr4: cr4::PAE,
+        efer: efer::LMA,
+        ac: false,
+        physical_bits: 40,
+    };
+    const LOAD: Access = Access { kind: AccessKind::Read, user: false, implicit: false };
+
+    /// A table of each level that maps address 0 to 5000h, by `last` in the last one.
+    fn tables(last: u64) -> Memory {
+        let entries = [(0x1000, 0x2003), (0x2000, 0x3003), (0x3000, 0x4003), (0x4000, last)];
+        Memory(RefCell::new(entries.into()))
+    }
+
+    #[test]
+    fn a_walk_that_faults_sets_no_accessed_bit() {
+        let store = Access { kind: AccessKind::Write, ..LOAD };
+        for (last, access, fails) in
+            [(0, LOAD, true), (0x5001, store, true), (0x5001, LOAD, false), (0x5003, store, false)]
+        {
+            let memory = tables(last);
+            assert_eq!(walk(&memory, &MODE, 0, access).is_err(), fails);
+            let accessed: Vec<bool> = memory.0.borrow().values().map(|entry| entry & pte::A != 0).collect();
+            assert_eq!(accessed, [!fails; 4], "{last:x} {access:?}");
+        }
+    }
+
+    /// An entry that points to its own table is met at several levels.
+    #[test]
+    fn a_table_that_is_its_own_parent_gets_its_accessed_bit_once() {
+        let memory = Memory(RefCell::new([(0x1000, 0x1003)].into()));
+        let mapping = walk(&memory, &MODE, 0x123, LOAD).unwrap();
+        assert_eq!((mapping.gpa, memory.0.borrow()[&0x1000]), (0x1123, 0x1003 | pte::A));
+    }
 }

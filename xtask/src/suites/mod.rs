@@ -23,7 +23,7 @@ pub struct Options {
     /// Where sources, builds and QEMU's results are kept [default: the user's cache folder]
     #[arg(long, value_name = "FOLDER")]
     cache: Option<PathBuf>,
-    /// Runs the suite in QEMU's TCG too; without it, what an earlier run kept is shown
+    /// Runs the suite in QEMU's TCG and keeps the results, which later runs without this show beside anyvisor's
     #[arg(long)]
     tcg: bool,
     /// Only tests whose name contains TEXT; the document is left alone
@@ -51,7 +51,8 @@ pub fn suites(options: &Options) -> Result<()> {
     std::fs::create_dir_all(&cache).with_context(|| format!("making {}", cache.display()))?;
     let place = Place { cache: cache.canonicalize()?, source: options.source.clone() };
     let suite = match options.suite {
-        Name::KvmUnitTests => kvm_unit_tests::run(&place, options.tcg, options.only.as_deref())?,
+        Name::KvmUnitTests if options.tcg => return kvm_unit_tests::run_in_tcg(&place, options.only.as_deref()),
+        Name::KvmUnitTests => kvm_unit_tests::run(&place, options.only.as_deref())?,
     };
     print!("{}", suite.markdown());
     if options.only.is_none() && !options.dry_run {

@@ -27,6 +27,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
     let interactive = !options.check && std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let mut config = Config {
         id: format!("quickstart-{}", std::process::id()),
+        firmware: None,
         kernel: "vmlinuz".into(),
         initrd: None,
         modules: Vec::new(),

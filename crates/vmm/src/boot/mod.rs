@@ -4,11 +4,14 @@
 //! in the guest and KASLR works), Multiboot for images with one of its headers ([`multiboot`]) and PVH for other
 //! ELF images ([`pvh`]), both entered in 32-bit protected mode without paging. The image decides which.
 //!
+//! Or firmware is loaded, which finds its kernel itself ([`firmware`]).
+//!
 //! Images are untrusted: whatever the bytes are, loading ends in a kernel in guest memory or in one line of
 //! [`Error::User`]. Every address that an image names is checked against RAM before it is used. The
 //! structures below 1 MiB ([`layout`]) are written after the image, which must not reach there; only Multiboot
 //! has none there.
 
+mod firmware;
 mod linux;
 mod multiboot;
 mod pvh;
@@ -51,6 +54,8 @@ pub enum Entry {
     /// As [`Entry::Pvh`], with EBX = the information structure and EAX = `magic`, which says of which version
     /// (Multiboot 0.6.96, 3.2; Multiboot 2.0, 3.3).
     Multiboot { rip: u32, magic: u32, info: u32 },
+    /// As after reset, but in the copy of the firmware below 1 MiB.
+    Firmware,
 }
 
 /// Loads kernel and initrd into `memory` and writes what the protocol wants beside them.
@@ -63,6 +68,14 @@ pub fn load(memory: &GuestMemoryMmap, boot: &Boot) -> Result<Entry> {
     let modules = boot.modules.iter().map(|module| open(&module.path, "module"));
     let mut modules = modules.collect::<Result<Vec<_>>>()?;
     load_images(memory, boot, &mut kernel, initrd.as_mut(), &mut modules)
+}
+
+/// Loads the firmware at `path`.
+///
+/// # Errors
+/// [`Error::User`] if it cannot be read or is too large.
+pub fn load_firmware(memory: &GuestMemoryMmap, path: &Path) -> Result<Entry> {
+    firmware::load(memory, path, &mut open(path, "firmware")?)
 }
 
 /// [`load`] for images that need not be files.
@@ -108,6 +121,10 @@ impl<T: Read + ReadVolatile + Seek> Image for T {}
 impl Entry {
     /// Changes a bootstrap processor's state after reset into the state at the kernel's entry.
     pub fn apply(self, state: &mut VcpuState) {
+        if self == Entry::Firmware {
+            state.segments.seg[CS].base = u64::from(state.segments.seg[CS].selector) << 4;
+            return;
+        }
         state.gdtr = DescriptorTable { base: layout::GDT, limit: (gdt().len() * 8 - 1) as u16 };
         state.idtr = DescriptorTable { base: 0, limit: 0 };
         state.rflags = rflags::FIXED;
@@ -121,6 +138,7 @@ impl Entry {
             state.segments.seg[i] = data;
         }
         match self {
+            Entry::Firmware => {}
             Entry::Linux64 { rip } => {
                 state.segments.seg[CS] = segment(CODE64);
                 state.rip = rip;

@@ -264,18 +264,7 @@ impl Machine {
         let supported = engine.supported_cpuid();
         let table = |cpu| config.cpu.table(&supported, config.cpus, cpu).map_err(|e| Error::user(e.to_string()));
         let memory = memory::allocate(config.memory, config.huge_pages)?;
-        let rsdp = acpi::write(&memory, config.cpus);
-        let entry = boot::load(
-            &memory,
-            &boot::Boot {
-                kernel: &config.kernel,
-                initrd: config.initrd.as_deref(),
-                modules: &config.modules,
-                command_line: &config.command_line,
-                ram: config.memory,
-                rsdp,
-            },
-        )?;
+        let entry = load(config, &memory)?;
         let vm = engine.create_vm(memory.clone())?;
         let board = Arc::new(Board::new(config, vm.clone(), output, input, &notify, 0));
         let tables = (0..config.cpus).map(table).collect::<Result<Vec<_>>>()?;
@@ -348,6 +337,23 @@ impl Machine {
         }
         end
     }
+}
+
+/// Puts what `config` boots into memory. Firmware brings its own ACPI tables, and may lie where ours do.
+fn load(config: &Config, memory: &GuestMemoryMmap) -> Result<boot::Entry> {
+    if let Some(firmware) = &config.firmware {
+        return boot::load_firmware(memory, firmware);
+    }
+    let rsdp = acpi::write(memory, config.cpus);
+    let boot = boot::Boot {
+        kernel: &config.kernel,
+        initrd: config.initrd.as_deref(),
+        modules: &config.modules,
+        command_line: &config.command_line,
+        ram: config.memory,
+        rsdp,
+    };
+    boot::load(memory, &boot)
 }
 
 /// Every lock here guards data that stays valid if its holder panics, and the panic itself ends the VM.

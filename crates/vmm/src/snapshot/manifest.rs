@@ -98,6 +98,8 @@ pub struct Parent {
 #[serde(deny_unknown_fields)]
 pub struct Machine {
     pub id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<PathBuf>,
     pub kernel: PathBuf,
     pub initrd: Option<PathBuf>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -116,6 +118,7 @@ impl Machine {
     pub fn of(config: &Config) -> Machine {
         Machine {
             id: config.id.clone(),
+            firmware: config.firmware.as_deref().map(absolute),
             kernel: absolute(&config.kernel),
             initrd: config.initrd.as_deref().map(absolute),
             modules: config.modules.iter().map(|m| Module { path: absolute(&m.path), ..m.clone() }).collect(),
@@ -132,6 +135,7 @@ impl Machine {
     pub fn config(&self, serial: Serial, on_reboot: OnReboot) -> Config {
         Config {
             id: self.id.clone(),
+            firmware: self.firmware.clone(),
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             modules: self.modules.clone(),
