@@ -6,10 +6,9 @@
 
 use super::process::{self, Ended};
 use super::table::{Row, Suite, Verdict};
-use super::{Place, commit};
-use anyhow::{Context, Result, bail};
+use super::{Place, commit, qemu_version, read_kept, write_kept};
+use anyhow::{Context, Result};
 use anyvisor_tests::{assets, vm};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -200,12 +199,12 @@ fn run_here(place: &Place, folder: &Path, entry: &Entry) -> Result<(Verdict, Str
     command.args(["run", "--engine", "translator", "--no-api", "--test-device", "--memory", memory]);
     command.args(["--cpu-model", &cpu_model(&entry.qemu), "--cmdline", &arguments]);
     command.arg("--module").arg(&environment).arg("--kernel").arg(folder.join("x86").join(&entry.file));
-    let ended = process::run(&mut command, entry.timeout.unwrap_or(TIMEOUT))?;
+    let ended = process::run(&mut command, entry.timeout.unwrap_or(TIMEOUT), |_| false)?;
     let verdict = judge(&ended);
     let several = "with one vCPU; what needs several waits for SMP";
     let note = match &verdict {
         Verdict::Pass if entry.smp > 1 => several.into(),
-        Verdict::Skip => skipped_for(&ended.output),
+        Verdict::Skip => skipped_for(&ended.text()),
         _ => String::new(),
     };
     Ok((verdict, note))
@@ -220,19 +219,20 @@ fn run_in_qemu(folder: &Path, entry: &Entry) -> Result<Verdict> {
     command.arg("-kernel").arg(folder.join("x86").join(&entry.file));
     let arguments = entry.arguments.replace("`date +%s`", &now().to_string());
     command.args(["-append", &arguments]).args(entry.qemu.split_whitespace());
-    Ok(judge(&process::run(&mut command, entry.timeout.unwrap_or(TIMEOUT))?))
+    Ok(judge(&process::run(&mut command, entry.timeout.unwrap_or(TIMEOUT), |_| false)?))
 }
 
 /// What a run came to. The exit code is `code << 1 | 1`: 0 for success, 77 >> 1 when all was skipped.
 fn judge(ended: &Ended) -> Verdict {
-    let count = |word: &str| ended.output.lines().filter(|line| line.starts_with(word)).count();
+    let text = ended.text();
+    let count = |word: &str| text.lines().filter(|line| line.starts_with(word)).count();
     let (passed, failed) = (count("PASS:"), count("FAIL:"));
     match ended.code {
         _ if ended.timed_out => Verdict::Fail(format!("hangs after {passed}")),
         Some(1) if failed == 0 => Verdict::Pass,
         Some(77) => Verdict::Skip,
         _ if failed > 0 => Verdict::Fail(format!("{failed} of {} fail", passed + failed)),
-        Some(code) => Verdict::Fail(match last_words(&ended.output) {
+        Some(code) => Verdict::Fail(match last_words(&text) {
             Some(words) => words,
             None => format!("exit code {code}"),
         }),
@@ -251,26 +251,6 @@ fn last_words(output: &str) -> Option<String> {
 fn skipped_for(output: &str) -> String {
     let reason = output.lines().find_map(|line| line.trim().strip_prefix("SKIP: "));
     reason.unwrap_or_else(|| output.lines().rfind(|line| !line.starts_with("SUMMARY")).unwrap_or("")).trim().to_owned()
-}
-
-fn qemu_version() -> String {
-    let output = Command::new("qemu-system-x86_64").arg("--version").output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    text.lines().next().unwrap_or("no QEMU here").trim().to_owned()
-}
-
-fn read_kept(path: &Path) -> BTreeMap<String, Verdict> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let kept: BTreeMap<String, String> = serde_json::from_str(&text).unwrap_or_default();
-    kept.into_iter().filter_map(|(name, text)| Some((name, Verdict::decode(&text)?))).collect()
-}
-
-fn write_kept(path: &Path, verdicts: &BTreeMap<String, Verdict>) -> Result<()> {
-    let kept: BTreeMap<&String, String> = verdicts.iter().map(|(name, verdict)| (name, verdict.encode())).collect();
-    if kept.is_empty() {
-        bail!("nothing to keep");
-    }
-    std::fs::write(path, serde_json::to_vec_pretty(&kept)?).with_context(|| format!("writing {}", path.display()))
 }
 
 #[cfg(test)]

@@ -7,11 +7,14 @@
 mod kvm_unit_tests;
 mod process;
 mod table;
+mod test386;
 
 use anyhow::{Context, Result, bail};
 use anyvisor_tests::assets;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use table::Verdict;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -37,6 +40,7 @@ pub struct Options {
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Name {
     KvmUnitTests,
+    Test386,
 }
 
 /// Runs a suite, prints its table and writes it to docs/conformance.md.
@@ -52,6 +56,8 @@ pub fn suites(options: &Options) -> Result<()> {
     let place = Place { cache: cache.canonicalize()?, source: options.source.clone() };
     let suite = match options.suite {
         Name::KvmUnitTests if options.tcg => return kvm_unit_tests::run_in_tcg(&place, options.only.as_deref()),
+        Name::Test386 if options.tcg => return test386::run_in_tcg(&place),
+        Name::Test386 => test386::run(&place)?,
         Name::KvmUnitTests => kvm_unit_tests::run(&place, options.only.as_deref())?,
     };
     print!("{}", suite.markdown());
@@ -115,4 +121,24 @@ fn commit(folder: &Path) -> String {
     let text = output.ok().filter(|output| output.status.success());
     let text = text.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
     text.filter(|text| !text.is_empty()).unwrap_or_else(|| "an unknown commit".into())
+}
+
+fn qemu_version() -> String {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    text.lines().next().unwrap_or("no QEMU here").trim().to_owned()
+}
+
+fn read_kept(path: &Path) -> BTreeMap<String, Verdict> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let kept: BTreeMap<String, String> = serde_json::from_str(&text).unwrap_or_default();
+    kept.into_iter().filter_map(|(name, text)| Some((name, Verdict::decode(&text)?))).collect()
+}
+
+fn write_kept(path: &Path, verdicts: &BTreeMap<String, Verdict>) -> Result<()> {
+    let kept: BTreeMap<&String, String> = verdicts.iter().map(|(name, verdict)| (name, verdict.encode())).collect();
+    if kept.is_empty() {
+        bail!("nothing to keep");
+    }
+    std::fs::write(path, serde_json::to_vec_pretty(&kept)?).with_context(|| format!("writing {}", path.display()))
 }

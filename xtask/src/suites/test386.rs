@@ -1,0 +1,174 @@
+//! test386.asm: a ROM that tests a 80386 from reset on, in real and protected mode. It announces each group of tests
+//! by a POST code, and stops in the first that fails. The group EE checks nothing itself: it prints what arithmetic
+//! came to, for comparison with a file.
+//!
+//! It is assembled twice: with its POST port on the serial port, for the codes, and with its printing there.
+
+use super::process;
+use super::table::{Row, Suite, Verdict};
+use super::{Place, commit, qemu_version, read_kept, write_kept};
+use anyhow::{Context, Result};
+use anyvisor_tests::{assets, vm};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+const NAME: &str = "test386";
+const URL: &str = "https://github.com/barotto/test386.asm.git";
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// The code behind the last group.
+const DONE: u8 = 0xff;
+/// The group whose results are compared, as the row is called.
+const RESULTS: &str = "results of EE";
+
+/// ROMs: the name of a row's prefix, and the setting of ROM128.
+const ROMS: [(&str, u8); 2] = [("64K", 0), ("128K", 1)];
+
+/// Runs the ROMs in anyvisor.
+///
+/// # Errors
+/// The suite cannot be had, assembled or started.
+pub fn run(place: &Place) -> Result<Suite> {
+    let folder = fetch(place)?;
+    let qemu = read_kept(&place.kept(NAME));
+    let rows = results(&folder, anyvisor)?.into_iter().map(|(name, ours)| {
+        let remark = match (&ours, name.ends_with(RESULTS)) {
+            (Verdict::Pass, true) => {
+                "but for OF of rotations by more than 1, which is undefined and here as on the host's CPU"
+            }
+            _ => "",
+        };
+        Row { tcg: qemu.get(&name).cloned(), name, ours, remark: remark.into() }
+    });
+    let rows = rows.collect();
+    let about = format!(
+        "test386.asm ({}); `cargo xtask suites test386`. A row is a group of tests, by POST code. {}.",
+        commit(&folder),
+        qemu_version()
+    );
+    Ok(Suite { name: NAME, about, rows })
+}
+
+/// Runs the ROMs in QEMU, for later tables.
+///
+/// # Errors
+/// The suite cannot be had, assembled or started.
+pub fn run_in_tcg(place: &Place) -> Result<()> {
+    crate::install("qemu-system-x86_64", &["qemu-system-x86"])?;
+    let verdicts = results(&fetch(place)?, qemu)?;
+    verdicts.iter().for_each(|(name, verdict)| println!("{name}: {}", verdict.encode()));
+    write_kept(&place.kept(NAME), &verdicts.into_iter().collect())
+}
+
+fn fetch(place: &Place) -> Result<PathBuf> {
+    crate::install("nasm", &["nasm"])?;
+    place.fetch(NAME, URL)
+}
+
+fn anyvisor(rom: &Path) -> Command {
+    let mut command = vm::command();
+    command.args(["run", "--engine", "translator", "--no-api", "--memory", "64M", "--firmware"]).arg(rom);
+    command
+}
+
+fn qemu(rom: &Path) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-machine", "accel=tcg", "-nodefaults", "-display", "none", "-serial", "stdio", "-bios"]).arg(rom);
+    command
+}
+
+/// What becomes of each group of each ROM.
+fn results(folder: &Path, runner: impl Fn(&Path) -> Command) -> Result<Vec<(String, Verdict)>> {
+    let source = folder.join("src/test386.asm");
+    let source = std::fs::read_to_string(&source).with_context(|| format!("reading {}", source.display()))?;
+    let mut all = Vec::new();
+    for (name, large) in ROMS {
+        let rom = assemble(folder, "post", &[("POST_PORT", "0x3f8"), ("ROM128", &large.to_string())])?;
+        let seen = process::run(&mut runner(&rom), TIMEOUT, |output| output.last() == Some(&DONE))?.output;
+        let groups = codes(&source).into_iter().filter(|code| *code != DONE);
+        // A group has passed when the next one has begun.
+        all.extend(groups.map(|code| {
+            let verdict = match seen.iter().position(|seen| *seen == code) {
+                Some(at) if at + 1 < seen.len() => Verdict::Pass,
+                Some(_) => Verdict::Fail("stops here".into()),
+                None => Verdict::Fail("not reached".into()),
+            };
+            (format!("{name}: POST {code:02X}"), verdict)
+        }));
+    }
+    let reference = folder.join("test386-EE-reference.txt");
+    let reference = std::fs::read_to_string(&reference).with_context(|| format!("reading {}", reference.display()))?;
+    let rom = assemble(folder, "print", &[("COM_PORT", "1")])?;
+    let lines = reference.lines().count();
+    let enough = |output: &[u8]| output.iter().filter(|byte| **byte == b'\n').count() >= lines;
+    let printed = process::run(&mut runner(&rom), TIMEOUT, enough)?.text();
+    all.push((RESULTS.into(), compare(&printed, &reference)));
+    Ok(all)
+}
+
+/// The codes of the groups that this configuration has, in order.
+fn codes(source: &str) -> Vec<u8> {
+    let code = |line: &str| u8::from_str_radix(line.trim().strip_prefix("POST ")?.split(' ').next()?, 16).ok();
+    source.lines().filter_map(code).collect()
+}
+
+/// The ROM `name` with some of its configuration set.
+fn assemble(folder: &Path, name: &str, settings: &[(&str, &str)]) -> Result<PathBuf> {
+    let original = folder.join("src/configuration.asm");
+    let text = std::fs::read_to_string(&original).with_context(|| format!("reading {}", original.display()))?;
+    let line = |line: &str| match settings.iter().find(|(key, _)| line.starts_with(&format!("{key} equ"))) {
+        Some((key, value)) => format!("{key} equ {value}\n"),
+        None => format!("{line}\n"),
+    };
+    let build = folder.join(format!("build-{name}"));
+    std::fs::create_dir_all(&build).with_context(|| format!("making {}", build.display()))?;
+    std::fs::write(build.join("configuration.asm"), text.lines().map(line).collect::<String>())?;
+    let rom = build.join("test386.bin");
+    // The folder that is named first wins.
+    let mut nasm = Command::new("nasm");
+    nasm.arg("-i").arg(format!("{}/", build.display())).args(["-i", "src/", "-f", "bin", "-w-all", "src/test386.asm"]);
+    assets::run(nasm.arg("-o").arg(&rom).current_dir(folder))?;
+    Ok(rom)
+}
+
+/// Compares line by line. Of a rotation by more than 1, OF is undefined (SDM vol. 2B, RCL/RCR/ROL/ROR).
+fn compare(printed: &str, reference: &str) -> Verdict {
+    let (printed, reference): (Vec<&str>, Vec<&str>) = (printed.lines().collect(), reference.lines().collect());
+    let same = |pair: &(&&str, &&str)| defined(pair.0) == defined(pair.1);
+    let equal = printed.iter().zip(&reference).filter(same).count();
+    if equal == reference.len() && printed.len() == reference.len() {
+        return Verdict::Pass;
+    }
+    Verdict::Fail(format!("{equal} of {} lines agree", reference.len()))
+}
+
+/// A line without what is undefined: `C0 ROL B EAX=… EDX=… PS=0044 EAX=… EDX=… PS=0844`, flags before and after.
+fn defined(line: &str) -> String {
+    const OF: u32 = 0x800;
+    let rotation = ["ROL", "ROR", "RCL", "RCR"].iter().any(|name| line.contains(name));
+    let by_one = line.starts_with("D0") || line.starts_with("D1");
+    let word = |word: &str| match word.strip_prefix("PS=").and_then(|flags| u32::from_str_radix(flags, 16).ok()) {
+        Some(flags) if rotation && !by_one => format!("PS={:04X} ", flags & !OF),
+        _ => format!("{word} "),
+    };
+    line.split_whitespace().map(word).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_read_from_the_source() {
+        assert_eq!(codes("\tPOST 0\n; POST 7\n POST EE\nPOSTAL 3\n\tPOST FF ; end\n"), [0, 0xee, 0xff]);
+    }
+
+    #[test]
+    fn only_what_is_defined_is_compared() {
+        let reference = "C0 ROL B EAX=1 PS=0044 EAX=2 PS=0844\r\nD0 ROL B EAX=1 PS=0 EAX=2 PS=0800\r\n";
+        assert_eq!(compare(&reference.replace("0844", "0044"), reference), Verdict::Pass);
+        assert_eq!(compare(&reference.replace("0844", "0045"), reference), Verdict::Fail("1 of 2 lines agree".into()));
+        assert_eq!(compare(&reference.replace("0800", "0000"), reference), Verdict::Fail("1 of 2 lines agree".into()));
+        assert_eq!(compare("", reference), Verdict::Fail("0 of 2 lines agree".into()));
+    }
+}
