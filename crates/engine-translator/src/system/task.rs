@@ -174,6 +174,12 @@ fn read_state(core: &mut Core, io: &dyn GuestIo, tss: &Segment) -> Result<State,
         *word = read_uint(core, io, at, layout.word, Rights::Implicit)?;
         at += layout.word as u64;
     }
+    let mut gpr: [u64; 8] = words[2..10].try_into().unwrap();
+    if !wide {
+        // Upper halves that a 16-bit TSS has no room for: the manuals say nothing of them, test386.asm (POST 22)
+        // knows that the 80386 fills them with ones, and Bochs does so too.
+        gpr.iter_mut().for_each(|register| *register |= 0xffff_0000);
+    }
     let mut selectors = [0; 6];
     for selector in &mut selectors[..layout.segments] {
         *selector = read_uint(core, io, at, 2, Rights::Implicit)? as u16;
@@ -183,7 +189,7 @@ fn read_state(core: &mut Core, io: &dyn GuestIo, tss: &Segment) -> Result<State,
         cr3: if wide { read_uint(core, io, tss.base + 0x1c, 4, Rights::Implicit)? } else { core.cpu.cr3 },
         rip: words[0],
         flags: words[1],
-        gpr: words[2..10].try_into().unwrap(),
+        gpr,
         selectors,
         ldt: read_uint(core, io, tss.base + layout.ldt, 2, Rights::Implicit)? as u16,
         trap: wide && read_uint(core, io, tss.base + 0x64, 2, Rights::Implicit)? & 1 != 0,

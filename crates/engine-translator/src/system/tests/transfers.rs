@@ -393,6 +393,26 @@ fn task_switch_by_jump_and_back_by_iret() {
 }
 
 #[test]
+fn a_16_bit_tss_fills_the_upper_halves_of_registers_with_ones() {
+    let mut test = TestVm::protected_mode(&[], 0);
+    let second = place::DATA;
+    // JMP to the TSS; its fields are words: IP at 0Eh, FLAGS, AX to DI, then ES, CS, SS and DS.
+    let [low, high] = selector::FREE.to_le_bytes();
+    test.load(place::CODE, &[0xea, 0, 0, 0, 0, low, high]);
+    test.load(second, &[0; 0x2c]);
+    let fields = [0x100, rflags::FIXED as u16, 0x1234, 2, 3, 4, 5, 6, 7, 8];
+    let selectors = [selector::DATA, selector::CODE32, selector::DATA, selector::DATA];
+    for (n, value) in (0..).zip(fields.into_iter().chain(selectors)) {
+        test.load(second + 0x0e + 2 * n, &value.to_le_bytes());
+    }
+    test.load(place::GDT + u64::from(selector::FREE), &descriptor(second as u32, 0x2b, attr::P | 1).to_le_bytes());
+    test.steps(1);
+    let cpu = &test.core().cpu;
+    assert_eq!((cpu.rip, cpu.tr.base), (0x100, second));
+    assert_eq!((cpu.gpr[gpr::RAX], cpu.gpr[gpr::RDI]), (0xffff_1234, 0xffff_0008));
+}
+
+#[test]
 fn popf_by_privilege() {
     let everything = rflags::WRITABLE;
     let run = |cpl: u8, iopl: u64, code: u8| {
