@@ -1,11 +1,12 @@
 //! The machine of one case: memory, one vCPU in a mode, devices that take notes.
 
 use super::tables::{self, Ending, place};
-use super::{Asm, Assembled, End, Mismatch, Mode, Recorder};
+use super::{Asm, Assembled, End, Mismatch, Mode, Recorder, Verdict};
 use crate::{Engine, Exit, Kicker, Result as EngineResult, Vcpu, VcpuId, Vm};
 use anyvisor_x86::bits::cr0;
 use anyvisor_x86::{Cpuid, Segment, VcpuState};
 use iced_x86::IcedError;
+use iced_x86::code_asm::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -99,6 +100,34 @@ impl<'a> Guest<'a> {
         }
         let (log, code) = (self.io.take_log(), self.code.clone());
         Ok(End { exit, ended, state, log, mode: self.mode, code, ip: self.ip(), memory: self.memory.clone() })
+    }
+
+    /// Has the guest, in its mode, write to each page of its memory below devices, which changes no byte.
+    ///
+    /// A page's first use may be slow business of the engine's in the midst of an instruction; Bochs takes that for
+    /// the end of the instruction when it comes to debug traps ([`super::limits`]). Cases about those begin with this.
+    pub fn touch(&mut self) -> Verdict {
+        let end = self.run(|a| {
+            let mut again = a.create_label();
+            if a.bitness() == 16 {
+                a.xor(ax, ax)?;
+                a.xor(bx, bx)?;
+                a.set_label(&mut again)?;
+                a.mov(es, ax)?;
+                a.or(byte_ptr(bx).es(), 0)?;
+                a.add(ax, 0x100)?;
+                a.cmp(ax, (place::MMIO >> 4) as i32)?;
+            } else {
+                a.xor(esi, esi)?;
+                a.set_label(&mut again)?;
+                let at = if a.bitness() == 64 { byte_ptr(rsi) } else { byte_ptr(esi) };
+                a.or(at, 0)?;
+                a.add(esi, 0x1000)?;
+                a.cmp(esi, place::MMIO as i32)?;
+            }
+            a.jb(again)
+        })?;
+        end.done()
     }
 
     /// As [`Guest::run`], while another thread does `act` [`A_LITTLE`] after the state is set.

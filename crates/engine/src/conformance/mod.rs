@@ -159,15 +159,25 @@ impl<'a> Bench<'a> {
     }
 }
 
+/// What runs before a case.
+type Prepare = fn(&mut Guest<'_>) -> Verdict;
+
 /// Collects cases; each file under `cases/` adds its own.
 pub struct Suite {
     cases: Vec<Case>,
     group: &'static str,
+    prepare: Option<Prepare>,
 }
 
 impl Suite {
     fn group(&mut self, name: &'static str) -> &mut Suite {
-        self.group = name;
+        (self.group, self.prepare) = (name, None);
+        self
+    }
+
+    /// Runs `prepare` before each case of this group that is added from here on.
+    fn each(&mut self, prepare: Prepare) -> &mut Suite {
+        self.prepare = Some(prepare);
         self
     }
 
@@ -177,7 +187,13 @@ impl Suite {
         F: Fn(&mut Guest<'_>) -> Verdict + Send + Sync + 'static,
     {
         let first = self.cases.len();
-        let test: Test = Arc::new(test);
+        let test: Test = match self.prepare {
+            Some(prepare) => Arc::new(move |g| {
+                prepare(g)?;
+                test(g)
+            }),
+            None => Arc::new(test),
+        };
         for &mode in modes {
             let name = format!("{}: {} [{}]", self.group, name.as_ref(), mode.name());
             self.cases.push(Case { name, mode, needs: Vec::new(), test: test.clone() });

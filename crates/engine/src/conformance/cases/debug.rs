@@ -20,10 +20,10 @@ const KERNEL: &[Mode] = &[Mode::Protected, Mode::Compat, Mode::Long];
 const FLAT: &[Mode] = &[Mode::Protected, Mode::ProtectedUser, Mode::Compat, Mode::CompatUser, Mode::Long, Mode::User];
 
 pub fn add(suite: &mut Suite) {
-    single_step(suite.group("single step"));
-    execution(suite.group("breakpoints"));
+    single_step(suite.group("single step").each(|g| g.touch()));
+    execution(suite.group("breakpoints").each(|g| g.touch()));
     data(suite);
-    registers(suite.group("debug registers"));
+    registers(suite.group("debug registers").each(|g| g.touch()));
 }
 
 /// #DB as a trap after `n` instructions, with `bits` in DR6.

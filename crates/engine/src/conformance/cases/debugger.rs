@@ -11,7 +11,7 @@ const FLAT: &[Mode] = &[Mode::Protected, Mode::ProtectedUser, Mode::Compat, Mode
 const FEW: &[Mode] = &[Mode::Real, Mode::Protected, Mode::Long, Mode::User];
 
 pub fn add(suite: &mut Suite) {
-    breakpoints(suite.group("debugger"));
+    breakpoints(suite.group("debugger").each(|g| g.touch()));
     watchpoints(suite);
     steps(suite);
     beside_the_guests_own(suite);

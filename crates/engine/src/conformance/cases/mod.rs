@@ -49,7 +49,7 @@ mod prelude {
 
 /// All cases, in order.
 pub fn cases() -> Vec<Case> {
-    let mut suite = Suite { cases: Vec::new(), group: "" };
+    let mut suite = Suite { cases: Vec::new(), group: "", prepare: None };
     exceptions::add(&mut suite);
     port_io::add(&mut suite);
     mmio::add(&mut suite);
