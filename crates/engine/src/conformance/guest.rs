@@ -104,8 +104,8 @@ impl<'a> Guest<'a> {
 
     /// Has the guest, in its mode, write to each page of its memory below devices, which changes no byte.
     ///
-    /// A page's first use may be slow business of the engine's in the midst of an instruction; Bochs takes that for
-    /// the end of the instruction when it comes to debug traps ([`super::limits`]). Cases about those begin with this.
+    /// A page's first use may make the engine leave the guest within an instruction, and Bochs takes that for the
+    /// instruction's end when it comes to debug traps. Cases about those begin with this.
     pub fn touch(&mut self) -> Verdict {
         let end = self.run(|a| {
             let mut again = a.create_label();

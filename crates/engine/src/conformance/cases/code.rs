@@ -1,33 +1,55 @@
 //! Code that changes: by the guest itself, through another mapping, by the host, on the page it runs on (SDM
 //! vol. 3A 11.6: a jump after the store is enough on one processor).
 
+use super::super::{End, Guest, Mismatch};
 use super::prelude::*;
+use iced_x86::IcedError;
+
+/// Puts `mov eax, value; ret` at `address`.
+fn function(g: &Guest, address: u64, value: u8) {
+    g.write(address, &[0xb8, value, 0, 0, 0, 0xc3]);
+}
+
+/// Calls a [`function`] at `address`, in RSI, before and after `change`, which makes it return 2 instead of 1.
+fn called_around(
+    g: &mut Guest,
+    address: u64,
+    change: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Verdict {
+    function(g, address, 1);
+    g.state.gpr[gpr::RSI] = address;
+    let call = |a: &mut CodeAssembler| if a.bitness() == 64 { a.call(rsi) } else { a.call(esi) };
+    let end = g.run(|a| {
+        call(a)?;
+        a.mov(ebx, eax)?;
+        change(a)?;
+        call(a)
+    })?;
+    end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+}
+
+/// Calls what is in RSI, near the end of a page, three times, and once more when the next page is mapped elsewhere: the
+/// results are in EBX and EAX.
+fn called_around_remapping(g: &mut Guest) -> Result<End, Mismatch> {
+    g.state.gpr[gpr::RBP] = place::PT + 8 * ((place::MORE_CODE >> 12) + 1);
+    g.run(|a| {
+        for _ in 0..3 {
+            a.call(rsi)?;
+        }
+        a.mov(ebx, eax)?;
+        a.add(qword_ptr(rbp), 0x1000)?;
+        a.invlpg(byte_ptr(rsi + 8))?;
+        a.call(rsi)
+    })
+}
 
 pub fn add(suite: &mut Suite) {
     suite.group("code that changes");
-    const FLAT: &[Mode] = &[Mode::Protected, Mode::ProtectedUser, Mode::Compat, Mode::CompatUser];
-    suite.add("a store to code that ran before", FLAT, |g| {
-        // mov eax, 1; ret
-        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
-        g.state.gpr[gpr::RSI] = place::MORE_CODE;
-        let end = g.run(|a| {
-            a.call(esi)?;
-            a.mov(ebx, eax)?;
-            a.mov(byte_ptr(esi + 1), 2)?;
-            a.call(esi)
-        })?;
-        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
-    });
-    suite.add("a store to code that ran before, of 64 bits", WIDE, |g| {
-        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
-        g.state.gpr[gpr::RSI] = place::MORE_CODE;
-        let end = g.run(|a| {
-            a.call(rsi)?;
-            a.mov(ebx, eax)?;
-            a.mov(byte_ptr(rsi + 1), 2)?;
-            a.call(rsi)
-        })?;
-        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+    suite.add("a store to code that ran before", PROTECTED_MODES, |g| {
+        called_around(g, place::MORE_CODE, |a| match a.bitness() {
+            64 => a.mov(byte_ptr(rsi + 1), 2),
+            _ => a.mov(byte_ptr(esi + 1), 2),
+        })
     });
     suite.add("a store to the next instruction", WIDE, |g| {
         // The instruction behind the store is replaced: the processor sees it, jump or not.
@@ -57,59 +79,33 @@ pub fn add(suite: &mut Suite) {
         end.registers(&[(gpr::RBX, (0..100).sum())])
     });
     suite.add("a store through another mapping of the page", WIDE, |g| {
-        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
         g.map(place::MORE_CODE + 0x1000, place::MORE_CODE | page::ALL);
-        g.state.gpr[gpr::RSI] = place::MORE_CODE;
-        let end = g.run(|a| {
-            a.call(rsi)?;
-            a.mov(ebx, eax)?;
-            a.mov(byte_ptr(rsi + 0x1001), 2)?;
-            a.call(rsi)
-        })?;
-        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+        called_around(g, place::MORE_CODE, |a| a.mov(byte_ptr(rsi + 0x1001), 2))
     });
     suite.add("a change by REP MOVSB", WIDE, |g| {
-        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
-        g.write(place::DATA, &[0xb8, 2, 0, 0, 0, 0xc3]);
-        g.state.gpr[gpr::RBX] = place::MORE_CODE;
-        let end = g.run(|a| {
-            a.call(rbx)?;
-            a.mov(edx, eax)?;
-            a.mov(rsi, rdi)?;
-            a.mov(rdi, rbx)?;
+        function(g, place::DATA, 2);
+        called_around(g, place::MORE_CODE, |a| {
+            a.xchg(rsi, rdi)?;
             a.mov(ecx, 6)?;
             a.rep().movsb()?;
-            a.call(rbx)
-        })?;
-        end.registers(&[(gpr::RDX, 1), (gpr::RAX, 2)])
+            a.lea(rsi, qword_ptr(rdi - 6))
+        })
     });
     suite.add("a change by a vector store", WIDE, |g| {
-        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
-        g.write(place::DATA, &[0xb8, 2, 0, 0, 0, 0xc3]);
-        g.state.gpr[gpr::RBX] = place::MORE_CODE;
-        let end = g.run(|a| {
-            a.call(rbx)?;
-            a.mov(edx, eax)?;
+        function(g, place::DATA, 2);
+        called_around(g, place::MORE_CODE, |a| {
             a.movups(xmm0, xmmword_ptr(rdi))?;
-            a.movups(xmmword_ptr(rbx), xmm0)?;
-            a.call(rbx)
-        })?;
-        end.registers(&[(gpr::RDX, 1), (gpr::RAX, 2)])
+            a.movups(xmmword_ptr(rsi), xmm0)
+        })
     });
     suite.add("a change by a push", WIDE, |g| {
-        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3, 0x90, 0x90]);
-        g.state.gpr[gpr::RBX] = place::MORE_CODE;
         g.state.gpr[gpr::RBP] = 0x9090_c300_0000_02b8;
-        let end = g.run(|a| {
-            a.call(rbx)?;
-            a.mov(edx, eax)?;
-            a.mov(rsi, rsp)?;
-            a.lea(rsp, qword_ptr(rbx + 8))?;
+        called_around(g, place::MORE_CODE, |a| {
+            a.mov(rdx, rsp)?;
+            a.lea(rsp, qword_ptr(rsi + 8))?;
             a.push(rbp)?;
-            a.mov(rsp, rsi)?;
-            a.call(rbx)
-        })?;
-        end.registers(&[(gpr::RDX, 1), (gpr::RAX, 2)])
+            a.mov(rsp, rdx)
+        })
     });
     suite.add("a change by the host between runs", &[Mode::Protected, Mode::Long, Mode::User], |g| {
         g.run(|a| a.mov(eax, 1))?.registers(&[(gpr::RAX, 1)])?;
@@ -117,46 +113,23 @@ pub fn add(suite: &mut Suite) {
         g.run(|a| a.mov(eax, 3))?.registers(&[(gpr::RAX, 3)])
     });
     suite.add("a page of code that is mapped elsewhere", &[Mode::Long], |g| {
-        g.write(place::MORE_CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
-        g.write(place::MORE_CODE + 0x1000, &[0xb8, 2, 0, 0, 0, 0xc3]);
-        g.state.gpr[gpr::RSI] = place::MORE_CODE;
+        function(g, place::MORE_CODE + 0x1000, 2);
         g.state.gpr[gpr::RBP] = place::PT + 8 * (place::MORE_CODE >> 12);
-        let end = g.run(|a| {
-            a.call(rsi)?;
-            a.mov(ebx, eax)?;
+        called_around(g, place::MORE_CODE, |a| {
             a.add(qword_ptr(rbp), 0x1000)?;
-            a.invlpg(byte_ptr(rsi))?;
-            a.call(rsi)
-        })?;
-        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+            a.invlpg(byte_ptr(rsi))
+        })
     });
     suite.add("code that crosses into a page that changes", WIDE, |g| {
-        // mov eax, imm32 with its immediate on the next page.
-        g.write(place::MORE_CODE + 0xfff, &[0xb8, 1, 0, 0, 0, 0xc3]);
-        g.state.gpr[gpr::RSI] = place::MORE_CODE + 0xfff;
-        let end = g.run(|a| {
-            a.call(rsi)?;
-            a.mov(ebx, eax)?;
-            a.mov(byte_ptr(rsi + 1), 2)?;
-            a.call(rsi)
-        })?;
-        end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
+        // Its immediate is on the next page.
+        called_around(g, place::MORE_CODE + 0xfff, |a| a.mov(byte_ptr(rsi + 1), 2))
     });
     suite.add("code that crosses into a page that is mapped elsewhere", &[Mode::Long], |g| {
         // mov eax, 1, from a page to the next / add eax, 1 or 2 / ret
         g.write(place::MORE_CODE + 0xffe, &[0xb8, 1, 0, 0, 0, 0x83, 0xc0, 1, 0xc3]);
         g.write(place::MORE_CODE + 0x2000, &[0, 0, 0, 0x83, 0xc0, 2, 0xc3]);
         g.state.gpr[gpr::RSI] = place::MORE_CODE + 0xffe;
-        g.state.gpr[gpr::RBP] = place::PT + 8 * ((place::MORE_CODE >> 12) + 1);
-        let end = g.run(|a| {
-            for _ in 0..3 {
-                a.call(rsi)?;
-            }
-            a.mov(ebx, eax)?;
-            a.add(qword_ptr(rbp), 0x1000)?;
-            a.invlpg(byte_ptr(rsi + 8))?;
-            a.call(rsi)
-        })?;
+        let end = called_around_remapping(g)?;
         end.registers(&[(gpr::RBX, 2), (gpr::RAX, 3)])
     });
     suite.add("a jump that crosses into a page that is mapped elsewhere", &[Mode::Long], |g| {
@@ -164,16 +137,7 @@ pub fn add(suite: &mut Suite) {
         g.write(place::MORE_CODE + 0xfff, &[0xeb, 2, 0xcc, 0xcc, 0xb8, 1, 0, 0, 0, 0xc3]);
         g.write(place::MORE_CODE + 0x2000, &[2, 0xcc, 0xcc, 0xb8, 2, 0, 0, 0, 0xc3]);
         g.state.gpr[gpr::RSI] = place::MORE_CODE + 0xfff;
-        g.state.gpr[gpr::RBP] = place::PT + 8 * ((place::MORE_CODE >> 12) + 1);
-        let end = g.run(|a| {
-            for _ in 0..3 {
-                a.call(rsi)?;
-            }
-            a.mov(ebx, eax)?;
-            a.add(qword_ptr(rbp), 0x1000)?;
-            a.invlpg(byte_ptr(rsi + 8))?;
-            a.call(rsi)
-        })?;
+        let end = called_around_remapping(g)?;
         end.registers(&[(gpr::RBX, 1), (gpr::RAX, 2)])
     });
     suite.add("data beside code may change at will", WIDE, |g| {

@@ -2,6 +2,7 @@
 
 use super::super::{End, Guest, Mismatch};
 use super::interrupts::{enable_apic, msi};
+use super::kicks::kicked;
 use super::prelude::*;
 use crate::{Exit, GuestDebug, HARDWARE_BREAKPOINTS, HardwareBreakpoint, Stop, Watch};
 use anyvisor_x86::state::Activity;
@@ -88,14 +89,8 @@ fn breakpoints(suite: &mut Suite) {
             go_on(g, &kind(place::CODE + 1))?.registers(&[(gpr::RCX, 0)])
         });
         suite.add(format!("{name} in code that runs already"), &[Mode::Long, Mode::User], move |g| {
-            let kicker = g.vcpu.kicker();
-            let sender = std::thread::spawn(move || {
-                std::thread::sleep(std::time::Duration::from_millis(20));
-                kicker.kick();
-            });
-            let end = g.run(|a| a.db(&[0x48, 0xff, 0xc0, 0x48, 0xff, 0xc3, 0xeb, 0xf8]))?;
-            sender.join().expect("the sender does not panic");
-            equal("exit", &end.exit, &Exit::Kicked)?;
+            g.state.rflags |= rflags::IF;
+            kicked(g, |a| a.db(&[0x48, 0xff, 0xc0, 0x48, 0xff, 0xc3, 0xeb, 0xf8]))?;
             stopped(&go_on(g, &kind(place::CODE + 3))?, stop, 3)
         });
     }

@@ -3,6 +3,7 @@
 
 use super::super::Mismatch;
 use super::super::tables::{descriptor, handler};
+use super::exceptions::sse_division_by_zero;
 use super::prelude::*;
 
 /// Error-code bits of a failed delivery (SDM vol. 3A 6.13): an external or earlier event, and the IDT.
@@ -212,7 +213,7 @@ fn stacks(suite: &mut Suite) {
         equal("RSP", end.gpr(gpr::RSP), place::KERNEL_STACK - 40)
     });
     suite.add("a non-canonical RSP0 is #SS", &[Mode::User], |g| {
-        g.write_u64(place::TSS + 4, 0x8000_0000_0000);
+        g.write_u64(place::TSS + 4, 0x8000_0000_1000);
         g.gate_kind(0x50, 0xee);
         g.gate_ist(vector::SS, 1);
         g.run(|a| a.int(0x50))?.fault_code(vector::SS, 0)
@@ -249,15 +250,7 @@ fn failures(suite: &mut Suite) {
     suite.add("an exception beyond the IDT is #GP with EXT", &[Mode::User, Mode::Long], |g| {
         // #GP is vector 13, #XM 19.
         g.state.idtr.limit = 19 * 16 - 1;
-        g.write_u32(place::DATA, 0x1d80);
-        g.write_u32(place::DATA + 4, 1f32.to_bits());
-        let end = g.run(|a| {
-            a.ldmxcsr(dword_ptr(rdi))?;
-            a.movss(xmm0, dword_ptr(rdi + 4))?;
-            a.xorps(xmm1, xmm1)?;
-            a.divss(xmm0, xmm1)
-        })?;
-        end.fault_code(vector::GP, 19 * 8 + IDT + EXT)
+        sse_division_by_zero(g)?.fault_code(vector::GP, 19 * 8 + IDT + EXT)
     });
     suite.add("an IDT in an absent page is #PF", &[Mode::Long], |g| {
         // Vectors of 0xe0 and up lie in a page of their own.

@@ -1,5 +1,6 @@
 //! Exceptions that instructions raise: vector, error code, where the frame points (SDM vol. 3A 6.15).
 
+use super::super::{End, Guest, Mismatch};
 use super::prelude::*;
 
 pub fn add(suite: &mut Suite) {
@@ -162,33 +163,27 @@ fn floating_point(suite: &mut Suite) {
         })?
         .fault(vector::MF)
     });
-    suite.add("an unmasked SSE exception is #XM", WIDE, |g| {
-        g.write_u32(place::DATA, 0x1d80);
-        g.write_u32(place::DATA + 4, 1f32.to_bits());
-        g.run(|a| {
-            a.ldmxcsr(dword_ptr(rdi))?;
-            a.movss(xmm0, dword_ptr(rdi + 4))?;
-            a.xorps(xmm1, xmm1)?;
-            a.divss(xmm0, xmm1)
-        })?
-        .fault(vector::XM)
-    });
+    suite.add("an unmasked SSE exception is #XM", WIDE, |g| sse_division_by_zero(g)?.fault(vector::XM));
     suite.add("an unmasked SSE exception without OSXMMEXCPT is #UD", WIDE, |g| {
         g.state.cr4 &= !cr4::OSXMMEXCPT;
-        g.write_u32(place::DATA, 0x1d80);
-        g.write_u32(place::DATA + 4, 1f32.to_bits());
-        g.run(|a| {
-            a.ldmxcsr(dword_ptr(rdi))?;
-            a.movss(xmm0, dword_ptr(rdi + 4))?;
-            a.xorps(xmm1, xmm1)?;
-            a.divss(xmm0, xmm1)
-        })?
-        .fault(vector::UD)
+        sse_division_by_zero(g)?.fault(vector::UD)
     });
     suite.add("reserved bits in MXCSR are #GP", WIDE, |g| {
         g.write_u32(place::DATA, 0x8000_1f80);
         g.run(|a| a.ldmxcsr(dword_ptr(rdi)))?.gp0()
     });
+}
+
+/// An SSE division by zero with that exception unmasked, which is the code's last instruction.
+pub fn sse_division_by_zero(g: &mut Guest) -> Result<End, Mismatch> {
+    g.write_u32(place::DATA, 0x1d80);
+    g.write_u32(place::DATA + 4, 1f32.to_bits());
+    g.run(|a| {
+        a.ldmxcsr(dword_ptr(rdi))?;
+        a.movss(xmm0, dword_ptr(rdi + 4))?;
+        a.xorps(xmm1, xmm1)?;
+        a.divss(xmm0, xmm1)
+    })
 }
 
 /// Width of the code being assembled.

@@ -63,6 +63,12 @@ fn forever(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.db(&[0xeb, 0xfe])
 }
 
+/// Has the messages of [`send_on_out`] sent, and waits.
+fn send_and_wait(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.out(SEND as i32, al)?;
+    forever(a)
+}
+
 /// Sleeps until an interrupt.
 fn sti_hlt(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.sti()?;
@@ -86,10 +92,7 @@ fn messages(suite: &mut Suite) {
         enable_apic(g);
         g.state.rflags |= rflags::IF;
         send_on_out(g, MSG);
-        let end = g.run(|a| {
-            a.out(SEND as i32, al)?;
-            forever(a)
-        })?;
+        let end = g.run(send_and_wait)?;
         end.vectored(0x50).map(drop)
     });
     suite.add("an MSI from another thread during a loop", &[Mode::Real, Mode::Long, Mode::User], |g| {
@@ -131,10 +134,7 @@ fn messages(suite: &mut Suite) {
         enable_apic(g);
         g.state.rflags |= rflags::IF;
         send_on_out(g, &[Msi { address: 0xfeef_f000, data: 0x50 }]);
-        let end = g.run(|a| {
-            a.out(SEND as i32, al)?;
-            forever(a)
-        })?;
+        let end = g.run(send_and_wait)?;
         end.vectored(0x50).map(drop)
     });
     suite.add("a logical MSI goes by LDR", &[Mode::Long], |g| {
@@ -142,20 +142,14 @@ fn messages(suite: &mut Suite) {
         set_apic(g, reg::LDR, 0x0400_0000);
         g.state.rflags |= rflags::IF;
         send_on_out(g, &[Msi { address: 0xfee0_2004, data: 0x60 }, Msi { address: 0xfee0_6004, data: 0x50 }]);
-        let end = g.run(|a| {
-            a.out(SEND as i32, al)?;
-            forever(a)
-        })?;
+        let end = g.run(send_and_wait)?;
         end.vectored(0x50).map(drop)
     });
     suite.add("an interrupt has no error code even on vector 0x1e", &[Mode::Long], |g| {
         enable_apic(g);
         g.state.rflags |= rflags::IF;
         send_on_out(g, &[Msi { address: 0xfee0_0000, data: 0x1e }]);
-        let end = g.run(|a| {
-            a.out(SEND as i32, al)?;
-            forever(a)
-        })?;
+        let end = g.run(send_and_wait)?;
         equal("vector", end.vector(), Some(0x1e))?;
         let rip = g.read_u64(end.gpr(gpr::RSP));
         ensure((place::CODE + 2..=place::CODE + 4).contains(&rip), || format!("top of the stack is {rip:#x}"))
@@ -570,18 +564,12 @@ fn nmi(suite: &mut Suite) {
     suite.add("an NMI needs no IF", MODES, |g| {
         enable_apic(g);
         send_on_out(g, ONE);
-        let end = g.run(|a| {
-            a.out(SEND as i32, al)?;
-            forever(a)
-        })?;
+        let end = g.run(send_and_wait)?;
         returns_from_nmi(g, &end)
     });
     suite.add("an NMI needs no enabled APIC", &[Mode::Real, Mode::Long], |g| {
         send_on_out(g, ONE);
-        let end = g.run(|a| {
-            a.out(SEND as i32, al)?;
-            forever(a)
-        })?;
+        let end = g.run(send_and_wait)?;
         returns_from_nmi(g, &end)
     });
     suite.add("an NMI waits while one is handled, until IRET", &[Mode::Long], |g| {
@@ -667,10 +655,7 @@ fn nmi(suite: &mut Suite) {
     suite.add("LINT1 as NMI does not depend on the vector", &[Mode::Long], |g| {
         enable_apic(g);
         send_on_out(g, &[Msi { address: 0xfee0_0000, data: 0x477 }]);
-        let end = g.run(|a| {
-            a.out(SEND as i32, al)?;
-            forever(a)
-        })?;
+        let end = g.run(send_and_wait)?;
         returns_from_nmi(g, &end)
     });
 }

@@ -230,6 +230,32 @@ fn events(suite: &mut Suite) {
         let end = g.run(iret_to_next)?;
         returns_from_nmi(g, &end)
     });
+    // What the 8259 has been asked for cannot be asked for again.
+    const PIC: &[Mode] = &[Mode::Real, Mode::Protected, Mode::Long, Mode::User];
+    suite.add("an interrupt of the 8259 in the state is delivered first", PIC, |g| {
+        g.state.rflags |= rflags::IF;
+        g.state.events.interrupt = Some(0x33);
+        let end = g.run(|a| a.nop())?;
+        end.trap_after(0, 0x33)?;
+        end.saw(&[])?;
+        equal("the interrupt that waits", end.state.events.interrupt, None)
+    });
+    suite.add("an interrupt of the 8259 that was not delivered goes to a fresh VM", PIC, |g| {
+        g.state.rflags |= rflags::IF;
+        g.state.events.interrupt = Some(0x33);
+        g.load(|a| a.nop())?;
+        g.vcpu.set_state(&g.state)?;
+        equal("the interrupt that waits", g.vcpu.state()?.events.interrupt, Some(0x33))?;
+        // This kick ends the run before the first instruction.
+        g.vcpu.kicker().kick();
+        let end = g.resume()?;
+        equal("exit", &end.exit, &Exit::Kicked)?;
+        let mut other = fresh(g)?;
+        other.vcpu.set_state(&end.state)?;
+        let end = other.resume()?;
+        end.trap_after(0, 0x33)?;
+        end.saw(&[])
+    });
     suite.add("a shadow is part of the state", &[Mode::Real, Mode::Long], |g| {
         g.state.events.interrupt_shadow = 1;
         g.state.rflags |= rflags::IF;
