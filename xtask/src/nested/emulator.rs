@@ -30,6 +30,9 @@ pub struct Emulator {
     /// A generous time for one boot of a Linux guest, and for the whole suite.
     pub boot: Duration,
     pub suite: Duration,
+    /// Whether its processor's TSC is this host's. Bochs counts instructions instead (`ips=`, 25 MHz), and VT-x of
+    /// its Haswell has no TSC scaling (cpu/cpudb/intel/corei7_haswell_4770.cc).
+    pub has_host_tsc: bool,
     vendor: Vendor,
 }
 
@@ -69,6 +72,7 @@ impl Emulator {
                 limits: "qemu-svm",
                 boot: Duration::from_secs(60),
                 suite: Duration::from_secs(600),
+                has_host_tsc: true,
                 vendor,
             },
             Vendor::Intel => Emulator {
@@ -89,6 +93,7 @@ impl Emulator {
                 limits: "bochs-vmx",
                 boot: Duration::from_secs(300),
                 suite: Duration::from_secs(1800),
+                has_host_tsc: false,
                 vendor,
             },
         }

@@ -61,8 +61,14 @@ stty -F /dev/ttyS3 raw -echo; tar -C /moved -c there | gzip -1 >/dev/ttyS3
 /// Moves a VM to L1 and back.
 ///
 /// # Errors
-/// It did not go on somewhere, or computed something else.
+/// It did not go on somewhere, or computed something else; or this emulator cannot.
 pub fn there_and_back(emulator: &Emulator, programs: &[PathBuf]) -> Result<()> {
+    ensure!(
+        emulator.has_host_tsc,
+        "moving: {}'s TSC counts its instructions, and a guest's cannot be scaled to this host's, so that a VM saved \
+         here is refused there; use amd",
+        emulator.program
+    );
     let folder = scratch("moving")?;
     let here = folder.join("here");
     let khz = save_here(&folder, &here)?;
