@@ -535,9 +535,9 @@ pub fn iret_to_next(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.nop()
 }
 
-/// What an NMI's IRET returns to, before the end: KVM on AMD-V takes an IRET for executed when it meets another RIP than
-/// the IRET's, whatever CS is, and in real mode they could be the same.
-const NOP: [u8; 1] = [0x90];
+/// What an NMI's IRET returns to, before the end. KVM on AMD-V takes an IRET for executed when it meets another RIP
+/// than the IRET's, whatever CS is: these are beyond the handler's offset in real mode.
+const NOPS: [u8; 4] = [0x90; 4];
 
 /// Goes on from the default handler of NMIs, where `end` is, with an IRET, which ends the blocking. There is an end
 /// where the NMI came.
@@ -548,7 +548,7 @@ fn back_from_nmi(g: &mut Guest, end: &End) -> Result<End, Mismatch> {
     let frame = end.vectored(vector::NMI)?;
     equal("NMIs blocked in the handler", end.state.events.nmi_blocked, true)?;
     let base = if g.mode == Mode::Real { u64::from(frame.cs) << 4 } else { 0 };
-    g.write(base + frame.rip, &[&NOP[..], Ending::PORT.code].concat());
+    g.write(base + frame.rip, &[&NOPS[..], Ending::PORT.code].concat());
     g.write(end.linear_rip(), if g.mode.handler_bits() == 64 { &[0x48, 0xcf] } else { &[0xcf] });
     g.vcpu.set_state(&end.state)?;
     let end = g.resume()?;
@@ -560,7 +560,7 @@ fn back_from_nmi(g: &mut Guest, end: &End) -> Result<End, Mismatch> {
 pub fn returns_from_nmi(g: &mut Guest, end: &End) -> Verdict {
     let back = end.vectored(vector::NMI)?.rip;
     let end = back_from_nmi(g, end)?;
-    equal("RIP behind the end", (end.ended, end.state.rip), (true, back + NOP.len() as u64 + Ending::PORT.length))
+    equal("RIP behind the end", (end.ended, end.state.rip), (true, back + NOPS.len() as u64 + Ending::PORT.length))
 }
 
 fn nmi(suite: &mut Suite) {
