@@ -100,7 +100,7 @@ pub fn run_vm(
         }
     };
     if measure {
-        remote.measure(true).map_err(|refused| Error::user(refused.to_string()))?;
+        remote.measure_from_start();
     }
     let (debugger, how) = match gdb {
         None => (None, None),

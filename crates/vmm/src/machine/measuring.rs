@@ -26,15 +26,16 @@ impl Measuring {
 }
 
 impl Remote {
-    /// Starts counting, from nothing, or stops. Before the VM has started, it counts from its first instruction on.
+    /// Lets a VM that has not been built yet count from its first instruction on.
+    pub fn measure_from_start(&self) {
+        *lock(&self.measuring.0) = Some(Vec::new());
+    }
+
+    /// Starts counting, from nothing, or stops.
     ///
     /// # Errors
     /// As for [`Remote::pause`]: the vCPUs are told at a standstill.
     pub fn measure(&self, on: bool) -> Result<(), Refused> {
-        if self.state() == super::State::Starting {
-            *lock(&self.measuring.0) = on.then(Vec::new);
-            return Ok(());
-        }
         let measuring = self.measuring.clone();
         self.with_paused(move |paused| {
             *lock(&measuring.0) = on.then(|| paused.vcpus.iter().map(|_| Arc::default()).collect());
