@@ -25,7 +25,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Boots a kernel; its serial console is on stdin and stdout (Ctrl-A X ends the VM)
-    Run(RunOptions),
+    Run(Box<RunOptions>),
     /// Lists your running VMs
     Ps(PsOptions),
     /// Holds a VM still until resume

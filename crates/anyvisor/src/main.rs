@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     terminal::restore_on_fatal_signals();
     init_log(cli.command.verbosity());
     let result = match cli.command {
-        cli::Command::Run(options) => run::command(options),
+        cli::Command::Run(options) => run::command(*options),
         cli::Command::Ps(options) => control::commands::ps(&options),
         cli::Command::Pause(vm) => control::commands::pause(&vm.id),
         cli::Command::Resume(vm) => control::commands::resume(&vm.id),
