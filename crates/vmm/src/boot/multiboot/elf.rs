@@ -1,5 +1,6 @@
 //! The segments of an ELF image, of 32 or 64 bits, for a loader that goes by physical addresses.
 
+use super::super::pvh::{u16_at, u32_at, u64_at};
 use super::super::{damaged, length, not_a_kernel, read_at};
 use super::{Boot, Image, Segment};
 use crate::{Error, Result};
@@ -110,14 +111,4 @@ impl Program {
         }
         Ok(Segment { offset: self.offset, gpa: self.phys, file_size: self.file_size, memory_size: self.memory_size })
     }
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([bytes[at], bytes[at + 1]])
-}
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
-}
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
