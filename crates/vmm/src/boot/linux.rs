@@ -1,4 +1,5 @@
-//! bzImage by the 64-bit Linux boot protocol (Documentation/x86/boot.rst, version 2.12 and later).
+//! bzImage by the Linux boot protocol, version 2.12 and later (Documentation/x86/boot.rst): by its 64-bit entry
+//! where the kernel has one, else by the 32-bit entry.
 
 use super::{
     Boot, Entry, Image, command_line_fits, damaged, length, load_initrd, not_a_kernel, read_at, too_little_memory,
@@ -12,7 +13,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
 const HEADER_OFFSET: u64 = 0x1f1;
 const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
-/// Oldest protocol with a 64-bit entry point.
+/// Oldest protocol that says whether there is a 64-bit entry point.
 const VERSION_MIN: u16 = 0x20c;
 const LOADED_HIGH: u8 = 1;
 const XLF_KERNEL_64: u16 = 1;
@@ -37,6 +38,7 @@ pub(super) fn load<F: Image>(
 ) -> Result<Entry> {
     let header = read_header(boot, kernel)?;
     let start = choose_address(boot, &header)?;
+    let is_64_bit = header.xloadflags & XLF_KERNEL_64 != 0;
     BzImage::load(memory, Some(GuestAddress(start)), kernel, None).map_err(|e| damaged(boot, &e.to_string()))?;
 
     // `init_size` is what the kernel uses before it reads the memory map.
@@ -60,7 +62,7 @@ pub(super) fn load<F: Image>(
         params.e820_entries += 1;
     }
     memory.write_obj(params, GuestAddress(layout::ZERO_PAGE)).expect("RAM below 1 MiB exists in every machine");
-    Ok(Entry::Linux64 { rip: start + ENTRY_64 })
+    Ok(if is_64_bit { Entry::Linux64 { rip: start + ENTRY_64 } } else { Entry::Linux32 { rip: start as u32 } })
 }
 
 /// The setup header, as long as the image says it is (offset 201h holds its end), rest zero.
@@ -78,9 +80,6 @@ fn read_header<F: Image>(boot: &Boot, kernel: &mut F) -> Result<setup_header> {
     let name = boot.kernel.display();
     if header.version < VERSION_MIN || header.loadflags & LOADED_HIGH == 0 {
         return Err(Error::user(format!("kernel '{name}' is older than Linux 3.8; use a newer one")));
-    }
-    if header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(Error::user(format!("kernel '{name}' is a 32-bit kernel; use a 64-bit (amd64) one")));
     }
     // The payload's length in the file, in 16-byte paragraphs, against the file's.
     let setup_sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };

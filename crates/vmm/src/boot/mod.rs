@@ -1,7 +1,7 @@
 //! Loads a kernel, and leaves the bootstrap processor where the kernel's boot protocol wants it.
 //!
-//! Three protocols: Linux's own for bzImage ([`linux`], entered in 64-bit mode, so that the decompressor runs
-//! in the guest and KASLR works), Multiboot for images with one of its headers ([`multiboot`]) and PVH for other
+//! Three protocols: Linux's own for bzImage ([`linux`], entered at the decompressor, so that it runs in the guest
+//! and KASLR works, in 64-bit mode or, for a 32-bit kernel, in 32-bit protected mode), Multiboot for images with one of its headers ([`multiboot`]) and PVH for other
 //! ELF images ([`pvh`]), both entered in 32-bit protected mode without paging. The image decides which.
 //!
 //! Or firmware is loaded, which finds its kernel itself ([`firmware`]).
@@ -49,6 +49,8 @@ pub struct Boot<'a> {
 pub enum Entry {
     /// 64-bit mode, identity page tables, RSI = `boot_params` (Documentation/x86/boot.rst, 64-bit protocol).
     Linux64 { rip: u64 },
+    /// 32-bit protected mode without paging, ESI = `boot_params` (Documentation/x86/boot.rst, 32-bit protocol).
+    Linux32 { rip: u32 },
     /// 32-bit protected mode without paging, EBX = `hvm_start_info` (xen/include/public/arch-x86/hvm/start_info.h).
     Pvh { rip: u32 },
     /// As [`Entry::Pvh`], with EBX = the information structure and EAX = `magic`, which says of which version
@@ -101,7 +103,7 @@ fn load_images<F: Image>(
     } else {
         linux::load(memory, boot, kernel, initrd)?
     };
-    write_tables(memory);
+    write_tables(memory, entry);
     Ok(entry)
 }
 
@@ -125,11 +127,11 @@ impl Entry {
             state.segments.seg[CS].base = u64::from(state.segments.seg[CS].selector) << 4;
             return;
         }
-        state.gdtr = DescriptorTable { base: layout::GDT, limit: (gdt().len() * 8 - 1) as u16 };
+        state.gdtr = DescriptorTable { base: layout::GDT, limit: (gdt(self).len() * 8 - 1) as u16 };
         state.idtr = DescriptorTable { base: 0, limit: 0 };
         state.rflags = rflags::FIXED;
         state.gpr = [0; 16];
-        let flat = gdt();
+        let flat = gdt(self);
         let segment = |selector: u16| Segment::from_descriptor(selector, flat[usize::from(selector >> 3)]);
         state.segments.ldtr = Segment::unusable(0);
         state.segments.tr = segment(TSS);
@@ -140,7 +142,7 @@ impl Entry {
         match self {
             Entry::Firmware => {}
             Entry::Linux64 { rip } => {
-                state.segments.seg[CS] = segment(CODE64);
+                state.segments.seg[CS] = segment(CODE);
                 state.rip = rip;
                 state.gpr[gpr::RSI] = layout::ZERO_PAGE;
                 state.gpr[gpr::RSP] = layout::BOOT_STACK;
@@ -148,6 +150,14 @@ impl Entry {
                 state.cr3 = layout::PAGE_TABLES;
                 state.cr4 = cr4::PAE;
                 state.set_msr(msr::EFER, efer::LME | efer::LMA);
+            }
+            Entry::Linux32 { rip } => {
+                state.segments.seg[CS] = segment(CODE);
+                state.rip = u64::from(rip);
+                state.gpr[gpr::RSI] = layout::ZERO_PAGE;
+                state.gpr[gpr::RSP] = layout::BOOT_STACK;
+                state.cr0 = cr0::PE | cr0::ET;
+                state.cr4 = 0;
             }
             Entry::Pvh { rip } => {
                 state.segments.seg[CS] = segment(CODE32);
@@ -182,22 +192,24 @@ fn virtual_wire(lapic: &mut [u8]) {
 }
 
 /// Selectors of [`gdt`]; Linux wants its code at 10h and its data at 18h.
-const CODE64: u16 = 0x10;
+const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TSS: u16 = 0x20;
 const CODE32: u16 = 0x28;
 
-/// Flat segments (SDM vol. 3A 3.4.5): 64-bit code, data, a busy TSS of 104 bytes, 32-bit code.
-fn gdt() -> [u64; 6] {
-    [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067, 0x00cf_9b00_0000_ffff]
+/// Flat segments (SDM vol. 3A 3.4.5): code for a Linux kernel's mode, data, a busy TSS of 104 bytes, 32-bit code.
+fn gdt(entry: Entry) -> [u64; 6] {
+    const FLAT_32: u64 = 0x00cf_9b00_0000_ffff;
+    let code = if matches!(entry, Entry::Linux32 { .. }) { FLAT_32 } else { 0x00af_9b00_0000_ffff };
+    [0, 0, code, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067, FLAT_32]
 }
 
 /// Writes the GDT and page tables that map the first 4 GiB onto themselves with 2 MiB pages.
-fn write_tables(memory: &GuestMemoryMmap) {
+fn write_tables(memory: &GuestMemoryMmap, entry: Entry) {
     let put = |gpa: u64, value: u64| {
         memory.write_obj(value, GuestAddress(gpa)).expect("RAM below 1 MiB exists in every machine");
     };
-    for (i, descriptor) in gdt().into_iter().enumerate() {
+    for (i, descriptor) in gdt(entry).into_iter().enumerate() {
         put(layout::GDT + 8 * i as u64, descriptor);
     }
     const TABLE: u64 = 0b11; // present, writable
@@ -301,7 +313,7 @@ fn read_at<F: Read + Seek>(image: &mut F, offset: u64, bytes: &mut [u8]) -> std:
 
 fn not_a_kernel(boot: &Boot) -> Error {
     Error::user(format!(
-        "'{}' is not a kernel that anyvisor can boot; give a 64-bit Linux bzImage (vmlinuz), an ELF vmlinux with a PVH note or a Multiboot kernel",
+        "'{}' is not a kernel that anyvisor can boot; give a Linux bzImage (vmlinuz), an ELF vmlinux with a PVH note or a Multiboot kernel",
         boot.kernel.display()
     ))
 }
