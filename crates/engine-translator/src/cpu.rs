@@ -26,21 +26,41 @@ pub enum JumpContext {
     /// With RFLAGS.AC set under SMAP.
     KernelAc = 1,
     User = 2,
-    /// 32-bit user code in compatibility mode.
+    /// 32-bit user code, in compatibility mode or in legacy protected mode.
     User32 = 3,
+    /// 32-bit kernel code in legacy protected mode, with or without paging.
+    Kernel32 = 4,
+    /// With RFLAGS.AC set under SMAP.
+    KernelAc32 = 5,
 }
 
 impl JumpContext {
     /// Which of [`Cpu::code_generation`] tells when code of this context may have moved.
     pub fn generation(self) -> usize {
         match self {
-            JumpContext::Kernel | JumpContext::KernelAc => 0,
+            JumpContext::Kernel | JumpContext::KernelAc | JumpContext::Kernel32 | JumpContext::KernelAc32 => 0,
             JumpContext::User | JumpContext::User32 => 1,
         }
     }
+
+    /// The code segment's default size in bits.
+    pub fn bits(self) -> u32 {
+        match self {
+            JumpContext::Kernel | JumpContext::KernelAc | JumpContext::User => 64,
+            JumpContext::User32 | JumpContext::Kernel32 | JumpContext::KernelAc32 => 32,
+        }
+    }
+
+    /// Whether this is code of CPL 0.
+    pub fn is_kernel(self) -> bool {
+        !matches!(self, JumpContext::User | JumpContext::User32)
+    }
 }
 
-pub const JUMP_CONTEXTS: usize = 4;
+pub const JUMP_CONTEXTS: usize = 6;
+
+/// Makes a 32-bit address one that no page has.
+pub const CLOSED: u64 = 1 << 40;
 
 /// Groups of accesses that a block can have.
 pub const DELTAS: usize = 16;
@@ -153,6 +173,9 @@ pub struct Cpu {
     /// Changes whenever the meaning of linear code addresses may have.
     /// The first counts what concerns kernel code, the second also what concerns user code only.
     pub code_generation: [u32; 2],
+    /// What 32-bit code adds to addresses through FS and GS besides the base: 0, or [`CLOSED`] where the segment
+    /// takes more than that.
+    pub closed: [u64; 2],
     /// Scratch of generated code.
     pub scratch: [u64; 8],
     /// Deltas that the accesses of a block share.

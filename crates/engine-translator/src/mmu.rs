@@ -12,7 +12,8 @@ mod spaces;
 
 use crate::core::Core;
 use crate::cpu::{
-    JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext, invalid_tag,
+    JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, Mode, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext,
+    invalid_tag,
 };
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
 use anyvisor_engine::GuestIo;
@@ -122,9 +123,9 @@ fn code_page_index(gva: u64) -> usize {
     (gva >> 12) as usize % CODE_PAGES
 }
 
-/// Half of the address space, and bit of the jump filter.
-fn jump_hash(gva: u64) -> (usize, usize) {
-    ((gva >> 63) as usize, ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff)
+/// Bit of the jump filter.
+fn jump_hash(gva: u64) -> usize {
+    ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff
 }
 
 fn tlb_index(gva: u64) -> usize {
@@ -165,6 +166,9 @@ impl Core {
     /// the end of the page: the access crosses it.
     pub fn fill(&mut self, context: TlbContext, gva: u64, tag: Tag) -> Fill {
         let entry = &self.cpu.tlb[context as usize][tlb_index(gva)];
+        if gva >> 32 != 0 && self.cpu.mode() != Mode::Long64 {
+            return Fill::Interpret; // an address that wraps, or through a closed segment
+        }
         let found = if tag == Tag::Read { entry.read } else { entry.write };
         if found == 0u64.wrapping_sub(gva & !0xfff) {
             return Fill::Misfit;
@@ -310,7 +314,7 @@ impl Core {
         }
         self.mmu.code_pages[code_page_index(gva)] = CodePage::EMPTY;
         if self.jumps_may_be_in(gva) {
-            if gva >> 63 == 0 && !self.mmu.kernel_code_low {
+            if self.half(gva) == 0 && !self.mmu.kernel_code_low {
                 self.flush_low_jumps();
             } else {
                 self.flush_jumps();
@@ -377,7 +381,7 @@ impl Core {
 
     /// Notes that translated code relies on the mapping of `gva`.
     pub fn note_code(&mut self, gva: u64) {
-        let (half, hash) = jump_hash(gva);
+        let (half, hash) = (self.half(gva), jump_hash(gva));
         self.mmu.jump_filter[half][hash / 64] |= 1 << (hash % 64);
         self.mmu.kernel_code_low |= half == 0 && self.cpu.cpl != 3;
     }
@@ -393,8 +397,15 @@ impl Core {
     }
 
     fn jumps_may_be_in(&self, gva: u64) -> bool {
-        let (half, hash) = jump_hash(gva);
-        self.mmu.jump_filter[half][hash / 64] & (1 << (hash % 64)) != 0
+        let hash = jump_hash(gva);
+        self.mmu.jump_filter[self.half(gva)][hash / 64] & (1 << (hash % 64)) != 0
+    }
+
+    /// Which part of the address space `gva` is in: 1 is where kernels are. Outside long mode that is its top
+    /// gigabyte, as Linux has it.
+    fn half(&self, gva: u64) -> usize {
+        let upper = if self.cpu.is_long_mode() { gva >> 63 != 0 } else { gva >= 0xc000_0000 };
+        usize::from(upper)
     }
 
     /// Empties the jump caches, those of all PCIDs.

@@ -24,6 +24,11 @@ fn segment_base(segment: u8) -> Rm {
     Rm::Gs(base as i32)
 }
 
+/// See [`Cpu::closed`].
+fn closed(segment: u8) -> Rm {
+    Rm::Gs((offset_of!(Cpu, closed) + 8 * (segment as usize - index::FS)) as i32)
+}
+
 /// log2 of the size of a TLB entry.
 const ENTRY_BITS: u8 = 5;
 const _: () = assert!(size_of::<TlbEntry>() == 1 << ENTRY_BITS);
@@ -302,6 +307,7 @@ impl Builder<'_> {
             self.a.alu(Alu::Add, RSI, segment_base(segment));
             if self.bits() == 32 {
                 self.a.mov32(RSI, RSI);
+                self.a.alu(Alu::Add, RSI, closed(segment));
             }
         }
         self.entry_offset(ea);

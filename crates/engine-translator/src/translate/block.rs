@@ -50,13 +50,11 @@ pub struct Context {
     pub fsgsbase: bool,
     /// CR4.TSD allows RDTSC.
     pub tsc: bool,
-    /// GS can be read and written without regard to its limit; always so in 64-bit code.
-    pub gs: bool,
 }
 
 impl Context {
     pub fn bits(&self) -> u32 {
-        if self.jumps == JumpContext::User32 { 32 } else { 64 }
+        self.jumps.bits()
     }
 }
 
@@ -547,8 +545,8 @@ impl<'a> Builder<'a> {
             Kind::JumpIndirect if instruction.op0_kind() == OpKind::Memory => [operand(), None],
             Kind::String => self.string_accesses(instruction),
             Kind::Sensitive => match instruction.mnemonic() {
-                iced_x86::Mnemonic::Pushfq => [push, None],
-                iced_x86::Mnemonic::Popfq => [pop, None],
+                iced_x86::Mnemonic::Pushfq | iced_x86::Mnemonic::Pushfd => [push, None],
+                iced_x86::Mnemonic::Popfq | iced_x86::Mnemonic::Popfd => [pop, None],
                 iced_x86::Mnemonic::Iretq => [pop.map(|access| Access { size: 40, ..access }), None],
                 _ => [None, None],
             },
@@ -842,7 +840,7 @@ fn needs_flags(insn: &Insn) -> bool {
     use iced_x86::Mnemonic as M;
     match insn.kind {
         Kind::Interpret => true,
-        Kind::Sensitive => !matches!(insn.instruction.mnemonic(), M::Popfq | M::Sysretq | M::Iretq),
+        Kind::Sensitive => !matches!(insn.instruction.mnemonic(), M::Popfq | M::Popfd | M::Sysretq | M::Iretq),
         _ => false,
     }
 }

@@ -137,7 +137,8 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
     if instruction.is_invalid() || !features.allow(instruction) {
         return integer(Interpret);
     }
-    if context.bits() == 32 && !segment_is_flat(instruction, context) {
+    // CS cannot be written.
+    if context.bits() == 32 && instruction.segment_prefix() == Register::CS {
         return integer(Interpret);
     }
     // Stack accesses of the mode's own width; others have an operand-size prefix and are rare.
@@ -235,17 +236,6 @@ fn with_operand(instruction: &Instruction) -> Kind {
     }
 }
 
-/// BT and its kin with a register offset address memory beyond their operand.
-/// Whether 32-bit code may use the segment prefix of `instruction` without checks. GS holds thread-local
-/// storage; FS is null in most programs, and CS cannot be written.
-fn segment_is_flat(instruction: &Instruction, context: &Context) -> bool {
-    match instruction.segment_prefix() {
-        Register::FS | Register::CS => false,
-        Register::GS => context.gs,
-        _ => true,
-    }
-}
-
 fn counts_in_cx(code: Code) -> bool {
     use Code::*;
     matches!(
@@ -254,6 +244,7 @@ fn counts_in_cx(code: Code) -> bool {
     )
 }
 
+/// BT and its kin with a register offset address memory beyond their operand.
 fn is_bit_string(instruction: &Instruction) -> bool {
     matches!(instruction.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
         && instruction.op_kind(0) == OpKind::Memory

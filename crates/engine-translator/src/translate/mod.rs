@@ -29,7 +29,7 @@ mod tests;
 
 use crate::code_memory::CodeMemory;
 use crate::core::Core;
-use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, Mode, TlbContext};
+use crate::cpu::{CLOSED, Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, Mode, TlbContext};
 use crate::interpret::{self, Step};
 use crate::system;
 use crate::timer;
@@ -331,11 +331,11 @@ impl Translator {
                         // Not by interpreting it: a CALL's push may have overwritten its operand.
                         return system::deliver_exception(core, io, Exception::gp(0));
                     }
-                    if context.bits() == 32 {
-                        core.cpu.rip &= 0xffff_ffff;
-                    }
                 }
                 ExitKind::Direct { target } | ExitKind::Loop { target, .. } => core.cpu.rip = target,
+            }
+            if context.bits() == 32 {
+                core.cpu.rip &= 0xffff_ffff;
             }
             if core.cpu.pending.load(Ordering::Relaxed) != 0 {
                 return Step::Done;
@@ -409,6 +409,9 @@ impl Translator {
     fn enter(&mut self, core: &mut Core, block: u32) -> u32 {
         core.cpu.translated[word::ENTER] = self.code.address(self.blocks[block as usize].start as usize);
         core.cpu.rflags &= !rflags::RF;
+        if self.blocks[block as usize].key.context.bits() == 32 {
+            prepare_32(&mut core.cpu);
+        }
         let upper = core.cpu.ymm.iter().fold(0, |all, r| all | u128::from_ne_bytes(r.0[16..].try_into().unwrap()));
         core.cpu.upper_halves = u8::from(upper != 0);
         core.cpu.translated[word::CORE] = std::ptr::from_mut(core) as u64;
@@ -855,7 +858,7 @@ fn is_canonical(address: u64) -> bool {
     (address as i64) << 16 >> 16 == address as i64
 }
 
-/// Whether compatibility-mode code sees one flat 4 GiB segment everywhere but through FS and GS.
+/// Whether 32-bit code sees one flat 4 GiB segment everywhere but through FS and GS.
 fn flat(cpu: &Cpu) -> bool {
     let code = &cpu.seg[index::CS];
     let readable_code = attr::S | attr::P | attr::WRITABLE | attr::CODE;
@@ -887,7 +890,9 @@ fn translatable(core: &Core) -> Option<Context> {
         (Mode::Long64, 3) => JumpContext::User,
         (Mode::Long64, 0) if tlb == TlbContext::KernelAc => JumpContext::KernelAc,
         (Mode::Long64, 0) => JumpContext::Kernel,
-        (Mode::Compat32, 3) if flat(cpu) => JumpContext::User32,
+        (Mode::Compat32 | Mode::Protected32, 3) if flat(cpu) => JumpContext::User32,
+        (Mode::Protected32, 0) if flat(cpu) && tlb == TlbContext::KernelAc => JumpContext::KernelAc32,
+        (Mode::Protected32, 0) if flat(cpu) => JumpContext::Kernel32,
         _ => return None,
     };
     let fpu = cpu.cr0 & (cr0::TS | cr0::EM) == 0 && cpu.cr4 & cr4::OSFXSR != 0;
@@ -896,6 +901,14 @@ fn translatable(core: &Core) -> Option<Context> {
     let tsc = cpu.cpl == 0 || cpu.cr4 & cr4::TSD == 0;
     let smap = cpu.cr4 & cr4::SMAP != 0;
     let fsgsbase = cpu.cr4 & cr4::FSGSBASE != 0;
-    let gs = jumps != JumpContext::User32 || is_unlimited_data(&cpu.seg[index::GS]);
-    Some(Context { jumps, tlb: tlb as u8, fpu, avx, smap, fsgsbase, tsc, gs })
+    Some(Context { jumps, tlb: tlb as u8, fpu, avx, smap, fsgsbase, tsc })
+}
+
+/// Before 32-bit code: its addresses are sums of registers whose upper halves are clear, which SDM vol. 1 3.4.1.1
+/// allows after a change from 64-bit mode, and FS and GS may be used where they have no limit.
+fn prepare_32(cpu: &mut Cpu) {
+    for register in &mut cpu.gpr[..8] {
+        *register &= 0xffff_ffff;
+    }
+    cpu.closed = [index::FS, index::GS].map(|i| if is_unlimited_data(&cpu.seg[i]) { 0 } else { CLOSED });
 }

@@ -33,15 +33,17 @@ fn base_of(segment: usize) -> Rm {
 
 /// Whether `mnemonic` is translated here when executed in `context`.
 pub fn kind(mnemonic: M, context: &Context) -> Option<Kind> {
-    let kernel = matches!(context.jumps, JumpContext::Kernel | JumpContext::KernelAc);
+    let kernel = context.jumps.is_kernel();
     let known = match mnemonic {
-        M::Cli | M::Sti | M::Swapgs | M::Stac | M::Clac | M::Sysretq | M::Popfq | M::Cld => {
-            kernel || mnemonic == M::Cld
-        }
+        M::Cld => true,
+        M::Cli | M::Sti | M::Stac | M::Clac => kernel,
+        M::Swapgs | M::Sysretq | M::Popfq => kernel && context.bits() == 64,
+        M::Popfd => kernel && context.bits() == 32,
         M::Iretq => context.jumps == JumpContext::Kernel,
         M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => context.bits() == 64 && context.fsgsbase,
         M::Syscall => context.jumps == JumpContext::User,
         M::Pushfq => context.bits() == 64,
+        M::Pushfd => context.bits() == 32,
         _ => false,
     };
     known.then_some(Kind::Sensitive)
@@ -63,8 +65,8 @@ impl Builder<'_> {
                 self.a.store(other, RSI);
             }
             M::Stac | M::Clac => return self.set_ac(insn),
-            M::Pushfq => self.pushfq(insn),
-            M::Popfq => self.popfq(insn),
+            M::Pushfq | M::Pushfd => self.pushf(insn),
+            M::Popfq | M::Popfd => self.popf(insn),
             M::Iretq => self.iretq(insn),
             M::Rdfsbase => self.read_base(insn, index::FS),
             M::Rdgsbase => self.read_base(insn, index::GS),
@@ -127,33 +129,40 @@ impl Builder<'_> {
                 b.a.alu_imm(Alu::And, false, rflags_field(), !(rflags::AC as i32));
             }
         });
-        let table = if on { JumpContext::KernelAc } else { JumpContext::Kernel };
+        let table = match (self.bits(), on) {
+            (64, true) => JumpContext::KernelAc,
+            (64, false) => JumpContext::Kernel,
+            (_, true) => JumpContext::KernelAc32,
+            (_, false) => JumpContext::Kernel32,
+        };
         self.far_in(table, insn.instruction.next_ip(), true);
         true
     }
 
-    fn pushfq(&mut self, insn: &Insn) {
-        let rm = self.access(&self.stack(-8), 8, true, true, true);
+    fn pushf(&mut self, insn: &Insn) {
+        let word = self.word();
+        let rm = self.access(&self.stack(-word), word as usize, true, true, true);
         self.a.pushfq();
         self.a.load(RDI, rflags_field());
         self.a.alu_imm(Alu::And, true, Rm::Reg(RDI), !(STATUS | (rflags::RF | rflags::VM) as i32));
         self.a.alu_imm(Alu::And, false, Rm::Base(RSP, 0), STATUS);
         self.a.alu(Alu::Or, RDI, Rm::Base(RSP, 0));
-        self.a.store(rm, RDI);
+        self.store_word(rm, RDI);
         if insn.live_out != 0 {
             self.a.popfq();
         } else {
             self.a.lea(RSP, Rm::Base(RSP, 8));
         }
-        self.adjust_stack(-8);
+        self.adjust_stack(-word as i32);
     }
 
-    fn popfq(&mut self, insn: &Insn) {
-        let rm = self.access(&self.stack(0), 8, false, false, false);
-        self.a.load(RDI, rm);
+    fn popf(&mut self, insn: &Insn) {
+        let word = self.word();
+        let rm = self.access(&self.stack(0), word as usize, false, false, false);
+        self.load_word(RDI, rm);
         self.check_rflags(insn);
         self.load_rflags();
-        self.adjust_stack(8);
+        self.adjust_stack(word as i32);
     }
 
     /// To the same privilege level, code and stack segment, whose hidden parts stay as they are.
