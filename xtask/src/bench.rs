@@ -199,7 +199,7 @@ fn parse(text: &str) -> Result<Times> {
 }
 
 /// What ran this: processor and kernel.
-fn host() -> String {
+pub fn host() -> String {
     let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let value = |key: &str| {
         let line = cpus.lines().find(|l| l.starts_with(key));

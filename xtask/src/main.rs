@@ -3,6 +3,7 @@
 //! - `test`: everything the tests need, and all tests; what CI runs.
 //! - `tidy`: the rules of ARCHITECTURE.md that a compiler does not check.
 //! - `bench`: guestbench natively, in QEMU's TCG and in anyvisor, into docs/performance.md.
+//! - `programs`: gcc, python3, sqlite3, openssl and 7z in a guest, likewise.
 //! - `boots`: Linux to a shell and off, fifty times.
 //! - `restore`: how long a restore takes.
 //! - `start`: how long a start takes, and its memory.
@@ -16,6 +17,7 @@ mod boots;
 mod chart;
 mod measure;
 mod nested;
+mod programs;
 mod report;
 mod restore;
 mod start;
@@ -43,6 +45,8 @@ enum Task {
     Tidy,
     /// Compares native, QEMU and anyvisor; writes docs/performance.md and its chart
     Bench(bench::Options),
+    /// Compares Debian's gcc, python3, sqlite3, openssl and 7z, native, in QEMU and in anyvisor; checks what they make
+    Programs(programs::Options),
     /// Boots Linux many times; all must end well
     Boots(boots::Options),
     /// Measures restores, from the process's start to the guest's first output
@@ -66,6 +70,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::test(&options),
         Task::Tidy => tidy::tidy(),
         Task::Bench(options) => bench::bench(&options),
+        Task::Programs(options) => programs::programs(&options),
         Task::Boots(options) => boots::boots(&options),
         Task::Restore(options) => restore::restore(&options),
         Task::Start(options) => start::start(&options),

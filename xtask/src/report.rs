@@ -5,9 +5,6 @@ use crate::root;
 use anyhow::{Context, Result};
 use std::fmt::Write;
 
-const BEGIN: &str = "<!-- bench:begin (written by cargo xtask bench) -->";
-const END: &str = "<!-- bench:end -->";
-
 /// Classes in the order of the table. `boot` has no native time.
 const CLASSES: [&str; 6] = ["int", "fp", "mem", "sys", "smp", "time"];
 
@@ -59,7 +56,7 @@ fn speedup(row: &Row) -> Option<f64> {
     Some(row.seconds.get(&Runner::Qemu)? / row.seconds.get(&Runner::Anyvisor)?)
 }
 
-fn cell(value: Option<f64>, digits: usize) -> String {
+pub fn cell(value: Option<f64>, digits: usize) -> String {
     value.map_or("–".into(), |v| format!("{v:.digits$}"))
 }
 
@@ -88,21 +85,35 @@ fn mean_line(class: &str, rows: &[&Row]) -> String {
     )
 }
 
-/// Puts the table between the markers of docs/performance.md.
+/// Puts the benchmark's table and chart between their markers of docs/performance.md.
 ///
 /// # Errors
 /// When the file cannot be read or written, or has no markers.
 pub fn write(table: &str) -> Result<()> {
+    write_section("bench", &format!("{table}\n![Time over native, by benchmark](performance.svg)"))
+}
+
+/// Puts what `cargo xtask COMMAND` made between its markers of docs/performance.md.
+///
+/// # Errors
+/// As for [`write`].
+pub fn write_section(command: &str, content: &str) -> Result<()> {
     let path = root().join("docs/performance.md");
     let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    let text = replace(&text, table).with_context(|| format!("{}: {BEGIN} and {END} are missing", path.display()))?;
+    let text = replace(&text, command, content)
+        .with_context(|| format!("{}: the markers {:?} are missing", path.display(), markers(command)))?;
     std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
 }
 
-fn replace(text: &str, table: &str) -> Option<String> {
-    let (before, rest) = text.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n{table}\n![Time over native, by benchmark](performance.svg)\n{END}{after}"))
+fn markers(command: &str) -> (String, String) {
+    (format!("<!-- {command}:begin (written by cargo xtask {command}) -->"), format!("<!-- {command}:end -->"))
+}
+
+fn replace(text: &str, command: &str, content: &str) -> Option<String> {
+    let (begin, end) = markers(command);
+    let (before, rest) = text.split_once(&begin)?;
+    let (_, after) = rest.split_once(&end)?;
+    Some(format!("{before}{begin}\n{content}\n{end}{after}"))
 }
 
 #[cfg(test)]
@@ -126,11 +137,12 @@ mod tests {
 
     #[test]
     fn only_the_generated_part_changes() {
-        let text = format!("before\n{BEGIN}\nold\n{END}\nafter\n");
-        let new = replace(&text, "new table").unwrap();
+        let (begin, end) = markers("bench");
+        let text = format!("before\n{begin}\nold\n{end}\nafter\n");
+        let new = replace(&text, "bench", "new table").unwrap();
         assert!(new.starts_with("before\n") && new.ends_with("\nafter\n"));
         assert!(new.contains("new table") && !new.contains("old"));
-        assert_eq!(replace(&new, "new table").unwrap(), new);
-        assert_eq!(replace("no markers", "x"), None);
+        assert_eq!(replace(&new, "bench", "new table").unwrap(), new);
+        assert_eq!(replace(&text, "programs", "x"), None);
     }
 }

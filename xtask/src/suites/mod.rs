@@ -50,7 +50,7 @@ enum Name {
 pub fn suites(options: &Options) -> Result<()> {
     let cache = match &options.cache {
         Some(folder) => folder.clone(),
-        None => default_cache()?,
+        None => default_cache("suites")?,
     };
     std::fs::create_dir_all(&cache).with_context(|| format!("making {}", cache.display()))?;
     let place = Place { cache: cache.canonicalize()?, source: options.source.clone() };
@@ -70,10 +70,14 @@ pub fn suites(options: &Options) -> Result<()> {
     }
 }
 
-fn default_cache() -> Result<PathBuf> {
+/// The folder `name` in the user's cache folder.
+///
+/// # Errors
+/// There is none.
+pub fn default_cache(name: &str) -> Result<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
-    Ok(base.context("neither XDG_CACHE_HOME nor HOME is set; give --cache FOLDER")?.join("anyvisor/suites"))
+    Ok(base.context("neither XDG_CACHE_HOME nor HOME is set; give --cache FOLDER")?.join("anyvisor").join(name))
 }
 
 /// Where a suite is kept.

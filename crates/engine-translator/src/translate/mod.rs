@@ -298,11 +298,15 @@ impl Translator {
                 core.cpu.rip = rip;
                 self.statistics.faults += 1;
                 let misfit = std::mem::take(&mut core.cpu.translated[word::MISFIT]) != 0;
+                let generation = self.generation;
                 if misfit
                     && self.blocks[block as usize].coalesced
                     && let Ok(Some(found)) = self.find(core, context, true)
                 {
-                    self.misfit(core, block);
+                    // Making a block may have dropped all others.
+                    if self.generation == generation {
+                        self.misfit(core, block);
+                    }
                     next = found;
                     continue;
                 }
