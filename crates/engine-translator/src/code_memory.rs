@@ -64,16 +64,6 @@ impl CodeMemory {
         (offset < self.length as u64).then_some(offset as usize)
     }
 
-    /// Writes the displacement `value` at `offset`, unless it is there: a write makes the processor fetch anew.
-    pub fn write_if_changed(&mut self, offset: usize, value: i32) {
-        assert!(offset + 4 <= self.length);
-        // SAFETY: in bounds of the writable mapping, which nothing else references.
-        let old = unsafe { self.writable.add(offset).cast::<i32>().read_unaligned() };
-        if old != value {
-            self.write(offset, &value.to_le_bytes());
-        }
-    }
-
     /// Writes code at `offset`. x86 keeps instruction fetches coherent with stores of the same thread;
     /// the next jump there sees them (SDM vol. 3A 12.6).
     pub fn write(&mut self, offset: usize, code: &[u8]) {

@@ -7,6 +7,7 @@ use crate::mmu::Mmu;
 use crate::native::Stubs;
 use crate::ram::Ram;
 use crate::timer;
+use crate::translate::Twins;
 use anyvisor_engine::tally::Meter;
 use anyvisor_x86::lapic::{self, LocalApic};
 use anyvisor_x86::{Cpuid, CpuidResult};
@@ -235,6 +236,8 @@ pub struct Core {
     /// Guest-physical ranges written that hold translated code; the translator drains it after each step.
     pub code_writes: Vec<(u64, u32)>,
     pub bounce: Box<Bounce>,
+    /// Where translated code goes on whose shared probes do not fit.
+    pub twins: Twins,
     /// Of the interpreter's vector and floating-point instructions.
     pub stubs: Stubs,
     pub clock: Clock,
@@ -271,6 +274,7 @@ impl Core {
             nmi_pending: false,
             code_writes: Vec::new(),
             bounce: Box::new(Bounce([0; BOUNCE_SIZE])),
+            twins: Twins::default(),
             stubs: Stubs::default(),
             clock: Clock::default(),
             debugger: Debugger::default(),

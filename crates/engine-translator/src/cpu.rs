@@ -18,6 +18,9 @@ pub const TLB_ENTRIES: usize = 1 << TLB_BITS;
 /// bits of the address: a zero extension computes it without touching flags.
 pub const JUMP_CACHE_ENTRIES: usize = 1 << 16;
 
+/// Jumps to other pages go through a link each, one for each target and context: the host address to go on at.
+pub const LINKS: usize = 1 << 17;
+
 /// Jump caches, by who runs: a block knows statically which one its indirect jumps use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(usize)]
@@ -228,6 +231,9 @@ pub struct Cpu {
     pub translated: [u64; 32],
 
     pub jump_cache: [[JumpEntry; JUMP_CACHE_ENTRIES]; JUMP_CONTEXTS],
+    /// What a link holds whose target is not known: host code that leaves.
+    pub unlinked: u64,
+    pub links: [u64; LINKS],
     pub tlb: [[TlbEntry; TLB_ENTRIES]; TLB_CONTEXTS],
 }
 

@@ -12,7 +12,7 @@ mod spaces;
 
 use crate::core::Core;
 use crate::cpu::{
-    JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, Mode, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext,
+    JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, LINKS, Mode, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext,
     invalid_tag,
 };
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
@@ -69,6 +69,8 @@ pub struct Mmu {
     /// The upper half of the address space, where kernels are, apart from the lower.
     jump_filter: Box<[[u64; 64]; 2]>,
     jump_journal: [Vec<u16>; JUMP_CONTEXTS],
+    /// Links whose targets are known, by the context of those.
+    link_journal: [Vec<u32>; JUMP_CONTEXTS],
     /// Kernel code has been fetched from a page that is not global.
     kernel_code_local: bool,
     /// Kernel code has been noted in the lower half of the address space.
@@ -91,6 +93,7 @@ impl Mmu {
             code_pages: Box::new([CodePage::EMPTY; CODE_PAGES]),
             jump_filter: Box::new([[0; 64]; 2]),
             jump_journal: Default::default(),
+            link_journal: Default::default(),
             kernel_code_local: false,
             kernel_code_low: false,
             spaces: Spaces::default(),
@@ -379,6 +382,30 @@ impl Core {
         }
     }
 
+    /// Makes `link` lead to `host`, the code for its target, which is code of `context`.
+    pub fn set_link(&mut self, context: JumpContext, link: u32, host: u64) {
+        let place = &mut self.cpu.links[link as usize];
+        let known = std::mem::replace(place, host) != self.cpu.unlinked;
+        if !known {
+            let journal = &mut self.mmu.link_journal[context as usize];
+            journal.push(link);
+            // A signal takes links away that the journal then names twice.
+            if journal.len() >= 2 * LINKS {
+                journal.sort_unstable();
+                journal.dedup();
+            }
+        }
+    }
+
+    /// Takes `link` away if it leads to `host`, which is no code any more.
+    pub fn remove_link(&mut self, link: u32, host: u64) {
+        let unlinked = self.cpu.unlinked;
+        let place = &mut self.cpu.links[link as usize];
+        if *place == host {
+            *place = unlinked;
+        }
+    }
+
     /// Notes that translated code relies on the mapping of `gva`.
     pub fn note_code(&mut self, gva: u64) {
         let (half, hash) = (self.half(gva), jump_hash(gva));
@@ -437,6 +464,10 @@ impl Core {
         }
         journal.clear();
         self.mmu.jump_journal[context] = journal;
+        let cpu = &mut *self.cpu;
+        for link in self.mmu.link_journal[context].drain(..) {
+            cpu.links[link as usize] = cpu.unlinked;
+        }
     }
 
     fn forget_code_pages(&mut self) {

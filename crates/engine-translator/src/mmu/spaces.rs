@@ -26,6 +26,12 @@ struct KeptEntry {
     page: u64,
 }
 
+struct KeptLink {
+    context: JumpContext,
+    link: u32,
+    host: u64,
+}
+
 struct KeptJump {
     context: JumpContext,
     index: u16,
@@ -37,6 +43,7 @@ struct AddressSpace {
     pcid: u16,
     entries: Vec<KeptEntry>,
     jumps: Vec<KeptJump>,
+    links: Vec<KeptLink>,
 }
 
 /// The address spaces kept, the one that left last at the end.
@@ -66,6 +73,7 @@ impl Spaces {
     pub fn forget_jumps(&mut self) {
         for space in &mut self.kept {
             space.jumps.clear();
+            space.links.clear();
         }
     }
 
@@ -86,6 +94,7 @@ impl Spaces {
     fn recycle(&mut self, mut space: AddressSpace) {
         space.entries.clear();
         space.jumps.clear();
+        space.links.clear();
         self.spare.push(space);
     }
 }
@@ -138,6 +147,15 @@ impl Core {
                 }
             }
         }
+        for context in JUMPS {
+            for link in self.mmu.link_journal[context as usize].drain(..) {
+                let unlinked = self.cpu.unlinked;
+                let host = std::mem::replace(&mut self.cpu.links[link as usize], unlinked);
+                if host != unlinked {
+                    space.links.push(KeptLink { context, link, host });
+                }
+            }
+        }
         self.mmu.spaces.kept.push(space);
     }
 
@@ -159,6 +177,9 @@ impl Core {
         for kept in &space.jumps {
             self.cpu.jump_cache[kept.context as usize][usize::from(kept.index)] = kept.entry;
             self.mmu.jump_journal[kept.context as usize].push(kept.index);
+        }
+        for kept in &space.links {
+            self.set_link(kept.context, kept.link, kept.host);
         }
         self.mmu.spaces.recycle(space);
     }

@@ -63,9 +63,9 @@ impl Context {
 pub enum ExitKind {
     /// Go on at this linear address, on a page of the block; the jump may be linked to the block there.
     Direct { target: u64 },
-    /// As `Direct`, but on another page, so never linked: the jump cache's entry for it is at `gs:[entry]`,
-    /// which is the 32-bit displacement at `key` in the block.
-    Far { target: u64, key: u32, entry: i32 },
+    /// As `Direct`, but on another page, so that the mapping may change, or in another context: through a link
+    /// ([`Cpu::links`]) that goes when it does. Which one is known once the block is placed.
+    Far { target: u64, context: JumpContext, link: u32 },
     /// As `Direct` to the block's own start, but linked to `inside`, a position in its own code.
     Loop { target: u64, inside: u32 },
     /// Interpret the instruction at this address.
@@ -82,7 +82,7 @@ pub enum ExitKind {
 #[derive(Clone, Copy, Debug)]
 pub struct BlockExit {
     pub kind: ExitKind,
-    /// Position of the 32-bit displacement that leads here.
+    /// Position of the 32-bit displacement that leads here; of `Far`, the one in GS that names the link.
     pub site: u32,
     pub stub: u32,
 }
@@ -141,10 +141,10 @@ pub mod word {
     pub const FAULT: usize = 4;
     /// Host address of a block that was interrupted, or 0.
     pub const SAMPLE: usize = 6;
-    /// A jump cache's key that no target has: what probes look at once `break_out` has met them.
-    pub const NOWHERE: usize = 7;
     /// 1 if the last miss was a [`Fill::Misfit`](crate::mmu::Fill::Misfit).
     pub const MISFIT: usize = 5;
+    /// Where a miss that cannot be served goes: the `fault` thunk, or a twin of the block.
+    pub const LEAVE: usize = 7;
 }
 
 /// Offset of word `index`.

@@ -1,8 +1,8 @@
-//! Control transfers out of a block: linked jumps on the same page, jump-cache probes for everything else.
+//! Control transfers out of a block: linked jumps on the same page, jumps through a link in the vCPU block to known
+//! targets elsewhere, jump-cache probes for everything else.
 //!
-//! Whatever closes a loop has to notice pending work. Linked jumps need no code for that: the signal that
-//! announces it unlinks them, and makes probes for known targets miss ([`super::fault::break_out`]). Indirect
-//! jumps poll. Returns don't: a loop of nothing else runs out of stack.
+//! Whatever closes a loop has to notice pending work. Jumps to known targets need no code for that: the signal that
+//! announces it unlinks them ([`super::fault::break_out`]). Indirect jumps poll. Returns don't: a loop of nothing else runs out of stack.
 
 use super::assembler::*;
 use super::block::*;
@@ -110,9 +110,10 @@ impl Builder<'_> {
             let hole = self.a.call();
             self.exits.push(PendingExit::new(hole, ExitKind::Direct { target }));
         } else {
-            let host = self.far_probe(self.source.context.jumps, target, flags);
+            self.release_flags();
+            self.flags_home(flags);
             self.push_entry(next);
-            self.a.call_rm(host);
+            self.through_link(self.source.context.jumps, target, Assembler::call_rm);
         }
         self.returned(next);
     }
@@ -162,69 +163,26 @@ impl Builder<'_> {
         self.indirect(flags);
     }
 
-    /// A jump to another page: its mapping can change, so it goes through the jump cache's one entry.
+    /// A jump to another page: its mapping can change, so it goes through a link.
     fn far(&mut self, target: u64, flags: bool) {
         self.far_in(self.source.context.jumps, target, flags);
     }
 
     /// As `far`, to code that runs in another context.
     pub(super) fn far_in(&mut self, context: JumpContext, target: u64, flags: bool) {
-        let host = self.far_probe(context, target, flags);
-        self.a.jmp_rm(host);
+        self.release_flags();
+        self.flags_home(flags);
+        self.through_link(context, target, Assembler::jmp_rm);
     }
 
-    /// Looks for `target` in the jump cache, leaving if it is not there; returns where its host address is.
-    fn far_probe(&mut self, context: JumpContext, target: u64, flags: bool) -> Rm {
-        let entry =
-            self.jump_table(context) + ((target as usize & (JUMP_CACHE_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
-        let (key, host) = (Rm::Gs(entry), Rm::Gs(entry + 8));
-        // The displacement of `key` ends the instruction that names it.
-        let key_end;
-        let mut redo = None;
-        let hole = if std::mem::take(&mut self.flags_held) {
-            self.a.mov_imm(RSI, 0u64.wrapping_sub(target));
-            self.a.alu(Alu::Cmp, RSI, key);
-            key_end = self.a.position();
-            let hit = self.a.short(0x70 | cc::E);
-            self.restore_flags();
-            let hole = self.a.jmp();
-            self.a.bind_short(hit);
-            self.restore_flags();
-            hole
-        } else if flags && self.redo.is_some() {
-            redo = self.redo;
-            self.a.mov_imm(RSI, 0u64.wrapping_sub(target));
-            self.a.alu(Alu::Cmp, RSI, key);
-            key_end = self.a.position();
-            let hole = self.a.jcc(cc::NE);
-            self.destroyed = true;
-            self.settle_with(RSI);
-            hole
-        } else if flags {
-            self.a.mov(RSI, RCX);
-            self.a.load(RCX, key);
-            key_end = self.a.position();
-            if target as i64 == i64::from(target as i32) {
-                self.a.lea(RCX, Rm::Base(RCX, target as i32));
-            } else {
-                self.a.mov_imm(RDI, target);
-                self.a.lea(RCX, Rm::Indexed { base: RCX, index: RDI, scale: 0, displacement: 0 });
-            }
-            let hit = self.a.short(0xe3);
-            self.a.mov(RCX, RSI);
-            let hole = self.a.jmp();
-            self.a.bind_short(hit);
-            self.a.mov(RCX, RSI);
-            hole
-        } else {
-            self.a.mov_imm(RSI, 0u64.wrapping_sub(target));
-            self.a.alu(Alu::Cmp, RSI, key);
-            key_end = self.a.position();
-            self.a.jcc(cc::NE)
-        };
-        let kind = ExitKind::Far { target, key: key_end as u32 - 4, entry };
-        self.exits.push(PendingExit { hole, kind, redo });
-        host
+    /// Jumps or calls through the link to `target`. RSI says by which exit, should the link lead nowhere.
+    fn through_link(&mut self, context: JumpContext, target: u64, branch: fn(&mut Assembler, Rm)) {
+        let target = if context.bits() == 32 { target & 0xffff_ffff } else { target };
+        self.a.mov_imm(RSI, u64::from(self.source.first_exit) + self.exits.len() as u64);
+        branch(&mut self.a, Rm::Gs(0));
+        // The displacement ends the instruction.
+        let hole = Hole { at: self.a.position() - 4 };
+        self.exits.push(PendingExit::new(hole, ExitKind::Far { target, context, link: 0 }));
     }
 
     /// Jumps to the guest address in RSI through the jump cache.
@@ -373,6 +331,10 @@ impl Builder<'_> {
         let mut exits = Vec::new();
         for (i, exit) in std::mem::take(&mut self.exits).into_iter().enumerate() {
             let stub = self.a.position();
+            if let ExitKind::Far { .. } = exit.kind {
+                exits.push(BlockExit { kind: exit.kind, site: exit.hole.at as u32, stub: 0 });
+                continue;
+            }
             match exit.kind {
                 ExitKind::Loop { inside, .. } => self.a.bind_to(exit.hole, inside as usize),
                 _ => self.a.bind(exit.hole),

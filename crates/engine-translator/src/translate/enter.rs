@@ -4,7 +4,8 @@
 //! - `enter(cpu)`, a sysv64 function: guest registers into the CPU, jump to [`word::ENTER`]. It returns
 //!   when translated code jumps to `exit`, with the number of the exit taken.
 //! - `fill`, one for each kind of access: a TLB miss calls it, it calls [`tlb_miss`] and returns to the
-//!   probe, or leaves through `exit` when the instruction has to be interpreted.
+//!   probe, or leaves through `exit` when the instruction has to be interpreted, or goes on in a twin of the block
+//!   that has no shared probes.
 //! - `no_return`: where a guest return that matches nothing on the return stack goes.
 //! - `fault`: where the signal handler sends a host fault in translated code.
 
@@ -33,6 +34,8 @@ pub struct Thunks {
     pub fault: usize,
     /// What a return finds on an empty return stack.
     pub no_return: usize,
+    /// Where a link leads whose target is not known: leaves by the exit in ESI.
+    pub unlinked: usize,
     /// By context, tag, flags.
     pub fill: [[[usize; 2]; Tag::ALL.len()]; TLB_CONTEXTS],
     /// By context, MOVS, log2 of the size.
@@ -57,11 +60,15 @@ pub fn generate() -> (Vec<u8>, Thunks) {
     a.store32_imm(Rm::Gs(word_offset(word::EXIT)), EXIT_INDIRECT);
     let to_exit = a.jmp();
     a.bind_to(to_exit, thunks.exit);
+    thunks.unlinked = a.position();
+    a.store32(Rm::Gs(word_offset(word::EXIT)), RSI);
+    let to_exit = a.jmp();
+    a.bind_to(to_exit, thunks.exit);
     for context in 0..TLB_CONTEXTS {
         for tag in Tag::ALL {
             for flags in 0..2 {
                 thunks.fill[context][tag as usize][flags] = a.position();
-                fill(&mut a, avx, context, tag, flags == 1, thunks.fault);
+                fill(&mut a, avx, context, tag, flags == 1);
             }
         }
     }
@@ -124,7 +131,7 @@ fn exit(a: &mut Assembler, avx: bool) {
 }
 
 /// Entered by a call from a probe that missed: RSI is the address plus the tag, RDI the entry's offset.
-fn fill(a: &mut Assembler, avx: bool, context: usize, tag: Tag, flags: bool, fault: usize) {
+fn fill(a: &mut Assembler, avx: bool, context: usize, tag: Tag, flags: bool) {
     let caller_saved: Vec<_> = mapped().filter(|(_, host)| !CALLEE_SAVED.contains(host)).collect();
     for &(guest, host) in &caller_saved {
         a.store(slot(guest), host);
@@ -164,8 +171,7 @@ fn fill(a: &mut Assembler, avx: bool, context: usize, tag: Tag, flags: bool, fau
     a.pop(RSI);
     a.lea(RSI, Rm::Base(RSI, -1));
     a.store(Rm::Gs(word_offset(word::FAULT)), RSI);
-    let hole = a.jmp();
-    a.bind_to(hole, fault);
+    a.jmp_rm(Rm::Gs(word_offset(word::LEAVE)));
     a.bind_short(ready);
     a.mov(RCX, RDI);
     if flags {
@@ -224,7 +230,7 @@ fn load_vectors(a: &mut Assembler, avx: bool) {
     a.bind(done);
 }
 
-/// Handles a TLB miss of translated code: 0 to look again, 1 to interpret the instruction.
+/// Handles a TLB miss of translated code: 0 to look again, 1 to leave the block for [`word::LEAVE`].
 ///
 /// # Safety
 /// Called only by `fill`, with the `Core` whose translated code is running on this thread.
@@ -239,6 +245,14 @@ unsafe extern "sysv64" fn tlb_miss(core: *mut Core, gva: u64, how: u64) -> u64 {
     let began = core.meter.start();
     let fill = core.fill(context, gva, Tag::ALL[(how & 3) as usize]);
     core.meter.stop(began, event::TLB_MISS);
-    core.cpu.translated[word::MISFIT] = u64::from(fill == Fill::Misfit);
-    u64::from(fill != Fill::Ready)
+    if fill == Fill::Ready {
+        return 0;
+    }
+    let misfit = fill == Fill::Misfit;
+    // SAFETY: `fill` has left its return address, the probe's, in the return stack's second word.
+    let probe = unsafe { *(core.cpu.return_stack as *const u64).add(1) };
+    let twin = if misfit { core.twins.of(probe) } else { None };
+    core.cpu.translated[word::MISFIT] = u64::from(misfit && twin.is_none());
+    core.cpu.translated[word::LEAVE] = twin.unwrap_or(core.twins.fault);
+    1
 }

@@ -4,7 +4,7 @@
 //! which arrive as SIGFPE and SIGSEGV. The handler only redirects the thread to the `fault` thunk; the
 //! interpreter then executes the instruction again and raises the guest's exception exactly.
 
-use super::block::{ExitKind, word, word_offset};
+use super::block::{ExitKind, word};
 use super::{Block, Exit};
 use crate::cpu::Cpu;
 use std::cell::Cell;
@@ -77,10 +77,14 @@ pub unsafe fn break_out(context: *mut libc::c_void) {
             ExitKind::Direct { .. } | ExitKind::Loop { .. } => {
                 (exit.site, exit.stub.wrapping_sub(exit.site + 4) as i32)
             }
-            ExitKind::Far { key, .. } => (block.start + key, word_offset(word::NOWHERE)),
+            ExitKind::Far { link, .. } => {
+                // SAFETY: as in `on_signal`; nothing but this thread's translated code uses links.
+                unsafe { (*running.cpu).links[link as usize] = (*running.cpu).unlinked };
+                continue;
+            }
             _ => continue,
         };
-        // SAFETY: the displacement of a jump or probe in code memory. This thread executes it next after the
+        // SAFETY: the displacement of a jump in code memory. This thread executes it next after the
         // return from the signal, which serializes (SDM vol. 3A 9.3, IRET).
         unsafe { running.writable.add(site as usize).cast::<i32>().write_unaligned(displacement) };
     }

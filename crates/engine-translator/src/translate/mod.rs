@@ -3,7 +3,8 @@
 //! A [`Translator`] belongs to one vCPU thread. Its blocks are found by physical address, linear address
 //! and context, so they survive changes of address space; the jump caches in the vCPU block are indexed by
 //! linear address and are emptied when the meaning of linear addresses changes. A direct jump within a page
-//! is patched to go straight to its target; everything else probes the jump cache.
+//! is patched to go straight to its target; one to another page goes through a link, which is emptied likewise;
+//! everything else probes the jump cache.
 //!
 //! Code memory is never reclaimed piecemeal: when it is full, everything goes.
 
@@ -26,10 +27,11 @@ mod stack;
 mod strings;
 #[cfg(test)]
 mod tests;
+mod twins;
 
 use crate::code_memory::CodeMemory;
 use crate::core::Core;
-use crate::cpu::{CLOSED, Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, Mode, TlbContext};
+use crate::cpu::{CLOSED, Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, LINKS, Mode, TlbContext};
 use crate::interpret::{self, Step};
 use crate::system;
 use crate::timer;
@@ -45,18 +47,22 @@ use planted::Bug;
 use return_stack::ReturnStack;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::mem::offset_of;
 use std::sync::atomic::Ordering;
+pub use twins::Twins;
 
 /// Bytes of code memory per vCPU.
-const CODE_SIZE: usize = 32 << 20;
+const CODE_SIZE: usize = 128 << 20;
 /// Left free so that the largest block fits.
 const CODE_RESERVE: usize = 64 << 10;
+/// Links left free so that the largest block fits.
+const LINK_RESERVE: usize = 256;
 /// Code is tracked for writes in granules of this many bytes, 64 to a page.
 const GRANULE: u64 = 64;
 /// Writes to the code of a page after which all of it is dropped, so that further ones are just writes.
 const MAX_CODE_WRITES: u32 = 64;
 /// Misfits of a block with shared probes after which it is translated with fewer ...
-const MAX_MISFITS: u8 = 64;
+const MAX_MISFITS: u32 = 64;
 /// ... if they come faster than one in this many TSC ticks; rarer ones cost less than shared probes save.
 const MISFIT_TICKS: u64 = 2_000;
 
@@ -88,7 +94,7 @@ struct Block {
     alive: bool,
     /// Some accesses share a probe; and how often such a probe has been in vain.
     coalesced: bool,
-    misfits: u8,
+    misfits: u32,
     /// The TSC at the first of them.
     first_misfit: u64,
     /// It is a loop whose probes could be hoisted; where they are, the host code of its iterations, and how
@@ -143,6 +149,17 @@ impl Hasher for AddressHasher {
 
 type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
+/// How control comes to a block that is looked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Via {
+    /// By an indirect jump, or from Rust: the jump cache will know the block.
+    Jump,
+    /// By a jump that can be linked to it.
+    Link,
+    /// By a shared probe that did not fit: the block without them is wanted.
+    Misfit,
+}
+
 /// Counts of what the translator did; see [`Translator::statistics`].
 #[derive(Default)]
 struct Statistics {
@@ -166,6 +183,8 @@ pub struct Translator {
     exits: Vec<Exit>,
     index: AddressMap<Key, u32>,
     pages: AddressMap<u64, CodePage>,
+    /// The link to each target of jumps to other pages, by the context of the code there.
+    links: AddressMap<(JumpContext, u64), u32>,
     /// Blocks in which reads that lead writes did not pay, and those in which no shared probes did.
     unmixed: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     uncoalesced: HashSet<Key, BuildHasherDefault<AddressHasher>>,
@@ -209,6 +228,7 @@ impl Translator {
             exits: Vec::new(),
             index: AddressMap::default(),
             pages: AddressMap::default(),
+            links: AddressMap::default(),
             unmixed: HashSet::default(),
             uncoalesced: HashSet::default(),
             hot_loops: HashSet::default(),
@@ -238,6 +258,8 @@ impl Translator {
         self.thread = timer::attach_thread();
         let code_start = self.code.address(0);
         self.return_stack.attach(&mut core.cpu, return_stack::no_return(code_start, &self.thunks))?;
+        core.cpu.unlinked = self.code.address(self.thunks.unlinked);
+        core.twins.fault = self.code.address(self.thunks.fault);
         let guard = self.return_stack.guard();
         fault::set_running(Some(fault::Running {
             code_start,
@@ -284,7 +306,7 @@ impl Translator {
         let Some(context) = self.context(core) else {
             return self.interpret(core, io);
         };
-        let block = match self.find(core, context, false) {
+        let block = match self.find(core, context, Via::Jump) {
             Ok(Some(block)) => block,
             Ok(None) => return self.interpret(core, io),
             Err(exception) => return system::deliver_exception(core, io, exception),
@@ -301,11 +323,11 @@ impl Translator {
                 let generation = self.generation;
                 if misfit
                     && self.blocks[block as usize].coalesced
-                    && let Ok(Some(found)) = self.find(core, context, true)
+                    && let Ok(Some(found)) = self.find(core, context, Via::Misfit)
                 {
                     // Making a block may have dropped all others.
                     if self.generation == generation {
-                        self.misfit(core, block);
+                        self.misfit(core, block, found);
                     }
                     next = found;
                     continue;
@@ -316,6 +338,7 @@ impl Translator {
                 core.cpu.rip = core.cpu.translated[word::TARGET];
                 return Step::Done;
             }
+            let mut via = Via::Jump;
             match self.exits[exit as usize].kind {
                 ExitKind::Interpret { rip } => {
                     core.cpu.rip = rip;
@@ -325,7 +348,6 @@ impl Translator {
                     self.recheck(core, exit, patch);
                     return Step::Done;
                 }
-                ExitKind::Far { target, .. } => core.cpu.rip = target,
                 ExitKind::Indirect { rip, stack } => {
                     core.cpu.rip = core.cpu.translated[word::TARGET];
                     if context.bits() == 64 && !is_canonical(core.cpu.rip) {
@@ -336,7 +358,10 @@ impl Translator {
                         return system::deliver_exception(core, io, Exception::gp(0));
                     }
                 }
-                ExitKind::Direct { target } | ExitKind::Loop { target, .. } => core.cpu.rip = target,
+                ExitKind::Direct { target } | ExitKind::Loop { target, .. } | ExitKind::Far { target, .. } => {
+                    core.cpu.rip = target;
+                    via = Via::Link;
+                }
             }
             if context.bits() == 32 {
                 core.cpu.rip &= 0xffff_ffff;
@@ -347,10 +372,10 @@ impl Translator {
             // The exit may have led to other rights: SYSCALL, SYSRET, STAC.
             let Some(context) = self.context(core) else { return Step::Done };
             let generation = self.generation;
-            match self.find(core, context, false) {
+            match self.find(core, context, via) {
                 Ok(Some(found)) => {
                     if self.generation == generation {
-                        self.link(exit, found);
+                        self.link(core, exit, found);
                     }
                     next = found;
                 }
@@ -419,7 +444,6 @@ impl Translator {
         let upper = core.cpu.ymm.iter().fold(0, |all, r| all | u128::from_ne_bytes(r.0[16..].try_into().unwrap()));
         core.cpu.upper_halves = u8::from(upper != 0);
         core.cpu.translated[word::CORE] = std::ptr::from_mut(core) as u64;
-        core.cpu.translated[word::NOWHERE] = return_stack::NOWHERE;
         fault::set_tables(fault::Tables { blocks: &raw const *self.blocks, exits: &raw const *self.exits });
         let exit;
         timer::set_entered(true);
@@ -435,10 +459,10 @@ impl Translator {
         exit
     }
 
-    /// The block for the current RIP, made if need be; `alone` without shared probes. `None` if the code
-    /// there is not in RAM.
-    fn find(&mut self, core: &mut Core, context: Context, alone: bool) -> std::result::Result<Option<u32>, Exception> {
+    /// The block for the current RIP, made if need be. `None` if the code there is not in RAM.
+    fn find(&mut self, core: &mut Core, context: Context, via: Via) -> std::result::Result<Option<u32>, Exception> {
         let rip = core.cpu.rip;
+        let alone = via == Via::Misfit;
         let place = context.jumps as usize * JUMP_CACHE_ENTRIES + (rip as usize & (JUMP_CACHE_ENTRIES - 1));
         if !alone && let Some(block) = self.find_in_jump_cache(core, context, place) {
             return Ok(Some(block));
@@ -461,9 +485,13 @@ impl Translator {
             }
         };
         let address = self.code.address(self.blocks[block as usize].start as usize);
-        if !alone {
-            core.add_jump(context.jumps, rip, address);
-            self.jump_blocks[place] = block;
+        match via {
+            Via::Jump => {
+                core.add_jump(context.jumps, rip, address);
+                self.jump_blocks[place] = block;
+            }
+            Via::Link => core.note_code(rip),
+            Via::Misfit => {}
         }
         Ok(Some(block))
     }
@@ -482,7 +510,7 @@ impl Translator {
     }
 
     fn translate(&mut self, core: &mut Core, key: Key, page: &[u8; 4096]) -> u32 {
-        if self.used + CODE_RESERVE > self.code.length() {
+        if self.used + CODE_RESERVE > self.code.length() || self.links.len() + LINK_RESERVE > LINKS {
             self.flush(core);
             core.protect_code_page(key.gpa);
         }
@@ -512,7 +540,7 @@ impl Translator {
             translation = block::translate(&source);
             next_page = Some(gpa >> 12);
         }
-        self.install(key, translation, next_page)
+        self.install(core, key, translation, next_page)
     }
 
     /// The first bytes of the page after the one that `rip` is on, if they can be executed: their
@@ -541,7 +569,13 @@ impl Translator {
     }
 
     /// Places a translation and links it with the blocks it jumps to.
-    fn install(&mut self, key: Key, mut translation: block::Translation, next_page: Option<u64>) -> u32 {
+    fn install(
+        &mut self,
+        core: &mut Core,
+        key: Key,
+        mut translation: block::Translation,
+        next_page: Option<u64>,
+    ) -> u32 {
         let first_exit = self.exits.len() as u32;
         let start = self.used;
         let id = self.blocks.len() as u32;
@@ -557,6 +591,13 @@ impl Translator {
             };
             let displacement = (target as i64 - (start as i64 + i64::from(at) + 4)) as i32;
             translation.code[at as usize..at as usize + 4].copy_from_slice(&displacement.to_le_bytes());
+        }
+        for exit in &mut translation.exits {
+            if let ExitKind::Far { target, context, link } = &mut exit.kind {
+                *link = self.link_to(core, *context, *target);
+                let place = offset_of!(Cpu, links) + size_of::<u64>() * *link as usize;
+                translation.code[exit.site as usize..][..4].copy_from_slice(&(place as i32).to_le_bytes());
+            }
         }
         self.code.write(start, &translation.code);
         self.used = (start + translation.code.len()).next_multiple_of(16);
@@ -608,23 +649,36 @@ impl Translator {
                 let gpa = page << 12 | target & 0xfff;
                 let target_key = Key { gpa, rip: target, context: key.context, alone: false };
                 if let Some(&found) = self.index.get(&target_key) {
-                    self.link(exit, found);
+                    self.link(core, exit, found);
                 }
             }
         }
         id
     }
 
+    /// The link for jumps to `target`, code of `context`.
+    fn link_to(&mut self, core: &mut Core, context: JumpContext, target: u64) -> u32 {
+        let next = self.links.len() as u32;
+        *self.links.entry((context, target)).or_insert_with(|| {
+            core.cpu.links[next as usize] = core.cpu.unlinked;
+            next
+        })
+    }
+
     /// Makes the jump of `exit` go straight to `to`, if it is one that may.
-    fn link(&mut self, exit: u32, to: u32) {
+    fn link(&mut self, core: &mut Core, exit: u32, to: u32) {
         let record = &self.exits[exit as usize];
         let from = &self.blocks[record.block as usize];
         match record.kind {
             ExitKind::Direct { .. } => {}
             // Only `break_out` ever cuts these.
             ExitKind::Loop { inside, .. } if from.alive => return self.patch(record.site, from.start + inside),
-            ExitKind::Far { key, entry, .. } if from.alive => {
-                return self.code.write_if_changed((from.start + key) as usize, entry);
+            ExitKind::Far { context, link, .. } => {
+                let target = &self.blocks[to as usize];
+                if target.key.context.jumps == context {
+                    core.set_link(context, link, self.code.address(target.start as usize));
+                }
+                return;
             }
             _ => return,
         }
@@ -651,8 +705,10 @@ impl Translator {
 
     /// Counts an access that a shared probe did not serve; too many too fast, and the block's reads lead no
     /// writes from now on; again, and its accesses probe alone.
-    fn misfit(&mut self, core: &mut Core, id: u32) {
+    fn misfit(&mut self, core: &mut Core, id: u32, twin: u32) {
         let now = core.tsc();
+        let probe = core.cpu.translated[word::FAULT] + 1; // where the miss handler would have returned to
+        let served = core.twins.note(probe, self.code.address(self.blocks[twin as usize].start as usize));
         let block = &mut self.blocks[id as usize];
         if !block.alive {
             return;
@@ -660,12 +716,12 @@ impl Translator {
         if block.misfits == 0 {
             block.first_misfit = now;
         }
-        block.misfits += 1;
+        block.misfits += 1 + u32::from(served);
         if block.misfits < MAX_MISFITS {
             return;
         }
-        block.misfits = 0;
-        if now.wrapping_sub(block.first_misfit) < u64::from(MAX_MISFITS) * MISFIT_TICKS {
+        let misfits = u64::from(std::mem::take(&mut block.misfits));
+        if now.wrapping_sub(block.first_misfit) < misfits * MISFIT_TICKS {
             let key = block.key;
             if !self.unmixed.insert(key) {
                 self.uncoalesced.insert(key);
@@ -797,7 +853,14 @@ impl Translator {
         }
         self.index.remove(&key);
         core.cpu.return_stack = core.cpu.return_stack_base;
-        core.remove_jump(key.context.jumps, key.rip, self.code.address(start as usize));
+        let address = self.code.address(start as usize);
+        if key.alone {
+            core.twins.forget();
+        }
+        core.remove_jump(key.context.jumps, key.rip, address);
+        if let Some(&link) = self.links.get(&(key.context.jumps, key.rip)) {
+            core.remove_link(link, address);
+        }
     }
 
     /// Drops every translation.
@@ -813,6 +876,8 @@ impl Translator {
             core.unprotect_code_page(page << 12);
         }
         core.flush_jumps();
+        self.links.clear();
+        core.twins.forget();
         self.used = self.thunk_bytes;
         self.generation += 1;
         self.statistics.flushes += 1;

@@ -25,7 +25,7 @@ const KEPT: usize = 256;
 /// Bytes of the signal stack: the largest signal frames (AMX) and the handler.
 const SIGNAL_STACK: usize = 64 << 10;
 /// The address that an empty stack "returns" to, negated: not canonical, and nobody's.
-pub const NOWHERE: u64 = 0x8123_4567_89ab_cdef;
+const NOWHERE: u64 = 0x8123_4567_89ab_cdef;
 
 /// A vCPU's return stack, with the signal stack its thread needs.
 pub struct ReturnStack {
