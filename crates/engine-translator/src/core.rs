@@ -235,6 +235,12 @@ pub struct Core {
     pub nmi_pending: bool,
     /// Guest-physical ranges written that hold translated code; the translator drains it after each step.
     pub code_writes: Vec<(u64, u32)>,
+    /// Nanoseconds that guest code runs at most before somebody looks where.
+    pub sample_period: u64,
+    /// When the micro-TLB's fills were last looked into.
+    pub micro_looked: u64,
+    /// A micro-TLB entry that is filled too often.
+    pub micro_complaint: Option<usize>,
     pub bounce: Box<Bounce>,
     /// Where translated code goes on whose shared probes do not fit.
     pub twins: Twins,
@@ -260,6 +266,9 @@ pub struct Clock {
 }
 
 impl Core {
+    /// The shortest and the longest [`Core::sample_period`].
+    pub const SAMPLE_PERIODS: std::ops::Range<u64> = 250_000..8_000_000;
+
     pub fn new(vm: Arc<VmShared>, shared: Arc<VcpuShared>, cpu: CpuBox, cpuid: Cpuid) -> Core {
         let physical_bits = cpuid.get(0x8000_0008, 0).map_or(36, |r| (r.eax & 0xff) as u8).clamp(32, 52);
         Core {
@@ -273,6 +282,9 @@ impl Core {
             physical_bits,
             nmi_pending: false,
             code_writes: Vec::new(),
+            sample_period: Self::SAMPLE_PERIODS.start,
+            micro_looked: 0,
+            micro_complaint: None,
             bounce: Box::new(Bounce([0; BOUNCE_SIZE])),
             twins: Twins::default(),
             stubs: Stubs::default(),

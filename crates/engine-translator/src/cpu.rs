@@ -68,6 +68,33 @@ pub const CLOSED: u64 = 1 << 40;
 /// Groups of accesses that a block can have.
 pub const DELTAS: usize = 16;
 
+/// Entries of the micro-TLB.
+pub const MICRO_ENTRIES: usize = 256;
+
+/// A copy of one TLB entry, for the accesses of one place in hot code: found without an index, so that what
+/// is accessed does not wait for it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct MicroEntry {
+    /// As in [`TlbEntry`], for the right that the place needs.
+    pub tag: u64,
+    pub host: u64,
+    pub delta: u64,
+    pub unused: u64,
+}
+
+impl MicroEntry {
+    /// An address that is not canonical, and whose page is not there in the host.
+    const NOWHERE: u64 = 1 << 62;
+    /// Holds a page that no guest can have. An address in it hits, and the host faults at what it says.
+    pub const EMPTY: MicroEntry = MicroEntry {
+        tag: 0u64.wrapping_sub(Self::NOWHERE),
+        host: 0,
+        delta: 0u64.wrapping_sub(Self::NOWHERE),
+        unused: 0,
+    };
+}
+
 /// Whose rights a TLB holds: a block knows statically which one its accesses use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
@@ -183,6 +210,13 @@ pub struct Cpu {
     pub scratch: [u64; 8],
     /// Deltas that the accesses of a block share.
     pub deltas: [u64; DELTAS],
+    /// What hot code has found in the TLB.
+    pub micro: [MicroEntry; MICRO_ENTRIES],
+    /// Entries of `micro` that are in use, and whether any has been filled since they were emptied.
+    pub micro_used: u32,
+    pub micro_filled: u32,
+    /// Fills of `micro` until one is looked into.
+    pub micro_budget: i32,
     /// The host's stack pointer while translated code runs.
     pub host_rsp: u64,
     /// The return stack's pointer while translated code does not run, and where it is empty.
@@ -286,8 +320,16 @@ impl Cpu {
         for jumps in &mut cpu.jump_cache {
             jumps[0] = JumpEntry::empty(0);
         }
+        cpu.micro = [MicroEntry::EMPTY; MICRO_ENTRIES];
         cpu.mxcsr = 0x1f80;
         cpu
+    }
+
+    /// Empties the micro-TLB: a right or a translation has been taken away.
+    pub fn empty_micro(&mut self) {
+        if std::mem::take(&mut self.micro_filled) != 0 {
+            self.micro[..self.micro_used as usize].fill(MicroEntry::EMPTY);
+        }
     }
 
     pub fn is_long_mode(&self) -> bool {

@@ -260,6 +260,7 @@ impl Core {
 
     /// Drops every translation, global ones included.
     pub fn flush_all(&mut self) {
+        self.cpu.empty_micro();
         for context in 0..TLB_CONTEXTS {
             let mut journal = std::mem::take(&mut self.mmu.journal[context]);
             for &index in &journal {
@@ -283,6 +284,7 @@ impl Core {
 
     /// Drops the translations of the current address space but global ones, as a CR3 load does.
     pub fn flush_current(&mut self) {
+        self.cpu.empty_micro();
         for context in [TlbContext::KernelAc as usize, TlbContext::User as usize] {
             let mut journal = std::mem::take(&mut self.mmu.journal[context]);
             for &index in &journal {
@@ -305,6 +307,7 @@ impl Core {
 
     /// INVLPG: drops the translation of the page that holds `gva`, of whatever size.
     pub fn invalidate_page(&mut self, gva: u64) {
+        self.cpu.empty_micro();
         if self.mmu.large.contains(&(gva >> 21)) {
             self.invalidate_large(gva);
         } else {
@@ -351,6 +354,7 @@ impl Core {
         if old & page::CODE != 0 || old & page::WRITABLE_IN_TLB == 0 {
             return;
         }
+        self.cpu.empty_micro();
         for context in 0..TLB_CONTEXTS {
             for &index in &self.mmu.journal[context] {
                 let index = index as usize;

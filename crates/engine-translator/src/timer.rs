@@ -184,7 +184,7 @@ impl ThreadTimer {
             return;
         }
         // A timer of zero would be a stopped one.
-        let wait = until(deadline, now, core.vm.tsc_khz).max(1);
+        let wait = until(deadline, now, core.vm.tsc_khz).clamp(1, core.sample_period);
         self.armed = Some((deadline, now.ns.saturating_add(wait)));
         set_timer(
             self.timer,

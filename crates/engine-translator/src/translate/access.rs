@@ -10,13 +10,18 @@ use super::block::{Builder, SAVED_RAX, Thunk, host_register, scratch, slot};
 use super::coalesce::{Access, Role};
 use super::flags::Redo;
 use super::planted::{self, Bug};
-use crate::cpu::{Cpu, TLB_ENTRIES, Tag, TlbEntry};
+use crate::cpu::{Cpu, MicroEntry, TLB_ENTRIES, Tag, TlbEntry};
 use anyvisor_x86::segment::{Segment, index};
 use iced_x86::{Instruction, Register};
 use std::mem::offset_of;
 
 fn delta(slot: u8) -> Rm {
     Rm::Gs((offset_of!(Cpu, deltas) + 8 * slot as usize) as i32)
+}
+
+/// The field at `field` of micro-TLB entry `number`.
+fn micro(number: u16, field: usize) -> Rm {
+    Rm::Gs((offset_of!(Cpu, micro) + usize::from(number) * size_of::<MicroEntry>() + field) as i32)
 }
 
 fn segment_base(segment: u8) -> Rm {
@@ -30,7 +35,7 @@ fn closed(segment: u8) -> Rm {
 }
 
 /// log2 of the size of a TLB entry.
-const ENTRY_BITS: u8 = 5;
+pub(super) const ENTRY_BITS: u8 = 5;
 const _: () = assert!(size_of::<TlbEntry>() == 1 << ENTRY_BITS);
 
 /// An effective address: `segment base + base + index × 2^scale + displacement`.
@@ -126,10 +131,12 @@ pub struct Miss {
     low: i32,
     /// The address, for `probe_constant`.
     constant: Option<i32>,
-    /// The delta that RDI holds across the probe.
-    rdi: Option<u8>,
+    /// Where to load the delta from that RDI holds across the probe.
+    rdi: Option<Rm>,
     /// What makes the flags again, if they are not kept in AX.
     redo: Option<Redo>,
+    /// The micro-TLB entry that was asked.
+    micro: Option<u16>,
 }
 
 /// The address of an access that `probe_constant` can serve: it does not cross its page, and its page's
@@ -207,17 +214,30 @@ impl Builder<'_> {
         let table = self.table();
         let constant = short_constant(ea, size);
         let again = flags && self.redo.is_some();
+        let entry = if ea.constant().is_none() && self.faults_first { self.micro.next() } else { None };
+        let uses_rdi = ea.bit.is_some() || ea.index.is_some_and(|index| host_register(index as usize).is_none());
+        if constant.is_none() && (entry.is_none() || uses_rdi) {
+            self.deltas[1] = None;
+        }
         match constant {
             Some(address) => self.probe_constant(address, tag, flags),
-            None => self.probe(ea, tag, flags, low, high),
+            None => self.probe(ea, tag, flags, low, high, entry),
         }
         self.deltas[0] = slot;
-        if constant.is_none() || keep_rdi {
+        if keep_rdi || (entry.is_some() && slot.is_none()) {
             self.deltas[1] = None;
+        }
+        if let Some(slot) = slot {
+            self.places[usize::from(slot)] = entry;
         }
         match slot {
             Some(slot) if constant.is_some() => self.a.store(delta(slot), RSI),
             None if constant.is_some() => {}
+            Some(_) if let Some(entry) = entry => self.a.load(RSI, micro(entry, offset_of!(MicroEntry, delta))),
+            None if let Some(entry) = entry => {
+                let host = micro(entry, offset_of!(MicroEntry, host));
+                if keep_rdi { self.a.alu(Alu::Add, RSI, host) } else { self.a.load(RDI, host) }
+            }
             Some(slot) => {
                 self.a.load(RSI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, delta) as i32));
                 self.a.store(delta(slot), RSI);
@@ -263,9 +283,22 @@ impl Builder<'_> {
         }
         let which = usize::from(!keep_rdi && self.deltas[0].is_some() && self.deltas[1].is_none());
         let register = [RSI, RDI][which];
-        self.a.load(register, delta(slot));
+        self.a.load(register, self.delta_place(slot));
         self.deltas[which] = Some(slot);
         register
+    }
+
+    /// The place of the delta in RDI.
+    fn kept_in_rdi(&self) -> Option<Rm> {
+        self.deltas[1].map(|slot| self.delta_place(slot))
+    }
+
+    /// Where the delta of a group is.
+    fn delta_place(&self, slot: u8) -> Rm {
+        match self.places[usize::from(slot)] {
+            Some(entry) => micro(entry, offset_of!(MicroEntry, delta)),
+            None => delta(slot),
+        }
     }
 
     /// Notes that scratch register `host` is used for something else.
@@ -280,7 +313,8 @@ impl Builder<'_> {
 
     /// Probes for `low..high` around `ea`. Leaves the offset in the page in RSI, the entry's offset in RDI,
     /// and live flags in AX.
-    fn probe(&mut self, ea: &Ea, kind: Tag, flags: bool, low: i32, high: i32) {
+    /// With `entry` it asks the micro-TLB and leaves RDI alone, but for what `ea` needs.
+    fn probe(&mut self, ea: &Ea, kind: Tag, flags: bool, low: i32, high: i32, entry: Option<u16>) {
         let table = self.table();
         let tag = if planted::is(Bug::WriteProbesForRead) { Tag::Read } else { kind }.offset();
         let high = if planted::is(Bug::PageEndUnchecked) { low + 1 } else { high };
@@ -310,14 +344,21 @@ impl Builder<'_> {
                 self.a.alu(Alu::Add, RSI, closed(segment));
             }
         }
-        self.entry_offset(ea);
-        self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + tag));
+        match entry {
+            Some(entry) => self.a.alu(Alu::Add, RSI, micro(entry, offset_of!(MicroEntry, tag))),
+            None => {
+                self.entry_offset(ea);
+                self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + tag));
+            }
+        }
         if low != 0 {
             self.a.alu_imm(Alu::Add, true, Rm::Reg(RSI), low);
         }
         self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - (high - low));
         let hole = self.a.jcc(cc::A);
-        self.misses.push(Miss { hole, retry, flags, tag: kind, offset: self.at, low, constant: None, rdi: None, redo });
+        let rdi = self.kept_in_rdi();
+        let offset = self.at;
+        self.misses.push(Miss { hole, retry, flags, tag: kind, offset, low, constant: None, rdi, redo, micro: entry });
     }
 
     /// Puts the offset of the TLB entry for the address in RSI, which is that of `ea`, into RDI.
@@ -369,8 +410,9 @@ impl Builder<'_> {
             offset: self.at,
             low: 0,
             constant,
-            rdi: self.deltas[1],
+            rdi: self.kept_in_rdi(),
             redo,
+            micro: None,
         });
         self.a.load(RSI, Rm::Gs(entry + offset_of!(TlbEntry, delta) as i32));
     }
@@ -495,6 +537,9 @@ impl Builder<'_> {
             if miss.low != 0 {
                 self.a.lea(RSI, Rm::Base(RSI, -miss.low));
             }
+            if let Some(entry) = miss.micro {
+                self.a.mov_imm(RDI, u64::from(entry) * size_of::<MicroEntry>() as u64);
+            }
             match &miss.redo {
                 Some(redo) => self.redo_at_miss(redo),
                 None if miss.flags => self.restore_flags(),
@@ -502,10 +547,14 @@ impl Builder<'_> {
             }
             let call = self.a.call();
             let context = self.source.context.tlb;
-            let thunk = Thunk::Fill { context, tag: miss.tag, flags: miss.flags };
+            let (tag, flags) = (miss.tag, miss.flags);
+            let thunk = match miss.micro {
+                Some(_) => Thunk::FillMicro { context, tag, flags },
+                None => Thunk::Fill { context, tag, flags },
+            };
             self.thunk_calls.push((call.at as u32, thunk));
-            if let Some(slot) = miss.rdi {
-                self.a.load(RDI, delta(slot));
+            if let Some(place) = miss.rdi {
+                self.a.load(RDI, place);
             }
             let back = self.a.jmp();
             self.a.bind_to(back, miss.retry);

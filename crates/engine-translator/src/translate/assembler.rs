@@ -65,6 +65,7 @@ pub mod cc {
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
+    pub const S: u8 = 8;
     pub const O: u8 = 0;
     pub const L: u8 = 12;
     pub const GE: u8 = 13;

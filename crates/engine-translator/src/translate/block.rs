@@ -21,7 +21,7 @@ use super::encoding::{Fields, Layout};
 use super::flags::Redo;
 use super::rename::{Held, Plan};
 use super::sensitive::{OddBase, OddSyscall};
-use crate::cpu::{Cpu, JumpContext, Tag};
+use crate::cpu::{Cpu, DELTAS, JumpContext, Tag};
 use anyvisor_x86::bits::gpr;
 use iced_x86::{
     Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
@@ -107,6 +107,8 @@ pub struct Translation {
     pub hoistable: bool,
     /// The host code of a hoisted loop's iterations, from and to.
     pub fast: Option<(u32, u32)>,
+    /// The first micro-TLB entry that is still free.
+    pub micro: u16,
 }
 
 /// Shared code that blocks jump to or call.
@@ -115,6 +117,12 @@ pub enum Thunk {
     Exit,
     /// TLB miss for a context, with live flags or without.
     Fill {
+        context: u8,
+        tag: Tag,
+        flags: bool,
+    },
+    /// As `Fill`, for a micro-TLB entry.
+    FillMicro {
         context: u8,
         tag: Tag,
         flags: bool,
@@ -141,6 +149,8 @@ pub mod word {
     pub const FAULT: usize = 4;
     /// Host address of a block that was interrupted, or 0.
     pub const SAMPLE: usize = 6;
+    /// The offset of the micro-TLB's entry that was filled last, in the micro-TLB.
+    pub const MICRO: usize = 8;
     /// 1 if the last miss was a [`Fill::Misfit`](crate::mmu::Fill::Misfit).
     pub const MISFIT: usize = 5;
     /// Where a miss that cannot be served goes: the `fault` thunk, or a twin of the block.
@@ -224,6 +234,8 @@ pub struct Source<'a> {
     pub mix: bool,
     /// Hoist a loop's probes.
     pub hoist: bool,
+    /// The micro-TLB entries that its accesses may have.
+    pub micro: std::ops::Range<u16>,
     /// Addresses of instructions that are left to the interpreter, where a debugger stops.
     pub breakpoints: Vec<u64>,
 }
@@ -244,6 +256,12 @@ pub struct Builder<'a> {
     pub(super) at: u16,
     /// A probe is being emitted whose flags wait in AX.
     pub(super) flags_in_ax: bool,
+    /// The instruction being emitted changes nothing before its access.
+    pub(super) faults_first: bool,
+    /// Micro-TLB entries that are free.
+    pub(super) micro: std::ops::Range<u16>,
+    /// The micro-TLB entry that holds a group's delta, where one does.
+    pub(super) places: [Option<u16>; DELTAS],
     /// The accesses to come, with their roles.
     pub(super) planned: std::vec::IntoIter<(Access, Role)>,
     coalesced: bool,
@@ -286,6 +304,9 @@ pub fn translate(source: &Source) -> Translation {
         peeked: Vec::new(),
         at: 0,
         flags_in_ax: false,
+        faults_first: false,
+        micro: source.micro.clone(),
+        places: [None; DELTAS],
         planned: Vec::new().into_iter(),
         coalesced: false,
         hoistable: false,
@@ -602,6 +623,7 @@ impl<'a> Builder<'a> {
         ) {
             self.deltas = [None; 2];
         }
+        self.faults_first = !matches!(insn.kind, Kind::Sensitive | Kind::String);
         match insn.kind {
             Kind::Nop => true,
             Kind::Copy => self.copy(insn, None),
@@ -820,6 +842,7 @@ impl<'a> Builder<'a> {
             coalesced: self.coalesced,
             hoistable: self.hoistable,
             fast: self.fast,
+            micro: self.micro.start,
         }
     }
 }

@@ -12,11 +12,17 @@
 use super::assembler::*;
 use super::block::{host_register, slot, word, word_offset};
 use crate::core::Core;
-use crate::cpu::{Cpu, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext, TlbEntry, Ymm};
+use super::access::ENTRY_BITS;
+use crate::cpu::{Cpu, MicroEntry, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext, TlbEntry, Ymm};
 use crate::mmu::Fill;
 use anyvisor_engine::tally::event;
 use anyvisor_x86::bits::rflags;
 use std::mem::offset_of;
+
+/// Fills of the micro-TLB after which the one that makes the number full is looked into.
+const MICRO_BUDGET: i32 = 256;
+/// If so many came faster than one in this many TSC ticks, that one's block does better without.
+const MICRO_TICKS: u64 = 4_000;
 
 /// The exit number that means: go on at [`word::TARGET`].
 pub const EXIT_INDIRECT: u32 = u32::MAX - 1;
@@ -38,6 +44,7 @@ pub struct Thunks {
     pub unlinked: usize,
     /// By context, tag, flags.
     pub fill: [[[usize; 2]; Tag::ALL.len()]; TLB_CONTEXTS],
+    pub fill_micro: [[[usize; 2]; Tag::ALL.len()]; TLB_CONTEXTS],
     /// By context, MOVS, log2 of the size.
     pub repeat: [[[usize; 4]; 2]; TLB_CONTEXTS],
 }
@@ -69,6 +76,8 @@ pub fn generate() -> (Vec<u8>, Thunks) {
             for flags in 0..2 {
                 thunks.fill[context][tag as usize][flags] = a.position();
                 fill(&mut a, avx, context, tag, flags == 1);
+                thunks.fill_micro[context][tag as usize][flags] = a.position();
+                fill_micro(&mut a, context, tag, flags == 1, thunks.fill[context][tag as usize][flags]);
             }
         }
     }
@@ -182,6 +191,61 @@ fn fill(a: &mut Assembler, avx: bool, context: usize, tag: Tag, flags: bool) {
     a.ret();
 }
 
+/// Entered by a call from a probe that its micro-TLB entry did not serve: RSI is the address plus that
+/// entry's tag, RDI the entry's offset. Copies what the TLB has, or goes on to `fill`: if the TLB has not
+/// got the page, if the entry has it already (so that what is wrong is the page's end), or if there have
+/// been many such calls.
+fn fill_micro(a: &mut Assembler, context: usize, tag: Tag, flags: bool, fill: usize) {
+    let table = (offset_of!(Cpu, tlb) + context * size_of::<[TlbEntry; TLB_ENTRIES]>()) as i32;
+    let micro = |field: usize| (offset_of!(Cpu, micro) + field) as i32;
+    let entry_tag = Rm::GsBase(RDI, table + tag.offset());
+    if flags {
+        a.pushfq();
+    }
+    a.push(RAX);
+    a.store(Rm::Gs(word_offset(word::MICRO)), RDI);
+    a.load(RAX, Rm::GsBase(RDI, micro(offset_of!(MicroEntry, tag))));
+    a.alu(Alu::Sub, RSI, Rm::Reg(RAX));
+    a.mov32(RDI, RSI);
+    a.shr32(RDI, 12 - ENTRY_BITS);
+    a.alu_imm(Alu::And, false, Rm::Reg(RDI), ((TLB_ENTRIES - 1) << ENTRY_BITS) as i32);
+    let mut slow = Vec::new();
+    a.alu(Alu::Cmp, RAX, entry_tag);
+    slow.push(a.jcc(cc::E));
+    a.mov(RAX, RSI);
+    a.alu(Alu::Add, RAX, entry_tag);
+    a.alu_imm(Alu::Cmp, true, Rm::Reg(RAX), 4095);
+    slow.push(a.jcc(cc::A));
+    a.alu_imm(Alu::Sub, false, Rm::Gs(offset_of!(Cpu, micro_budget) as i32), 1);
+    slow.push(a.jcc(cc::S));
+    a.load(RSI, Rm::Gs(word_offset(word::MICRO)));
+    let copies = [
+        (tag.offset() as usize, offset_of!(MicroEntry, tag)),
+        (offset_of!(TlbEntry, host), offset_of!(MicroEntry, host)),
+        (offset_of!(TlbEntry, delta), offset_of!(MicroEntry, delta)),
+    ];
+    for (from, to) in copies {
+        a.load(RAX, Rm::GsBase(RDI, table + from as i32));
+        a.store(Rm::GsBase(RSI, micro(to)), RAX);
+    }
+    a.store32_imm(Rm::Gs(offset_of!(Cpu, micro_filled) as i32), 1);
+    a.pop(RAX);
+    if flags {
+        a.popfq();
+    }
+    a.ret();
+    for hole in slow {
+        a.bind(hole);
+    }
+    a.alu(Alu::Add, RSI, entry_tag);
+    a.pop(RAX);
+    if flags {
+        a.popfq();
+    }
+    let to_fill = a.jmp();
+    a.bind_to(to_fill, fill);
+}
+
 /// Guest registers that have a host register, with it.
 fn mapped() -> impl Iterator<Item = (usize, u8)> {
     (0..16).filter_map(|guest| host_register(guest).map(|host| (guest, host)))
@@ -242,6 +306,19 @@ unsafe extern "sysv64" fn tlb_miss(core: *mut Core, gva: u64, how: u64) -> u64 {
         1 => TlbContext::KernelAc,
         _ => TlbContext::User,
     };
+    if core.cpu.micro_budget < 0 {
+        // Not a miss of the TLB: look again, or leave to have this place's block translated again.
+        core.cpu.micro_budget = MICRO_BUDGET;
+        let now = core.tsc();
+        let elapsed = now.wrapping_sub(std::mem::replace(&mut core.micro_looked, now));
+        if elapsed >= MICRO_BUDGET as u64 * MICRO_TICKS {
+            return 0;
+        }
+        core.micro_complaint = Some(core.cpu.translated[word::MICRO] as usize / size_of::<MicroEntry>());
+        core.cpu.translated[word::MISFIT] = 0;
+        core.cpu.translated[word::LEAVE] = core.twins.fault;
+        return 1;
+    }
     let began = core.meter.start();
     let fill = core.fill(context, gva, Tag::ALL[(how & 3) as usize]);
     core.meter.stop(began, event::TLB_MISS);

@@ -28,7 +28,7 @@ use super::block::*;
 use super::classify::Kind;
 use super::coalesce::{Coalescer, Hoist, Limit, LoopPlan};
 use super::planted::{self, Bug};
-use crate::cpu::TlbEntry;
+use crate::cpu::{DELTAS, TlbEntry};
 use std::mem::offset_of;
 
 /// Where the limit is kept.
@@ -79,6 +79,9 @@ impl Builder<'_> {
         let fast = self.a.position();
         self.iteration(body, plan.limit.as_ref(), fast);
         self.fast = Some((fast as u32, self.a.position() as u32));
+        // What follows is seldom run.
+        self.micro.end = self.micro.start;
+        self.places = [None; DELTAS];
         self.held = [None; 2];
         self.deltas = [None; 2];
         for hole in to_plain {

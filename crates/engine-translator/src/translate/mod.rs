@@ -31,7 +31,9 @@ mod twins;
 
 use crate::code_memory::CodeMemory;
 use crate::core::Core;
-use crate::cpu::{CLOSED, Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, LINKS, Mode, TlbContext};
+use crate::cpu::{
+    CLOSED, Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, LINKS, MICRO_ENTRIES, MicroEntry, Mode, TlbContext,
+};
 use crate::interpret::{self, Step};
 use crate::system;
 use crate::timer;
@@ -69,6 +71,11 @@ const MISFIT_TICKS: u64 = 2_000;
 /// Samples outside a loop's iterations, more than inside, after which its probes are hoisted no more.
 const SAMPLES: i8 = 4;
 
+/// Micro-TLB entries that a block can have.
+const BLOCK_MICROS: usize = 24;
+/// Blocks that a hot one's jumps lead to, and that are hot with it.
+const HOT_NEIGHBOURS: usize = 6;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     gpa: u64,
@@ -102,6 +109,8 @@ struct Block {
     hoistable: bool,
     fast: Option<(u32, u32)>,
     samples: i8,
+    /// It is translated as a hot one.
+    hot: bool,
 }
 
 struct Exit {
@@ -191,7 +200,13 @@ pub struct Translator {
     /// Loops that samples met; and those of them that hoisted probes do not pay for.
     hot_loops: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     short_loops: HashSet<Key, BuildHasherDefault<AddressHasher>>,
-    /// Hoist the probes of every loop.
+    /// Blocks that samples met, and their neighbours: their accesses have micro-TLB entries. And those that
+    /// should not.
+    hot: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    cold: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    /// Whose each micro-TLB entry is.
+    micro_owners: Vec<Key>,
+    /// Treat every block as a hot one, and hoist the probes of every loop.
     eager: bool,
     /// Counts the times everything was dropped.
     generation: u64,
@@ -233,6 +248,9 @@ impl Translator {
             uncoalesced: HashSet::default(),
             hot_loops: HashSet::default(),
             short_loops: HashSet::default(),
+            hot: HashSet::default(),
+            cold: HashSet::default(),
+            micro_owners: Vec::new(),
             eager: false,
             generation: 0,
             hidden: (false, false, false, false),
@@ -302,6 +320,9 @@ impl Translator {
         self.apply_code_writes(core);
         if core.cpu.translated[word::SAMPLE] != 0 {
             self.sample(core);
+        }
+        if let Some(entry) = core.micro_complaint.take() {
+            self.cool(core, entry);
         }
         let Some(context) = self.context(core) else {
             return self.interpret(core, io);
@@ -514,6 +535,11 @@ impl Translator {
             self.flush(core);
             core.protect_code_page(key.gpa);
         }
+        let hot = !key.alone && !self.cold.contains(&key) && (self.eager || self.hot.contains(&key));
+        if hot && self.micro_owners.len() + BLOCK_MICROS > MICRO_ENTRIES {
+            self.recycle_micro(core);
+        }
+        let first_micro = self.micro_owners.len();
         let first_exit = self.exits.len() as u32;
         let mut source = Source {
             bytes: &page[(key.gpa & 0xfff) as usize..],
@@ -526,6 +552,7 @@ impl Translator {
             coalesce: !key.alone && !self.uncoalesced.contains(&key),
             mix: !self.unmixed.contains(&key),
             hoist: self.eager || self.hot_loops.contains(&key),
+            micro: first_micro as u16..(first_micro + if hot { BLOCK_MICROS } else { 0 }) as u16,
             breakpoints: core.debugger.breakpoints().to_vec(),
         };
         let mut translation = block::translate(&source);
@@ -540,7 +567,9 @@ impl Translator {
             translation = block::translate(&source);
             next_page = Some(gpa >> 12);
         }
-        self.install(core, key, translation, next_page)
+        self.micro_owners.resize(usize::from(translation.micro), key);
+        core.cpu.micro_used = self.micro_owners.len() as u32;
+        self.install(core, key, translation, next_page, hot)
     }
 
     /// The first bytes of the page after the one that `rip` is on, if they can be executed: their
@@ -575,6 +604,7 @@ impl Translator {
         key: Key,
         mut translation: block::Translation,
         next_page: Option<u64>,
+        hot: bool,
     ) -> u32 {
         let first_exit = self.exits.len() as u32;
         let start = self.used;
@@ -584,6 +614,9 @@ impl Translator {
                 Thunk::Exit => self.thunks.exit,
                 Thunk::Fill { context, tag, flags } => {
                     self.thunks.fill[context as usize][tag as usize][usize::from(flags)]
+                }
+                Thunk::FillMicro { context, tag, flags } => {
+                    self.thunks.fill_micro[context as usize][tag as usize][usize::from(flags)]
                 }
                 Thunk::Repeat { context, moves, log } => {
                     self.thunks.repeat[context as usize][usize::from(moves)][log as usize]
@@ -639,6 +672,7 @@ impl Translator {
             hoistable: translation.hoistable,
             fast: translation.fast,
             samples: 0,
+            hot,
         });
         self.index.insert(key, id);
         self.statistics.blocks += 1;
@@ -739,13 +773,21 @@ impl Translator {
         let Some(id) = i.checked_sub(1) else { return };
         let block = &mut self.blocks[id];
         let key = block.key;
+        if block.alive && !block.hot && !self.cold.contains(&key) {
+            self.heat(core, id as u32);
+            core.sample_period = Core::SAMPLE_PERIODS.start;
+        } else {
+            core.sample_period = (core.sample_period * 2).min(Core::SAMPLE_PERIODS.end);
+        }
+        let block = &mut self.blocks[id];
+        if block.hoistable && block.fast.is_none() && !self.short_loops.contains(&key) {
+            self.hot_loops.insert(key);
+            return self.kill(core, id as u32);
+        }
         if !block.alive || !block.hoistable || self.short_loops.contains(&key) {
             return;
         }
-        let Some((from, to)) = block.fast else {
-            self.hot_loops.insert(key);
-            return self.kill(core, id as u32);
-        };
+        let Some((from, to)) = block.fast else { return };
         let offset = offset as u32 - block.start;
         if offset >= from && offset < to {
             block.samples = (block.samples + 1).min(SAMPLES);
@@ -757,6 +799,50 @@ impl Translator {
                 self.kill(core, id as u32);
             }
         }
+    }
+
+    /// Has `id` and what its jumps lead to translated again, as hot ones.
+    fn heat(&mut self, core: &mut Core, id: u32) {
+        let mut found = vec![id];
+        let mut next = 0;
+        while next < found.len() && found.len() < HOT_NEIGHBOURS {
+            for exit in self.blocks[found[next] as usize].exits.clone() {
+                if let Some(to) = self.exits[exit as usize].linked
+                    && !found.contains(&to)
+                {
+                    found.push(to);
+                }
+            }
+            next += 1;
+        }
+        for id in found {
+            let block = &self.blocks[id as usize];
+            if block.alive && !block.hot && !block.key.alone && !self.cold.contains(&block.key) {
+                self.hot.insert(block.key);
+                self.kill(core, id);
+            }
+        }
+    }
+
+    /// Has the block whose micro-TLB entry this is translated again, without such entries.
+    fn cool(&mut self, core: &mut Core, entry: usize) {
+        let Some(&key) = self.micro_owners.get(entry) else { return };
+        self.hot.remove(&key);
+        self.cold.insert(key);
+        if let Some(&id) = self.index.get(&key) {
+            self.kill(core, id);
+        }
+    }
+
+    /// Takes the micro-TLB entries away from all blocks: there are too few for another one.
+    fn recycle_micro(&mut self, core: &mut Core) {
+        for key in std::mem::take(&mut self.micro_owners) {
+            if let Some(&id) = self.index.get(&key) {
+                self.kill(core, id);
+            }
+        }
+        self.hot.clear();
+        core.cpu.micro = [MicroEntry::EMPTY; MICRO_ENTRIES];
     }
 
     /// The block and the guest address of the instruction that host address `at` belongs to.
@@ -872,6 +958,10 @@ impl Translator {
         self.uncoalesced.clear();
         self.hot_loops.clear();
         self.short_loops.clear();
+        self.hot.clear();
+        self.cold.clear();
+        self.micro_owners.clear();
+        core.cpu.micro = [MicroEntry::EMPTY; MICRO_ENTRIES];
         for page in std::mem::take(&mut self.pages).into_keys() {
             core.unprotect_code_page(page << 12);
         }

@@ -68,12 +68,14 @@ impl Builder<'_> {
     pub(super) fn leave(&mut self, insn: &Insn) -> bool {
         let word = self.word() as i32;
         let rm = self.access(&Ea::register(RBP, self.bits()), word as usize, false, insn.live_in != 0, false);
+        self.load_word(RSI, rm);
+        self.clobber(RSI);
         if word == 8 {
             self.a.lea(R13, Rm::Base(RBP, word));
         } else {
             self.a.lea32(R13, Rm::Base(RBP, word));
         }
-        self.load_word(RBP, rm);
+        self.a.mov(RBP, RSI);
         true
     }
 
