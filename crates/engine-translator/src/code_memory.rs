@@ -64,6 +64,16 @@ impl CodeMemory {
         (offset < self.length as u64).then_some(offset as usize)
     }
 
+    /// Writes `code` at `offset`, unless it is there: a write makes the processor fetch anew.
+    pub fn write_if_changed<const N: usize>(&mut self, offset: usize, code: &[u8; N]) {
+        assert!(offset + N <= self.length);
+        // SAFETY: in bounds of the writable mapping, which nothing else references.
+        let old = unsafe { self.writable.add(offset).cast::<[u8; N]>().read() };
+        if old != *code {
+            self.write(offset, code);
+        }
+    }
+
     /// Writes code at `offset`. x86 keeps instruction fetches coherent with stores of the same thread;
     /// the next jump there sees them (SDM vol. 3A 12.6).
     pub fn write(&mut self, offset: usize, code: &[u8]) {

@@ -75,7 +75,28 @@ pub enum ExitKind {
     Recheck { patch: u32 },
     /// Go on at the address in [`word::TARGET`]. Should it not be canonical, the branch at `rip` has to be
     /// interpreted with RSP moved back by `stack`.
-    Indirect { rip: u64, stack: i32 },
+    Indirect { rip: u64, stack: i32, cut: Cut },
+}
+
+/// Two bytes of code that let an indirect jump go on to what it has found, and those that make it leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Position in the block.
+    pub at: u32,
+    pub whole: [u8; 2],
+    pub cut: [u8; 2],
+}
+
+impl Cut {
+    /// The JNE with a long displacement that has just been emitted at `at`: it becomes NOP and JMP.
+    pub(super) fn jne(at: usize) -> Cut {
+        Cut { at: at as u32, whole: [0x0f, 0x85], cut: [0x90, 0xe9] }
+    }
+
+    /// The JRCXZ at `at`, by `distance`: it becomes two NOPs.
+    pub(super) fn jrcxz(at: usize, distance: u8) -> Cut {
+        Cut { at: at as u32, whole: [0xe3, distance], cut: [0x90, 0x90] }
+    }
 }
 
 /// A way out: the jump to patch (for `Direct`) and the stub it jumps to while unlinked.

@@ -1,8 +1,9 @@
 //! Control transfers out of a block: linked jumps on the same page, jumps through a link in the vCPU block to known
 //! targets elsewhere, jump-cache probes for everything else.
 //!
-//! Whatever closes a loop has to notice pending work. Jumps to known targets need no code for that: the signal that
-//! announces it unlinks them ([`super::fault::break_out`]). Indirect jumps poll. Returns don't: a loop of nothing else runs out of stack.
+//! Whatever closes a loop has to notice pending work. Jumps need no code for that: the signal that announces it
+//! unlinks them and makes probes miss ([`super::fault::break_out`]). It leaves returns alone: a loop of nothing else
+//! runs out of stack.
 
 use super::assembler::*;
 use super::block::*;
@@ -100,7 +101,6 @@ impl Builder<'_> {
     pub(super) fn call_direct(&mut self, target: u64, next: u64, flags: bool) {
         if !self.uses_return_stack() {
             self.release_flags();
-            // Its returns are indirect jumps, which poll.
             return self.direct(target, flags);
         }
         if self.linkable(target) {
@@ -205,55 +205,48 @@ impl Builder<'_> {
         let key = Rm::GsScaled { index: RDI, scale: 3, displacement: table };
         let host = Rm::GsScaled { index: RDI, scale: 3, displacement: table + 8 };
         if std::mem::take(&mut self.flags_held) {
-            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
-            let poll = self.a.jcc(cc::NE);
             self.a.alu(Alu::Add, RSI, key);
+            let cut = Cut::jne(self.a.position());
             let miss = self.a.jcc(cc::NE);
             self.restore_flags();
             self.found(host, call);
             self.a.bind(miss);
             self.a.alu(Alu::Sub, RSI, key);
-            self.a.bind(poll);
             self.restore_flags();
-            self.indirect_miss();
+            self.indirect_miss(cut);
         } else if flags && let Some(redo) = self.redo {
-            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
-            let poll = self.a.jcc(cc::NE);
             self.a.alu(Alu::Add, RSI, key);
+            let cut = Cut::jne(self.a.position());
             let miss = self.a.jcc(cc::NE);
             self.emit_redo(&redo, RSI);
             self.found(host, call);
             self.a.bind(miss);
             self.a.alu(Alu::Sub, RSI, key);
-            self.a.bind(poll);
             self.redo = Some(redo);
             self.destroyed = true;
-            self.indirect_miss();
+            self.indirect_miss(cut);
         } else if flags {
             self.a.store(scratch(SAVED_RCX), RCX);
-            self.a.load32(RCX, pending());
-            let idle = self.a.short(0xe3);
-            let poll = self.a.jmp();
-            self.a.bind_short(idle);
             self.a.load(RCX, key);
             self.a.lea(RCX, Rm::Indexed { base: RCX, index: RSI, scale: 0, displacement: 0 });
             let hit = self.a.short(0xe3);
-            self.a.bind(poll);
             self.a.load(RCX, scratch(SAVED_RCX));
-            self.indirect_miss();
+            self.a.store(Rm::Gs(word_offset(word::TARGET)), RSI);
+            let hole = self.a.jmp();
             self.a.bind_short(hit);
+            let cut = Cut::jrcxz(hit - 1, self.a.code[hit]);
+            let (rip, stack) = self.origin;
+            self.exits.push(PendingExit::new(hole, ExitKind::Indirect { rip, stack, cut }));
             self.a.load(RCX, scratch(SAVED_RCX));
             self.found(host, call);
         } else {
-            self.a.alu_imm(Alu::Cmp, false, pending(), 0);
-            let poll = self.a.jcc(cc::NE);
             self.a.alu(Alu::Add, RSI, key);
+            let cut = Cut::jne(self.a.position());
             let miss = self.a.jcc(cc::NE);
             self.found(host, call);
             self.a.bind(miss);
             self.a.alu(Alu::Sub, RSI, key);
-            self.a.bind(poll);
-            self.indirect_miss();
+            self.indirect_miss(cut);
         }
     }
 
@@ -268,12 +261,12 @@ impl Builder<'_> {
         }
     }
 
-    fn indirect_miss(&mut self) {
+    fn indirect_miss(&mut self, cut: Cut) {
         self.a.store(Rm::Gs(word_offset(word::TARGET)), RSI);
         self.settle_with(RSI);
         let hole = self.a.jmp();
         let (rip, stack) = self.origin;
-        self.exits.push(PendingExit::new(hole, ExitKind::Indirect { rip, stack }));
+        self.exits.push(PendingExit::new(hole, ExitKind::Indirect { rip, stack, cut }));
     }
 
     pub(super) fn jump_if(&mut self, insn: &Insn) {

@@ -9,10 +9,10 @@
 //! - `no_return`: where a guest return that matches nothing on the return stack goes.
 //! - `fault`: where the signal handler sends a host fault in translated code.
 
+use super::access::ENTRY_BITS;
 use super::assembler::*;
 use super::block::{host_register, slot, word, word_offset};
 use crate::core::Core;
-use super::access::ENTRY_BITS;
 use crate::cpu::{Cpu, MicroEntry, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext, TlbEntry, Ymm};
 use crate::mmu::Fill;
 use anyvisor_engine::tally::event;

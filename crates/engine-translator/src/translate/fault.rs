@@ -82,6 +82,11 @@ pub unsafe fn break_out(context: *mut libc::c_void) {
                 unsafe { (*running.cpu).links[link as usize] = (*running.cpu).unlinked };
                 continue;
             }
+            ExitKind::Indirect { cut, .. } => {
+                // SAFETY: as below.
+                unsafe { running.writable.add((block.start + cut.at) as usize).cast::<[u8; 2]>().write(cut.cut) };
+                continue;
+            }
             _ => continue,
         };
         // SAFETY: the displacement of a jump in code memory. This thread executes it next after the

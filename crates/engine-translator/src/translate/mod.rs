@@ -369,7 +369,7 @@ impl Translator {
                     self.recheck(core, exit, patch);
                     return Step::Done;
                 }
-                ExitKind::Indirect { rip, stack } => {
+                ExitKind::Indirect { rip, stack, .. } => {
                     core.cpu.rip = core.cpu.translated[word::TARGET];
                     if context.bits() == 64 && !is_canonical(core.cpu.rip) {
                         core.cpu.rip = rip;
@@ -713,6 +713,9 @@ impl Translator {
                     core.set_link(context, link, self.code.address(target.start as usize));
                 }
                 return;
+            }
+            ExitKind::Indirect { cut, .. } if from.alive => {
+                return self.code.write_if_changed((from.start + cut.at) as usize, &cut.whole);
             }
             _ => return,
         }
