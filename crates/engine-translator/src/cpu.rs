@@ -69,7 +69,7 @@ pub const CLOSED: u64 = 1 << 40;
 pub const DELTAS: usize = 16;
 
 /// Entries of the micro-TLB.
-pub const MICRO_ENTRIES: usize = 256;
+pub const MICRO_ENTRIES: usize = 512;
 
 /// A copy of one TLB entry, for the accesses of one place in hot code: found without an index, so that what
 /// is accessed does not wait for it.

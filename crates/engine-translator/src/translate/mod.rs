@@ -74,7 +74,7 @@ const SAMPLES: i8 = 4;
 /// Micro-TLB entries that a block can have.
 const BLOCK_MICROS: usize = 24;
 /// Blocks that a hot one's jumps lead to, and that are hot with it.
-const HOT_NEIGHBOURS: usize = 6;
+const HOT_NEIGHBOURS: usize = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
@@ -776,7 +776,9 @@ impl Translator {
         let Some(id) = i.checked_sub(1) else { return };
         let block = &mut self.blocks[id];
         let key = block.key;
-        if block.alive && !block.hot && !self.cold.contains(&key) {
+        // Kernels run the same code for many stacks and objects: their accesses don't stay on a page.
+        let user = matches!(key.context.jumps, JumpContext::User | JumpContext::User32);
+        if user && block.alive && !block.hot && !self.cold.contains(&key) {
             self.heat(core, id as u32);
             core.sample_period = Core::SAMPLE_PERIODS.start;
         } else {
