@@ -2,7 +2,7 @@
 //!
 //! Everything does, but for:
 //! - status flags that the manual leaves undefined ([`crate::undefined`]);
-//! - for the translator, status flags at a fault that are dead there ([`dead`]);
+//! - for the translator, status flags at a fault that are dead there ([`Flow::dead_at`]);
 //! - what 32-bit code cannot see: R8 to R15 and the upper halves of the others;
 //! - RFLAGS.RF, which the host's frame may show set;
 //! - for page faults outside the host's user half, the error code's present bit, which the host kernel
@@ -14,8 +14,7 @@
 use crate::case::{Case, Outcome, State, Stop, register_name};
 use crate::guest::Executor;
 use crate::layout::{bits_at, linear_of};
-use crate::undefined::{at_stop, dead};
-use iced_x86::{Decoder, DecoderOptions};
+use crate::undefined::Flow;
 use std::fmt::Write;
 
 const RF: u64 = 1 << 16;
@@ -23,6 +22,20 @@ const RF: u64 = 1 << 16;
 const TOP: u16 = 7 << 11;
 /// Where the host kernel ends the user half of the address space: a page below the canonical limit.
 const USER_END: u64 = 0x7fff_ffff_f000;
+
+/// Whether the outcomes are the same without any exception made: then [`differences`] has none to tell.
+pub fn same(case: &Case, host: &Outcome, guest: &Outcome) -> bool {
+    let (h, g) = (&host.state, &guest.state);
+    let narrow = bits_at(case.state.rip) == 32;
+    let same_registers = match narrow {
+        true => (0..8).all(|i| h.gpr[i] as u32 == g.gpr[i] as u32),
+        false => h.gpr == g.gpr,
+    };
+    canonical_stop(host.stop) == canonical_stop(guest.stop)
+        && same_registers
+        && (h.rip, h.rflags & !RF, h.fs_base, h.gs_base) == (g.rip, g.rflags & !RF, g.fs_base, g.gs_base)
+        && (h.ymm == g.ymm && h.mxcsr == g.mxcsr && h.x87 == g.x87)
+}
 
 /// The differences, a line each; empty if there is none.
 pub fn differences(case: &Case, executor: Executor, host: &Outcome, guest: &Outcome) -> String {
@@ -35,7 +48,8 @@ pub fn differences(case: &Case, executor: Executor, host: &Outcome, guest: &Outc
     }
     let mut host = host.clone();
     let mut guest = guest.clone();
-    if faulted_in_mmx(case, &host) {
+    let flow = Flow::new(&case.code, case.state.rip);
+    if flow.is_mmx(host.state.rip) {
         for outcome in [&mut host, &mut guest] {
             let x87 = &mut outcome.state.x87;
             x87.st.rotate_right(usize::from((x87.status & TOP) >> 11));
@@ -48,20 +62,13 @@ pub fn differences(case: &Case, executor: Executor, host: &Outcome, guest: &Outc
             outcome.state.gpr = std::array::from_fn(|i| if i < 8 { outcome.state.gpr[i] & 0xffff_ffff } else { 0 });
         }
     }
-    let mut undefined = at_stop(&case.code, case.state.rip, host.state.rip) | RF;
+    let mut undefined = flow.undefined_at(host.state.rip) | RF;
     if executor == Executor::Translator && matches!(host.stop, Stop::Exception { vector, .. } if vector != 3) {
-        undefined |= dead(&case.code, case.state.rip, host.state.rip);
+        undefined |= flow.dead_at(host.state.rip);
     }
     registers(&mut text, &host.state, &guest.state, undefined);
     vectors(&mut text, &host.state, &guest.state);
     text
-}
-
-/// Whether the case ended with an exception of one of its MMX instructions.
-fn faulted_in_mmx(case: &Case, host: &Outcome) -> bool {
-    Decoder::with_ip(bits_at(case.state.rip), &case.code, case.state.rip, DecoderOptions::NONE)
-        .into_iter()
-        .any(|i| i.ip() == host.state.rip && (0..i.op_count()).any(|n| i.op_register(n).is_mm()))
 }
 
 fn line(text: &mut String, what: &str, host: &str, guest: &str) {

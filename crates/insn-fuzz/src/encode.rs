@@ -2,15 +2,20 @@
 //! displacement shape. The bytes are put together here rather than by an encoder, because an encoder
 //! writes each instruction one way only.
 
-use crate::forms::{Form, operands};
+use crate::forms::Form;
 use crate::rng::Rng;
 use iced_x86::{EncodingKind, MandatoryPrefix, OpCodeTableKind};
 
-/// Which registers memory operands are to use; empty lists mean any.
+/// Which registers operands are to use; empty lists mean any.
 #[derive(Clone, Debug, Default)]
 pub struct Shape {
     pub bases: Vec<u8>,
     pub indices: Vec<u8>,
+    /// Registers that are not for addresses: most register operands are among them.
+    pub data: Vec<u8>,
+    /// Memory operands are always `base`, `base + index` or relative to RIP, the first two mostly with 8 bits
+    /// of displacement.
+    pub plain: bool,
     /// For 32-bit code: no REX prefixes, eight registers.
     pub narrow: bool,
     /// `Some(true)`: a memory operand where the form allows one.
@@ -28,25 +33,35 @@ struct Parts {
 
 /// One encoding of `form`, followed by random bytes: displacement and immediate as far as it has them.
 pub fn encode(rng: &mut Rng, form: &Form, shape: &Shape) -> Vec<u8> {
+    let mut code = Vec::with_capacity(64);
+    encode_into(rng, form, shape, &mut code);
+    code
+}
+
+/// As [`encode`], to a vector that is cleared first.
+pub fn encode_into(rng: &mut Rng, form: &Form, shape: &Shape, code: &mut Vec<u8>) {
+    code.clear();
     let mut parts = parts(rng, form, shape);
     if shape.narrow {
         (parts.r, parts.x, parts.b) = (0, 0, 0);
     }
-    let mut code = Vec::with_capacity(32);
-    legacy_prefixes(rng, form, &parts, shape.narrow, &mut code);
+    if !shape.plain {
+        legacy_prefixes(rng, form, &parts, shape.narrow, code);
+    } else if form.plain_prefix != 0 {
+        code.push(form.plain_prefix);
+    }
     match form.info.encoding() {
-        EncodingKind::VEX => vex(rng, form, &parts, &mut code),
-        _ => legacy(rng, form, &parts, shape.narrow, &mut code),
+        EncodingKind::VEX => vex(rng, form, &parts, code),
+        _ => legacy(rng, form, &parts, shape, code),
     }
     code.extend(parts.modrm);
     code.extend(parts.sib);
     code.extend_from_slice(&rng.integer().to_le_bytes());
     code.extend_from_slice(&rng.word().to_le_bytes());
-    code
 }
 
 fn parts(rng: &mut Rng, form: &Form, shape: &Shape) -> Parts {
-    let operands = operands(form.info);
+    let operands = form.operands;
     let mut parts = Parts {
         r: rng.below(2) as u8,
         x: rng.below(2) as u8,
@@ -61,21 +76,38 @@ fn parts(rng: &mut Rng, form: &Form, shape: &Shape) -> Parts {
     if !operands.modrm {
         return parts;
     }
-    let reg = if form.info.is_group() { form.info.group_index() as u8 } else { rng.below(8) as u8 };
+    let general = !shape.data.is_empty() && form.general && rng.percent(90);
+    let reg = match form.info.is_group() {
+        true => form.info.group_index() as u8,
+        false if general => {
+            let register = rng.pick(&shape.data);
+            parts.r = register >> 3;
+            register & 7
+        }
+        false => rng.below(8) as u8,
+    };
     parts.has_memory = match (operands.memory, operands.register) {
         (true, true) => shape.memory.unwrap_or_else(|| rng.percent(50)),
         (memory, _) => memory,
     };
     if !parts.has_memory {
-        let rm = if form.info.is_rm_group() { form.info.rm_group_index() as u8 } else { rng.below(8) as u8 };
+        let rm = match form.info.is_rm_group() {
+            true => form.info.rm_group_index() as u8,
+            false if general => {
+                let register = rng.pick(&shape.data);
+                parts.b = register >> 3;
+                register & 7
+            }
+            false => rng.below(8) as u8,
+        };
         parts.modrm = Some(0xc0 | reg << 3 | rm);
         return parts;
     }
-    let mode = rng.pick(&[0u8, 0, 1, 1, 1, 2]);
+    let mode = if shape.plain { 1 } else { rng.pick(&[0u8, 0, 1, 1, 1, 2]) };
     let restricted = !shape.bases.is_empty();
     let base = if restricted { rng.pick(&shape.bases) } else { rng.below(16) as u8 };
-    let with_sib = operands.vsib || base & 7 == 4 || rng.percent(40);
-    if restricted && rng.percent(85) || operands.vsib {
+    let with_sib = operands.vsib || base & 7 == 4 || rng.percent(if shape.plain { 15 } else { 40 });
+    if restricted && rng.percent(if shape.plain { 93 } else { 85 }) || operands.vsib {
         // A base that needs a displacement byte gets one: RBP and R13 have no form without.
         let mode = if mode == 0 && base & 7 == 5 { 1 } else { mode };
         parts.b = base >> 3;
@@ -93,7 +125,7 @@ fn parts(rng: &mut Rng, form: &Form, shape: &Shape) -> Parts {
         }
     } else if restricted {
         // RIP-relative, or an absolute address.
-        let rip = rng.percent(60);
+        let rip = shape.plain || rng.percent(60);
         parts.modrm = Some(reg << 3 | if rip { 5 } else { 4 });
         if !rip {
             parts.x = 0;
@@ -158,16 +190,18 @@ fn opcode_bytes(rng: &mut Rng, form: &Form, code: &mut Vec<u8>) {
     if info.op_code_len() == 2 {
         code.push((opcode >> 8) as u8);
     }
-    let register = if operands(info).in_opcode { rng.below(8) as u8 } else { 0 };
+    let register = if form.operands.in_opcode { rng.below(8) as u8 } else { 0 };
     code.push(opcode as u8 | register);
 }
 
-fn legacy(rng: &mut Rng, form: &Form, parts: &Parts, narrow_mode: bool, code: &mut Vec<u8>) {
+fn legacy(rng: &mut Rng, form: &Form, parts: &Parts, shape: &Shape, code: &mut Vec<u8>) {
     let info = form.info;
     let wide = info.operand_size() == 64 && !info.default_op_size64() && !info.force_op_size64();
-    let wide = wide || info.operand_size() == 0 && rng.percent(10) || info.force_op_size64() && rng.percent(20);
+    let ignored =
+        !shape.plain && (info.operand_size() == 0 && rng.percent(10) || info.force_op_size64() && rng.percent(20));
+    let wide = wide || ignored;
     let rex = u8::from(wide) << 3 | parts.r << 2 | parts.x << 1 | parts.b;
-    if !narrow_mode && (rex != 0 || rng.percent(30)) {
+    if !shape.narrow && (rex != 0 || rng.percent(30)) {
         code.push(0x40 | rex);
     }
     match info.table() {
@@ -192,7 +226,7 @@ fn vex(rng: &mut Rng, form: &Form, parts: &Parts, code: &mut Vec<u8>) {
         MandatoryPrefix::PF2 => 3,
         _ => 0,
     };
-    let vvvv = if operands(info).vvvv || rng.below(300) == 0 { rng.below(16) as u8 } else { 15 };
+    let vvvv = if form.operands.vvvv || rng.below(300) == 0 { rng.below(16) as u8 } else { 15 };
     let w = if info.is_wig() || info.is_wig32() && info.w() == 0 { rng.below(2) as u8 } else { info.w() as u8 };
     let l = if info.is_lig() { rng.below(2) as u8 } else { info.l() as u8 };
     let last = vvvv << 3 | l << 2 | pp;

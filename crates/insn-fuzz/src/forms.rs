@@ -10,7 +10,9 @@
 //! - XSAVE and its kin, FXRSTOR, FRSTOR, FLDENV and what stores the x87 pointers: the images hold addresses
 //!   of instructions executed before, and the host's XCR0.
 
-use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Mnemonic, OpCodeInfo, OpCodeOperandKind};
+use iced_x86::{
+    Code, CpuidFeature, EncodingKind, FlowControl, MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeOperandKind,
+};
 use std::sync::OnceLock;
 
 /// What `--class` selects.
@@ -34,6 +36,9 @@ pub enum Class {
     Stack,
     /// Instructions that user mode must not execute.
     Privileged,
+    /// Code as compilers make it: the common instructions of other classes in blocks with shared base registers,
+    /// flags that are used later, loops, calls and returns ([`crate::blocks`]).
+    Block,
 }
 
 /// One instruction form.
@@ -42,6 +47,11 @@ pub struct Form {
     pub code: Code,
     pub class: Class,
     pub info: &'static OpCodeInfo,
+    pub operands: Operands,
+    /// Its explicit register operands are general registers.
+    pub general: bool,
+    /// The one prefix that it needs, if any.
+    pub plain_prefix: u8,
 }
 
 const FEATURES: &[CpuidFeature] = &[
@@ -134,7 +144,26 @@ fn form(code: Code, bits: u32) -> Option<Form> {
     if !code.cpuid_features().iter().all(|f| FEATURES.contains(f)) || excluded(code.mnemonic()) {
         return None;
     }
-    Some(Form { code, class: class_of(code, info), info })
+    let narrow = info.operand_size() == 16;
+    let plain_prefix = match info.mandatory_prefix() {
+        _ if info.encoding() == EncodingKind::VEX => 0,
+        MandatoryPrefix::P66 => 0x66,
+        MandatoryPrefix::PF3 => 0xf3,
+        MandatoryPrefix::PF2 => 0xf2,
+        _ if narrow => 0x66,
+        _ => 0,
+    };
+    let general = info.op_kinds().iter().all(|kind| !is_vector(*kind));
+    Some(Form { code, class: class_of(code, info), info, operands: operands(info), general, plain_prefix })
+}
+
+/// Whether the operand is an MMX or a vector register, or may be.
+fn is_vector(kind: OpCodeOperandKind) -> bool {
+    use OpCodeOperandKind::*;
+    matches!(
+        kind,
+        mm_or_mem | mm_reg | mm_rm | xmm_or_mem | xmm_reg | xmm_rm | ymm_or_mem | ymm_reg | ymm_rm | sti_opcode
+    )
 }
 
 fn class_of(code: Code, info: &OpCodeInfo) -> Class {
@@ -200,7 +229,7 @@ impl Forms {
     /// The forms of `class`; for [`Class::Mem`], those of [`Class::Int`] that can have a memory operand.
     pub fn of_class(&self, class: Class) -> Vec<Form> {
         let wanted = |f: &&Form| match class {
-            Class::Mem => f.class == Class::Int && operands(f.info).memory,
+            Class::Mem => f.class == Class::Int && f.operands.memory,
             _ => f.class == class,
         };
         self.all.iter().filter(wanted).copied().collect()

@@ -6,23 +6,28 @@
 //! mapped data mostly, but page crossings, read-only, unmapped, non-canonical and code addresses too.
 //!
 //! A *single* case has one instruction and aims freely. A *sequence* has 2 to 12, with jumps forward among
-//! them; some registers are pointers and indices throughout, so that most accesses hit.
+//! them, or is a loop; some registers are pointers and indices throughout, so that most accesses hit. A *block* is
+//! what [`crate::blocks`] makes. Sequences and blocks come with [`STATES`] states each, as so many cases.
 
+use crate::blocks;
 use crate::case::{Case, State, X87};
-use crate::encode::{Shape, encode};
+use crate::encode::{Shape, encode_into};
 use crate::forms::{Class, Form, Forms};
 use crate::layout::{CODE, CODE_32, CODE_PAGES, DATA_BYTES, HIGH, LOW, PAGE, backing_of, bits_at};
 use crate::rng::Rng;
-use crate::undefined::undefined;
+use crate::undefined::reads_undefined;
 use iced_x86::{
-    ConstantOffsets, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions,
-    Mnemonic, OpAccess, OpKind, Register,
+    ConstantOffsets, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
 };
 
 const RAX: usize = 0;
-const RCX: usize = 1;
+pub(crate) const RCX: usize = 1;
 const RDX: usize = 2;
-const RSP: usize = 4;
+pub(crate) const RSP: usize = 4;
+
+/// States in which a sequence or a block is run, one after the other; a power of two.
+pub const STATES: u64 = 2;
 
 /// Room for one case's code: it starts at least this far from the end of the code pages, mostly.
 const SLOT: u64 = 512;
@@ -42,23 +47,44 @@ pub struct Options {
 pub struct Generator {
     options: Options,
     /// By mode: 32 and 64 bits.
-    classes: [Vec<(u64, Vec<Form>)>; 2],
+    classes: [Pool; 2],
+    common: [Pool; 2],
     info: InstructionInfoFactory,
+    encoded: Vec<u8>,
+    /// The code that was made last, in its first state, by the seed of that.
+    last: Option<(u64, u64, Case, Pinned)>,
 }
+
+/// Forms to choose from, by weight.
+pub(crate) type Pool = Vec<(u64, Vec<Form>)>;
 
 /// One instruction with its decoded form.
 #[derive(Clone)]
-struct Piece {
-    bytes: Vec<u8>,
-    instruction: Instruction,
-    offsets: ConstantOffsets,
+pub(crate) struct Piece {
+    bytes: [u8; 15],
+    pub instruction: Instruction,
+    pub offsets: ConstantOffsets,
 }
 
-/// Registers that a sequence keeps for addresses, as bit masks by encoding index.
-#[derive(Clone, Copy, Default)]
-struct Pinned {
-    pointers: u32,
-    indices: u32,
+impl Piece {
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.instruction.len()]
+    }
+
+    /// Overwrites the displacement with as much of `value` as it has room for.
+    pub fn set_displacement(&mut self, value: u64) {
+        let (at, size) = (self.offsets.displacement_offset(), self.offsets.displacement_size());
+        self.bytes[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
+    }
+}
+
+/// Registers that a sequence keeps for addresses and for counting, as bit masks by encoding index.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pinned {
+    pub pointers: u32,
+    pub indices: u32,
+    /// Nothing but the loop or function whose they are may change these.
+    pub counters: u32,
 }
 
 impl Generator {
@@ -82,36 +108,92 @@ impl Generator {
                 .map(|(class, weight)| (*weight, Forms::get(bits).of_class(*class)))
                 .collect()
         });
-        Generator { options, classes, info: InstructionInfoFactory::new() }
+        Generator {
+            options,
+            classes,
+            common: [32, 64].map(blocks::common_forms),
+            info: InstructionInfoFactory::new(),
+            encoded: Vec::with_capacity(64),
+            last: None,
+        }
     }
 
     /// The case named `seed`, which runs on memory `image` (named `memory`).
     pub fn case(&mut self, seed: u64, memory: u64, image: &[u8]) -> Case {
+        let first = seed & !(STATES - 1);
+        let kind = Rng::new(!first).below(100);
+        let (single, sequence) = match self.options.class {
+            None => (kind < 40, kind < 70),
+            Some(Class::Block) => (false, false),
+            Some(_) => (kind < 60, true),
+        };
         let mut rng = Rng::new(seed);
+        if single {
+            let mut case = self.start(&mut rng, seed, memory);
+            self.single(&mut rng, &mut case, image);
+            return self.finish(&mut rng, case);
+        }
+        let (mut case, pinned) = match self.last.take() {
+            Some((key, image, case, pinned)) if (key, image) == (first, memory) => (case, pinned),
+            _ => {
+                let mut rng = Rng::new(first);
+                let mut case = self.start(&mut rng, first, memory);
+                let pinned = match sequence {
+                    true => self.sequence(&mut rng, &mut case, image),
+                    false => self.block(&mut rng, &mut case),
+                };
+                (self.finish(&mut rng, case), pinned)
+            }
+        };
+        self.last = Some((first, memory, case.clone(), pinned));
+        if seed != first {
+            case.seed = seed;
+            vary(&mut rng, &mut case, pinned, self.options.bases);
+            case = self.finish(&mut rng, case);
+        }
+        case
+    }
+
+    /// A case without code yet.
+    fn start(&self, rng: &mut Rng, seed: u64, memory: u64) -> Case {
         let mut case = Case { seed, memory, ..Case::default() };
-        random_state(&mut rng, &mut case.state, self.options.bases);
-        let bits = self.options.bits;
-        case.state.rip = if bits == 32 { CODE_32 } else { CODE }
+        random_state(rng, &mut case.state, self.options.bases);
+        case.state.rip = if self.options.bits == 32 { CODE_32 } else { CODE }
             + match rng.below(20) {
                 0 => rng.below(CODE_PAGES - 1) * PAGE + PAGE - 1 - rng.below(30),
                 1 => CODE_PAGES * PAGE - 1 - rng.below(40),
                 _ => rng.below(CODE_PAGES * PAGE - SLOT),
             };
-        if rng.percent(60) {
-            self.single(&mut rng, &mut case, image)
-        } else {
-            self.sequence(&mut rng, &mut case, image)
-        }
-        if bits == 32 {
+        case
+    }
+
+    /// Fills the vector and x87 registers, with values worth having where the code uses any.
+    fn finish(&self, rng: &mut Rng, mut case: Case) -> Case {
+        if self.options.bits == 32 {
             case.state.gpr = std::array::from_fn(|i| if i < 8 { case.state.gpr[i] & 0xffff_ffff } else { 0 });
+        }
+        let used = vectors_used(&case);
+        for (register, value) in case.state.ymm.iter_mut().enumerate() {
+            match used.vectors >> register & 1 {
+                // Gathers have had their indices chosen.
+                _ if used.indices >> register & 1 != 0 => (),
+                0 => value.as_chunks_mut::<8>().0.iter_mut().for_each(|lane| *lane = rng.word().to_le_bytes()),
+                _ => *value = rng.ymm(),
+            }
+        }
+        let st = &mut case.state.x87.st;
+        match used.x87 {
+            true => *st = std::array::from_fn(|_| rng.extended()),
+            false => *st = std::array::from_fn(|_| [rng.word() as u8; 10]),
         }
         case
     }
 
     /// A random form of the wanted classes, as bytes that decode to an instruction that is tested.
-    fn piece(&self, rng: &mut Rng, shape: &Shape, rip: u64) -> Piece {
+    fn piece(&mut self, rng: &mut Rng, shape: &Shape, rip: u64, common: bool) -> Piece {
+        let long = usize::from(!shape.narrow);
         loop {
-            let classes = &self.classes[usize::from(bits_at(rip) == 64)];
+            let classes = if common { &self.common[long] } else { &self.classes[long] };
             let total = classes.iter().map(|(w, _)| w).sum();
             let mut at = rng.below(total);
             let (_, forms) = classes
@@ -122,29 +204,45 @@ impl Generator {
                     here
                 })
                 .expect("weights sum to the total");
-            let form = rng.pick(forms);
-            let shape = Shape {
-                memory: if self.options.class == Some(Class::Mem) { Some(true) } else { shape.memory },
-                narrow: bits_at(rip) == 32,
-                ..shape.clone()
+            let form = &forms[rng.below(forms.len() as u64) as usize];
+            encode_into(rng, form, shape, &mut self.encoded);
+            let Some(piece) = decode(&self.encoded, rip) else { continue };
+            let mnemonic = piece.instruction.mnemonic();
+            if matches!(mnemonic, Mnemonic::Wrfsbase | Mnemonic::Wrgsbase) && !self.options.bases {
+                continue;
+            }
+            if is_masked_store(&piece.instruction) && piece.instruction.op0_kind() == OpKind::MemorySegDI {
+                continue;
+            }
+            return piece;
+        }
+    }
+
+    fn shape(&self) -> Shape {
+        let memory = (self.options.class == Some(Class::Mem)).then_some(true);
+        Shape { memory, narrow: self.options.bits == 32, ..Shape::default() }
+    }
+
+    /// A piece of a block: common instructions, and any now and then.
+    pub(crate) fn block_piece(&mut self, rng: &mut Rng, shape: &Shape, rip: u64, pinned: Pinned) -> Piece {
+        loop {
+            let any = rng.percent(2) && self.options.class.is_none();
+            let mut piece = match any {
+                true => self.piece(rng, &Shape { plain: false, ..shape.clone() }, rip, false),
+                false => self.piece(rng, shape, rip, true),
             };
-            let bytes = encode(rng, &form, &shape);
-            if let Some(piece) = decode(bytes, rip) {
-                if matches!(piece.instruction.mnemonic(), Mnemonic::Wrfsbase | Mnemonic::Wrgsbase)
-                    && !self.options.bases
-                {
-                    continue;
-                }
-                if is_masked_store(&piece.instruction) && piece.instruction.op0_kind() == OpKind::MemorySegDI {
-                    continue;
-                }
+            if any && !matches!(piece.instruction.flow_control(), FlowControl::Next) {
+                continue;
+            }
+            edge_immediate(rng, &mut piece);
+            if self.suits_sequence(rng, &piece, pinned, 1) {
                 return piece;
             }
         }
     }
 
     fn single(&mut self, rng: &mut Rng, case: &mut Case, image: &[u8]) {
-        let mut piece = self.piece(rng, &Shape::default(), case.state.rip);
+        let mut piece = self.piece(rng, &self.shape(), case.state.rip, false);
         edge_immediate(rng, &mut piece);
         let pinned = Pinned::default();
         self.prepare(rng, case, &mut piece, pinned, image);
@@ -157,11 +255,11 @@ impl Generator {
             };
             set_target(&mut piece, target, distance);
         }
-        case.code = piece.bytes;
+        case.code = piece.bytes().to_vec();
     }
 
-    fn sequence(&mut self, rng: &mut Rng, case: &mut Case, image: &[u8]) {
-        let mut pinned = Pinned { pointers: 1 << RSP | 1 << 6 | 1 << 7, indices: 0 };
+    fn sequence(&mut self, rng: &mut Rng, case: &mut Case, image: &[u8]) -> Pinned {
+        let mut pinned = Pinned { pointers: 1 << RSP | 1 << 6 | 1 << 7, indices: 0, counters: 0 };
         let narrow = bits_at(case.state.rip) == 32;
         let registers = if narrow { 8 } else { 16 };
         for _ in 0..2 {
@@ -174,7 +272,8 @@ impl Generator {
         let looped = if rng.percent(25) && !counters.is_empty() { Some(rng.pick(&counters)) } else { None };
         // The pointers of some of those move from iteration to iteration, over the ends of their pages.
         let strides = looped.is_some() && !narrow && rng.percent(60);
-        let most = if strides { rng.pick(&[4, 40, 200]) } else { 4 };
+        let most = if strides { rng.pick(&[4, 40, 40, 200]) } else { 4 };
+        pinned.counters = looped.map_or(0, |register| 1 << register);
         for register in 0..16 {
             if pinned.pointers >> register & 1 != 0 {
                 let region = if rng.percent(70) && !narrow { HIGH } else { LOW };
@@ -184,34 +283,34 @@ impl Generator {
                 case.state.gpr[register] = if counts { 2 + rng.below(most) } else { rng.below(64) };
             }
         }
-        let list = |mask: u32| (0..16u8).filter(|r| mask >> r & 1 != 0).collect();
-        let shape = Shape { bases: list(pinned.pointers), indices: list(pinned.indices), ..Shape::default() };
+        let list = |mask: u32| (0..registers as u8).filter(|r| mask >> r & 1 != 0).collect();
+        let kept = pinned.pointers | pinned.indices;
+        let (bases, indices, data) = (list(pinned.pointers), list(pinned.indices), list(!kept));
+        let shape = Shape { bases, indices, data, ..self.shape() };
         let count = 2 + rng.below(11) as usize;
-        let mut pieces: Vec<Piece> = Vec::new();
+        let mut pieces: Vec<Piece> = Vec::with_capacity(count);
+        let mut instructions: Vec<Instruction> = Vec::with_capacity(count);
         let mut rip = case.state.rip;
         for _ in 0..count * 4 {
             if pieces.len() == count {
                 break;
             }
-            let mut piece = self.piece(rng, &shape, rip);
+            let mut piece = self.piece(rng, &shape, rip, false);
             edge_immediate(rng, &mut piece);
-            if !self.suits_sequence(rng, &piece, pinned, looped) {
+            if !self.suits_sequence(rng, &piece, pinned, 8) {
                 continue;
             }
-            let mut code: Vec<u8> = pieces.iter().flat_map(|p| &p.bytes).copied().collect();
-            code.extend_from_slice(&piece.bytes);
-            if looped.is_some() {
-                code.extend_from_within(..);
-            }
-            if undefined(&code, case.state.rip, u64::MAX).read {
+            instructions.push(piece.instruction);
+            if reads_undefined(&instructions, looped.is_some()) {
+                instructions.pop();
                 continue;
             }
             self.prepare(rng, case, &mut piece, pinned, image);
-            rip += piece.bytes.len() as u64;
+            rip += piece.bytes().len() as u64;
             pieces.push(piece);
         }
         link_jumps(rng, &mut pieces);
-        case.code = pieces.into_iter().flat_map(|p| p.bytes).collect();
+        case.code = pieces.iter().flat_map(Piece::bytes).copied().collect();
         if strides {
             for register in 0..16u8 {
                 let free = (pinned.pointers | pinned.indices) >> register & 1 != 0 && looped != Some(register);
@@ -223,10 +322,12 @@ impl Generator {
         if let Some(counter) = looped {
             close_loop(&mut case.code, counter, narrow);
         }
+        pinned
     }
 
-    /// Whether a sequence goes on after `piece`, with its pointers mostly intact.
-    fn suits_sequence(&mut self, rng: &mut Rng, piece: &Piece, pinned: Pinned, counter: Option<u8>) -> bool {
+    /// Whether a sequence goes on after `piece`, with its pointers intact, but for `lost` percent of those that
+    /// would write one.
+    fn suits_sequence(&mut self, rng: &mut Rng, piece: &Piece, pinned: Pinned, lost: u64) -> bool {
         let instruction = &piece.instruction;
         match instruction.flow_control() {
             FlowControl::Next | FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => (),
@@ -257,12 +358,12 @@ impl Generator {
             .iter()
             .any(|used| writes(used.access()) && gpr_index(used.register()).is_some_and(|i| kept >> i & 1 != 0));
         // A loop ends by its counter, which nothing else may change.
-        let counts = |register: Register| gpr_index(register).is_some_and(|i| counter == Some(i as u8));
+        let counts = |register: Register| gpr_index(register).is_some_and(|i| pinned.counters >> i & 1 != 0);
         let counter_lost = info.used_registers().iter().any(|used| writes(used.access()) && counts(used.register()));
-        if counter_lost || counter == Some(RCX as u8) && writes_counter(instruction) {
+        if counter_lost || pinned.counters >> RCX & 1 != 0 && writes_counter(instruction) {
             return false;
         }
-        moves || !overwrites || rng.percent(8)
+        moves || !overwrites || rng.percent(lost)
     }
 
     /// Chooses registers, displacement and memory for `piece`.
@@ -274,14 +375,14 @@ impl Generator {
         let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
         let kept = pinned.indices | pinned.pointers;
         if repeated && instruction.is_string_instruction() && kept >> RCX & 1 == 0 {
-            case.state.gpr[RCX] = if rng.percent(90) { rng.below(40) } else { rng.integer() };
+            case.state.gpr[RCX] = if rng.percent(96) { rng.below(30) } else { rng.integer() };
         }
         special_operands(rng, case, &instruction, pinned);
         let has_memory = instruction.op_kinds().any(|k| k == OpKind::Memory);
         if has_memory {
             let address = aim(rng, &mut case.state, piece, pinned);
             // The displacement may have changed; later choices want the instruction as it is.
-            if let Some(again) = decode(piece.bytes.clone(), instruction.ip()) {
+            if let Some(again) = decode(&piece.bytes, instruction.ip()) {
                 *piece = again;
             }
             poke_operand(rng, case, piece, address, pinned, image);
@@ -340,23 +441,93 @@ fn writes(access: OpAccess) -> bool {
 }
 
 /// The encoding index of the full register that a general register is part of.
-fn gpr_index(register: Register) -> Option<usize> {
+pub(crate) fn gpr_index(register: Register) -> Option<usize> {
     let full = register.full_register();
     full.is_gpr64().then(|| full.number())
 }
 
 /// Decodes the first instruction of `bytes` and cuts them to its length, if it is one that is tested.
 /// Encodings that the decoder calls invalid are kept at a low rate elsewhere; not here.
-fn decode(mut bytes: Vec<u8>, rip: u64) -> Option<Piece> {
+fn decode(code: &[u8], rip: u64) -> Option<Piece> {
     let bits = bits_at(rip);
+    let mut bytes = [0; 15];
+    let length = code.len().min(15);
+    bytes[..length].copy_from_slice(&code[..length]);
     let mut decoder = Decoder::with_ip(bits, &bytes, rip, DecoderOptions::NONE);
     let instruction = decoder.decode();
     if instruction.is_invalid() || Forms::get(bits).of(instruction.code()).is_none() {
         return None;
     }
     let offsets = decoder.get_constant_offsets(&instruction);
-    bytes.truncate(instruction.len());
     Some(Piece { bytes, instruction, offsets })
+}
+
+/// Vector registers that a case's code names.
+#[derive(Clone, Copy, Default)]
+struct VectorsUsed {
+    vectors: u32,
+    /// Those that are the indices of a gather.
+    indices: u32,
+    /// Some instruction is of the x87 or MMX.
+    x87: bool,
+}
+
+fn vectors_used(case: &Case) -> VectorsUsed {
+    let rip = case.state.rip;
+    let mut used = VectorsUsed::default();
+    let mut instruction = Instruction::default();
+    let mut decoder = Decoder::with_ip(bits_at(rip), &case.code, rip, DecoderOptions::NONE);
+    while decoder.can_decode() {
+        decoder.decode_out(&mut instruction);
+        for operand in 0..instruction.op_count() {
+            let register = instruction.op_register(operand);
+            if register.is_vector_register() {
+                used.vectors |= 1 << (register.number() & 15);
+            }
+            used.x87 |= register.is_mm() || register.is_st();
+        }
+        let index = instruction.memory_index();
+        if index.is_vector_register() {
+            used.indices |= 1 << (index.number() & 15);
+        }
+        // MASKMOV and BLENDV have operands that are not named; x87 instructions mostly too.
+        let features = instruction.cpuid_features();
+        used.x87 |= features
+            .iter()
+            .any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX));
+        used.vectors |= 1;
+    }
+    used
+}
+
+/// Another state for a sequence or a block: what is not needed for its addresses and counts.
+fn vary(rng: &mut Rng, case: &mut Case, pinned: Pinned, bases: bool) {
+    let old = std::mem::take(&mut case.state);
+    random_state(rng, &mut case.state, bases);
+    let state = &mut case.state;
+    state.rip = old.rip;
+    let kept = pinned.pointers | pinned.indices | pinned.counters;
+    for register in 0..16 {
+        if kept >> register & 1 != 0 || rng.percent(40) {
+            state.gpr[register] = old.gpr[register];
+        }
+        // Pointers stay in their page; that makes other ones of them meet or cross its end.
+        if pinned.pointers >> register & 1 != 0 && rng.percent(60) {
+            let page = old.gpr[register] & !(PAGE - 1);
+            state.gpr[register] = page
+                | match rng.below(4) {
+                    0 => PAGE - 8 * (1 + rng.below(16)),
+                    1 => rng.below(PAGE),
+                    _ => rng.below(PAGE) & !15,
+                };
+        }
+    }
+    if pinned.counters != 0 && rng.percent(50) {
+        for register in (0..16).filter(|r| pinned.counters >> r & 1 != 0) {
+            state.gpr[register] = 1 + rng.below(old.gpr[register].clamp(1, 64));
+        }
+    }
+    state.ymm = old.ymm;
 }
 
 /// A general register, flag, vector and x87 state full of edge values.
@@ -373,7 +544,6 @@ fn random_state(rng: &mut Rng, state: &mut State, bases: bool) {
         };
         (state.fs_base, state.gs_base) = (base(), base());
     }
-    state.ymm = std::array::from_fn(|_| rng.ymm());
     let modes = (rng.word() & 0xe000) as u32;
     let modes = if rng.percent(60) { 0 } else { modes | if rng.percent(20) { 0x40 } else { 0 } };
     let masks = if rng.percent(96) { 0x1f80 } else { (rng.word() & 0x1f80) as u32 };
@@ -394,7 +564,7 @@ fn random_x87(rng: &mut Rng) -> X87 {
             1 => 0,
             _ => rng.word() as u8,
         },
-        st: std::array::from_fn(|_| rng.extended()),
+        st: [[0; 10]; 8],
     }
 }
 
@@ -455,7 +625,7 @@ fn aim(rng: &mut Rng, state: &mut State, piece: &mut Piece, pinned: Pinned) -> O
     let displacement = instruction.memory_displacement64();
     if base.is_ip() {
         let distance = wanted.wrapping_sub(instruction.next_ip());
-        set_displacement(piece, distance);
+        piece.set_displacement(distance);
         return Some(wanted.wrapping_add(segment));
     }
     let base_index = gpr_index(base);
@@ -465,12 +635,12 @@ fn aim(rng: &mut Rng, state: &mut State, piece: &mut Piece, pinned: Pinned) -> O
         state.gpr[i] = if narrow { value & 0xffff_ffff | rng.word() << 32 } else { value };
     };
     match (base_index, index_index) {
-        (None, None) => set_displacement(piece, wanted),
+        (None, None) => piece.set_displacement(wanted),
         (Some(b), None) if !fixed(b) => set(state, rng, b, wanted.wrapping_sub(displacement)),
         (None, Some(i)) if !fixed(i) => {
             set(state, rng, i, wanted.wrapping_sub(displacement) / scale);
             let rest = wanted.wrapping_sub((wanted.wrapping_sub(displacement) / scale).wrapping_mul(scale));
-            set_displacement(piece, rest);
+            piece.set_displacement(rest);
         }
         (Some(b), Some(i)) if b == i && !fixed(b) => {
             set(state, rng, b, wanted.wrapping_sub(displacement) / (scale + 1))
@@ -487,7 +657,7 @@ fn aim(rng: &mut Rng, state: &mut State, piece: &mut Piece, pinned: Pinned) -> O
             let at = b.map_or(0, |b| state.gpr[b]).wrapping_add(i.map_or(0, |i| state.gpr[i]).wrapping_mul(scale));
             let near = b.map_or(wanted, |_| at.wrapping_add(rng.below(512)).wrapping_sub(256));
             if piece.offsets.displacement_size() == 4 {
-                set_displacement(piece, near.wrapping_sub(at));
+                piece.set_displacement(near.wrapping_sub(at));
             }
         }
     }
@@ -521,14 +691,8 @@ fn aim_vector(rng: &mut Rng, state: &mut State, piece: &mut Piece, pinned: Pinne
         let region = if base.size() == 4 { LOW } else { HIGH };
         state.gpr[b] = (region + 2 * PAGE).wrapping_sub(displacement).wrapping_sub(segment);
     } else if base == Register::None {
-        set_displacement(piece, LOW + 2 * PAGE);
+        piece.set_displacement(LOW + 2 * PAGE);
     }
-}
-
-/// Overwrites the displacement with as much of `value` as it has room for.
-fn set_displacement(piece: &mut Piece, value: u64) {
-    let (at, size) = (piece.offsets.displacement_offset(), piece.offsets.displacement_size());
-    piece.bytes[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
 }
 
 /// Replaces half of the immediates by edge values.
@@ -538,10 +702,10 @@ fn edge_immediate(rng: &mut Rng, piece: &mut Piece) {
     if size == 0 || branch || rng.percent(50) {
         return;
     }
-    let mut bytes = piece.bytes.clone();
+    let mut bytes = piece.bytes;
     bytes[at..at + size].copy_from_slice(&rng.integer().to_le_bytes()[..size]);
-    if let Some(again) = decode(bytes, piece.instruction.ip())
-        && again.bytes.len() == piece.bytes.len()
+    if let Some(again) = decode(&bytes, piece.instruction.ip())
+        && again.instruction.len() == piece.instruction.len()
     {
         *piece = again;
     }
@@ -708,7 +872,7 @@ fn link_jumps(rng: &mut Rng, pieces: &mut [Piece]) {
     for i in 0..pieces.len() {
         let Some(place) = relative_target(&pieces[i]) else { continue };
         let to = i + 1 + rng.below((pieces.len() - i) as u64) as usize;
-        let distance: usize = pieces[i + 1..to].iter().map(|p| p.bytes.len()).sum();
+        let distance: usize = pieces[i + 1..to].iter().map(|p| p.bytes().len()).sum();
         set_target(&mut pieces[i], place, distance as i64);
     }
 }
@@ -717,6 +881,7 @@ fn link_jumps(rng: &mut Rng, pieces: &mut [Piece]) {
 mod tests {
     use super::*;
     use crate::case::image;
+    use crate::undefined::Flow;
 
     #[test]
     fn a_seed_names_a_case() {
@@ -727,7 +892,7 @@ mod tests {
             let case = one.case(seed, 3, &image);
             assert_eq!(case, two.case(seed, 3, &image));
             assert!(!case.code.is_empty());
-            assert!(!undefined(&case.code, case.state.rip, u64::MAX).read || case.code.len() < 16);
+            assert!(case.code.len() < 16 || Flow::new(&case.code, case.state.rip).reads_undefined().is_none());
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use crate::case::{Case, Outcome, State, Stop, X87};
 use crate::host;
-use crate::layout::{BACKING_BYTES, DATA_BYTES, PAGE, backing_of, bits_at, mapped};
+use crate::layout::{ALL_PAGES, BACKING_BYTES, DATA_BYTES, PAGE, Pages, backing_of, bits_at, copy_pages, mapped};
 use anyhow::{Context, Result};
 use anyvisor_engine::GuestIo;
 use anyvisor_engine_translator::core::{Core, VcpuShared, VmShared};
@@ -90,7 +90,11 @@ pub struct Guest {
     ram: Arc<Ram>,
     translator: Option<Translator>,
     eager: bool,
+    attached: bool,
     cases: u64,
+    /// Which image the data pages hold, but for those of `dirty`.
+    image: Option<u64>,
+    dirty: Pages,
     written: Option<(usize, usize)>,
     /// The code there is in place already: running it again uses what was translated.
     loaded: Vec<u8>,
@@ -112,7 +116,18 @@ impl Guest {
         let (shared, cpu) = VcpuShared::new(0);
         let mut core = Core::new(vm, shared, cpu, cpuid);
         set_system_state(&mut core);
-        let mut guest = Guest { core, ram, translator, eager: false, cases: 0, written: None, loaded: Vec::new() };
+        let mut guest = Guest {
+            core,
+            ram,
+            translator,
+            eager: false,
+            attached: false,
+            cases: 0,
+            image: None,
+            dirty: ALL_PAGES,
+            written: None,
+            loaded: Vec::new(),
+        };
         guest.build_tables();
         Ok(guest)
     }
@@ -133,6 +148,11 @@ impl Guest {
         let start = self.ram.host(BACKING, DATA_BYTES as u64).expect("the backing is in RAM");
         // SAFETY: mapped as long as self; only `run` writes there, and it borrows self mutably.
         unsafe { std::slice::from_raw_parts(start, DATA_BYTES) }
+    }
+
+    /// Says which data pages the last case left other than the image has them. Without that it is any.
+    pub fn set_dirty(&mut self, pages: Pages) {
+        self.dirty = pages;
     }
 
     /// Runs `case` on memory that starts as `image` with the case's pokes over it.
@@ -165,8 +185,10 @@ impl Guest {
             }),
             Some(translator) => {
                 host::set_gs_base(std::ptr::from_ref(&*core.cpu) as u64);
-                translator.attach(core).expect("the host lets this thread run translated code");
-                let after = with_x87(x87, || {
+                if !std::mem::replace(&mut self.attached, true) {
+                    translator.attach(core).expect("the host lets this thread run translated code");
+                }
+                with_x87(x87, || {
                     // An interrupt that nobody sent may have left a request to look; ignore all but kicks.
                     while !core.cpu.halted && core.cpu.pending.load(Ordering::Relaxed) & pending::KICK == 0 {
                         core.cpu.pending.store(0, Ordering::SeqCst);
@@ -174,9 +196,7 @@ impl Guest {
                             break;
                         }
                     }
-                });
-                translator.detach();
-                after
+                })
             }
         }
     }
@@ -185,7 +205,9 @@ impl Guest {
         let start = self.ram.host(BACKING, BACKING_BYTES as u64).expect("the backing is in RAM");
         // SAFETY: BACKING_BYTES bytes of RAM that nothing else references now.
         let backing = unsafe { std::slice::from_raw_parts_mut(start, BACKING_BYTES) };
-        backing[..DATA_BYTES].copy_from_slice(image);
+        let stale = if self.image == Some(case.memory) { self.dirty } else { ALL_PAGES };
+        copy_pages(&mut backing[..DATA_BYTES], image, stale);
+        (self.image, self.dirty) = (Some(case.memory), ALL_PAGES);
         for (address, bytes) in &case.pokes {
             let offset = backing_of(*address).expect("pokes are in data pages");
             backing[offset..offset + bytes.len()].copy_from_slice(bytes);
@@ -303,6 +325,16 @@ impl Guest {
 
     fn write(&self, gpa: u64, bytes: &[u8]) {
         assert!(self.ram.write(gpa, bytes), "the tables are in RAM");
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if self.attached
+            && let Some(translator) = &mut self.translator
+        {
+            translator.detach();
+        }
     }
 }
 

@@ -1,10 +1,9 @@
 //! The reference: a case run by the host CPU in this process.
 //!
-//! The case's pages are mapped at its linear addresses. `int3` enters a signal handler, which writes the
-//! case's registers, the whole vector and x87 state included, into the signal frame; the kernel's
-//! `sigreturn` loads them. Whatever ends the case is a signal too (an INT3 follows the code), whose frame
-//! holds the outcome: vector, error code and CR2 as the CPU reported them. The handler then puts back the
-//! registers that the first frame saved.
+//! The case's pages are mapped at its linear addresses. [`jump_into`] loads all its registers, the whole vector
+//! and x87 state included, and jumps to it. Whatever ends the case is a signal (an INT3 follows the code), whose
+//! frame holds the outcome: vector, error code and CR2 as the CPU reported them. The handler has the frame go
+//! back to where the jump was made.
 //!
 //! While a case runs, FS does not point at Rust's thread-local storage if the case wants an FS base. So
 //! the handlers touch statics only, and put FS back before they return to Rust. One executor exists at a
@@ -15,7 +14,8 @@
 
 use crate::case::{Case, Outcome, State, Stop, X87};
 use crate::layout::{
-    BACKING_BYTES, CODE, CODE_32, CODE_PAGES, DATA_BYTES, HIGH, LOW, PAGE, REGION_PAGES, backing_of, bits_at, mapped,
+    ALL_PAGES, BACKING_BYTES, CODE, CODE_32, CODE_PAGES, DATA_BYTES, HIGH, LOW, PAGE, Pages, REGION_PAGES, backing_of,
+    bits_at, copy_pages, mapped, pages_that_differ,
 };
 use anyhow::{Context, Result, bail};
 use anyvisor_engine_translator::cpu::pending;
@@ -23,19 +23,26 @@ use anyvisor_engine_translator::native;
 use anyvisor_engine_translator::translate::fault;
 use std::arch::asm;
 use std::cell::UnsafeCell;
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 /// Phases of a run; see [`Shared::phase`].
 const IDLE: u32 = 0;
-const ENTERING: u32 = 1;
-const RUNNING: u32 = 2;
+const RUNNING: u32 = 1;
 
 const ALT_STACK: usize = 256 * 1024;
 const INT3: u8 = 0xcc;
+/// A case on the host is given up when it meets the second tick ...
+const TICK_NS: i64 = 10_000_000;
+/// ... and one in a guest, which is slower, after this many more.
+const GUEST_TICKS: u32 = 30;
 const ARCH_SET_GS: i32 = 0x1001;
 /// Linux's selectors for 32-bit code, and for data.
 const USER_CODE_32: u16 = 0x23;
+const USER_CODE: u16 = 0x33;
 const USER_DATA: u16 = 0x2b;
+/// The flags that user code may have, TF, ID and NT aside: they outlive a case, or end it too early.
+const CASE_FLAGS: u64 = 0xcd5 | 1 << 18;
 
 /// Offsets in the XSAVE area of a signal frame (SDM vol. 1 13.4; the kernel uses the standard format).
 const MXCSR: usize = 24;
@@ -67,9 +74,10 @@ const GREGS: [i32; 16] = [
 /// What the handlers and [`Host::run`] share.
 struct Shared {
     phase: AtomicU32,
-    /// Counts runs; `watched` is the count at the timer's last tick.
+    /// Counts runs; `watched` is the count at the timer's last tick, which was the `ticks`th in that run.
     runs: AtomicU64,
     watched: AtomicU64,
+    ticks: AtomicU32,
     swap_bases: AtomicBool,
     /// The pending word of the guest vCPU that runs now, for the watchdog to kick.
     kick: AtomicPtr<AtomicU32>,
@@ -83,11 +91,45 @@ unsafe impl Sync for Shared {}
 struct Exchange {
     state: State,
     stop: Stop,
-    saved: [i64; 23],
     host_fs: u64,
     host_gs: u64,
     previous: [Option<libc::sigaction>; 5],
 }
+
+/// What [`jump_into`] loads, at fixed addresses: at the end no register is left to find it by.
+#[repr(C, align(64))]
+struct Entry {
+    /// x87, SSE and AVX state in the standard format.
+    xsave: [u8; 832],
+    gpr: [u64; 16],
+    rflags: u64,
+    /// A far pointer.
+    rip: u64,
+    selector: u64,
+    fs_base: u64,
+    set_fs: u64,
+    /// Where the handler continues: instruction and stack pointer.
+    resume: u64,
+    stack: u64,
+}
+
+#[repr(transparent)]
+struct EntryCell(UnsafeCell<Entry>);
+
+// SAFETY: as for [`Shared`].
+unsafe impl Sync for EntryCell {}
+
+static ENTRY: EntryCell = EntryCell(UnsafeCell::new(Entry {
+    xsave: [0; 832],
+    gpr: [0; 16],
+    rflags: 0,
+    rip: 0,
+    selector: 0,
+    fs_base: 0,
+    set_fs: 0,
+    resume: 0,
+    stack: 0,
+}));
 
 const SIGNALS: [i32; 5] = [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
 
@@ -95,6 +137,7 @@ static SHARED: Shared = Shared {
     phase: AtomicU32::new(IDLE),
     runs: AtomicU64::new(0),
     watched: AtomicU64::new(0),
+    ticks: AtomicU32::new(0),
     swap_bases: AtomicBool::new(false),
     kick: AtomicPtr::new(std::ptr::null_mut()),
     data: UnsafeCell::new(Exchange {
@@ -109,7 +152,6 @@ static SHARED: Shared = Shared {
             x87: X87 { control: 0, status: 0, tag: 0, st: [[0; 10]; 8] },
         },
         stop: Stop::Hang,
-        saved: [0; 23],
         host_fs: 0,
         host_gs: 0,
         previous: [None; 5],
@@ -122,8 +164,11 @@ static EXISTS: AtomicBool = AtomicBool::new(false);
 pub struct Host {
     backing: *mut u8,
     timer: libc::timer_t,
-    /// Page-aligned start, in the backing, of the code last written, so that it can be wiped.
+    /// Start and end, in the backing, of the code last written, so that it can be wiped.
     written: Option<(usize, usize)>,
+    /// Which image the data pages hold, but for those of `dirty`.
+    image: Option<u64>,
+    dirty: Pages,
 }
 
 impl Host {
@@ -142,7 +187,7 @@ impl Host {
         // SAFETY: Linux's flat data segment. 64-bit code uses neither register; 32-bit cases need them.
         unsafe { asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) USER_DATA, options(nostack, preserves_flags)) };
         let timer = start_watchdog()?;
-        Ok(Host { backing, timer, written: None })
+        Ok(Host { backing, timer, written: None, image: None, dirty: ALL_PAGES })
     }
 
     /// Whether cases may have FS and GS bases of their own.
@@ -156,19 +201,31 @@ impl Host {
         unsafe { std::slice::from_raw_parts(self.backing, DATA_BYTES) }
     }
 
+    /// The data pages that the last case left other than the image has them.
+    pub fn dirty(&self) -> Pages {
+        self.dirty
+    }
+
     /// Runs `case` on memory that starts as `image` with the case's pokes over it.
     pub fn run(&mut self, case: &Case, image: &[u8]) -> Outcome {
         self.load(case, image);
-        // SAFETY: the handlers do not run now: phase is IDLE, and stays so until the store below.
-        unsafe { (*SHARED.data.get()).state.clone_from(&case.state) };
         SHARED.runs.fetch_add(1, Ordering::SeqCst);
-        SHARED.phase.store(ENTERING, Ordering::SeqCst);
-        // SAFETY: the handler saves and restores every general register, RFLAGS, RSP and the bases of FS
-        // and GS around the case, and leaves the x87 and MXCSR at their defaults, as the ABI wants them;
-        // the vector registers are declared clobbered. Memory outside the backing is not touched, by the
-        // module's argument; the backing is behind a raw pointer.
-        unsafe { asm!("int3", clobber_abi("C")) };
+        // SAFETY: the handlers do not run now: phase is IDLE, and stays so until the store. The generated case
+        // does not touch memory outside the backing, by the module's argument.
+        unsafe {
+            let data = &mut *SHARED.data.get();
+            fill_entry(&mut *ENTRY.0.get(), &case.state);
+            let swap = SHARED.swap_bases.load(Ordering::Relaxed);
+            if swap {
+                asm!("rdfsbase {}", out(reg) data.host_fs, options(nomem, nostack, preserves_flags));
+                asm!("rdgsbase {}", out(reg) data.host_gs, options(nomem, nostack, preserves_flags));
+                asm!("wrgsbase {}", in(reg) case.state.gs_base, options(nomem, nostack, preserves_flags));
+            }
+            SHARED.phase.store(RUNNING, Ordering::SeqCst);
+            jump_into();
+        }
         assert_eq!(SHARED.phase.load(Ordering::SeqCst), IDLE, "the case has ended");
+        self.dirty = pages_that_differ(self.data(), image);
         // SAFETY: phase is IDLE again.
         let data = unsafe { &*SHARED.data.get() };
         Outcome { stop: data.stop, state: data.state.clone() }
@@ -177,7 +234,9 @@ impl Host {
     fn load(&mut self, case: &Case, image: &[u8]) {
         // SAFETY: the backing has BACKING_BYTES bytes, and no other reference to it lives here.
         let backing = unsafe { std::slice::from_raw_parts_mut(self.backing, BACKING_BYTES) };
-        backing[..DATA_BYTES].copy_from_slice(image);
+        let stale = if self.image == Some(case.memory) { self.dirty } else { ALL_PAGES };
+        copy_pages(&mut backing[..DATA_BYTES], image, stale);
+        (self.image, self.dirty) = (Some(case.memory), ALL_PAGES);
         if let Some((start, end)) = self.written.take() {
             backing[start..end].fill(INT3);
         }
@@ -189,6 +248,95 @@ impl Host {
         let end = (start + case.code.len()).min(BACKING_BYTES);
         backing[start..end].copy_from_slice(&case.code[..end - start]);
         self.written = Some((start, end));
+    }
+}
+
+/// Puts a case's registers where [`jump_into`] wants them.
+fn fill_entry(entry: &mut Entry, state: &State) {
+    // SAFETY: the area has the size that the function wants.
+    unsafe { write_vectors(entry.xsave.as_mut_ptr(), state) };
+    entry.gpr = state.gpr;
+    entry.rflags = 0x202 | state.rflags & CASE_FLAGS;
+    entry.rip = state.rip;
+    // A far jump reads the selector right behind 32 bits of offset.
+    if bits_at(state.rip) == 32 {
+        entry.rip |= u64::from(USER_CODE_32) << 32;
+    }
+    entry.selector = u64::from(bits_at(state.rip) == 32);
+    entry.fs_base = state.fs_base;
+    entry.set_fs = u64::from(SHARED.swap_bases.load(Ordering::Relaxed));
+}
+
+/// Loads the registers of [`ENTRY`] and jumps; returns when the case has ended.
+///
+/// # Safety
+/// [`ENTRY`] holds a case, whose code does not touch memory of this process other than its own; phase is RUNNING.
+unsafe fn jump_into() {
+    // SAFETY: the handler resumes behind the jump with RSP as saved, RFLAGS, x87 and MXCSR at their defaults and
+    // the bases put back. RBX and RBP are saved on the stack, all else is declared clobbered.
+    unsafe {
+        asm!(
+            "push rbx",
+            "push rbp",
+            "lea rax, [rip + 3f]",
+            "mov [rip + {entry} + {resume}], rax",
+            "mov [rip + {entry} + {stack}], rsp",
+            "mov eax, 7",
+            "xor edx, edx",
+            "xrstor64 [rip + {entry}]",
+            "cmp qword ptr [rip + {entry} + {set_fs}], 0",
+            "je 2f",
+            "mov rax, [rip + {entry} + {fs_base}]",
+            "wrfsbase rax",
+            "2:",
+            "push qword ptr [rip + {entry} + {rflags}]",
+            "mov rcx, [rip + {entry} + {selector}]",
+            "jrcxz 4f",
+            // 32-bit code.
+            "popfq",
+            "mov rax, [rip + {entry} + {gpr}]",
+            "mov rcx, [rip + {entry} + {gpr} + 8]",
+            "mov rdx, [rip + {entry} + {gpr} + 16]",
+            "mov rbx, [rip + {entry} + {gpr} + 24]",
+            "mov rsp, [rip + {entry} + {gpr} + 32]",
+            "mov rbp, [rip + {entry} + {gpr} + 40]",
+            "mov rsi, [rip + {entry} + {gpr} + 48]",
+            "mov rdi, [rip + {entry} + {gpr} + 56]",
+            "jmp fword ptr [rip + {entry} + {rip}]",
+            "4:",
+            "popfq",
+            "mov rax, [rip + {entry} + {gpr}]",
+            "mov rcx, [rip + {entry} + {gpr} + 8]",
+            "mov rdx, [rip + {entry} + {gpr} + 16]",
+            "mov rbx, [rip + {entry} + {gpr} + 24]",
+            "mov rsp, [rip + {entry} + {gpr} + 32]",
+            "mov rbp, [rip + {entry} + {gpr} + 40]",
+            "mov rsi, [rip + {entry} + {gpr} + 48]",
+            "mov rdi, [rip + {entry} + {gpr} + 56]",
+            "mov r8, [rip + {entry} + {gpr} + 64]",
+            "mov r9, [rip + {entry} + {gpr} + 72]",
+            "mov r10, [rip + {entry} + {gpr} + 80]",
+            "mov r11, [rip + {entry} + {gpr} + 88]",
+            "mov r12, [rip + {entry} + {gpr} + 96]",
+            "mov r13, [rip + {entry} + {gpr} + 104]",
+            "mov r14, [rip + {entry} + {gpr} + 112]",
+            "mov r15, [rip + {entry} + {gpr} + 120]",
+            "jmp qword ptr [rip + {entry} + {rip}]",
+            "3:",
+            "pop rbp",
+            "pop rbx",
+            entry = sym ENTRY,
+            resume = const offset_of!(Entry, resume),
+            stack = const offset_of!(Entry, stack),
+            set_fs = const offset_of!(Entry, set_fs),
+            fs_base = const offset_of!(Entry, fs_base),
+            rflags = const offset_of!(Entry, rflags),
+            selector = const offset_of!(Entry, selector),
+            gpr = const offset_of!(Entry, gpr),
+            rip = const offset_of!(Entry, rip),
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+            clobber_abi("C"),
+        );
     }
 }
 
@@ -289,6 +437,8 @@ unsafe fn install(signal: i32, handler: Handler, previous: *mut libc::sigaction)
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = handler as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+        // A case ends once.
+        libc::sigaddset(&mut action.sa_mask, libc::SIGVTALRM);
         if libc::sigaction(signal, &action, previous) != 0 {
             return Err(std::io::Error::last_os_error()).context("sigaction");
         }
@@ -296,7 +446,7 @@ unsafe fn install(signal: i32, handler: Handler, previous: *mut libc::sigaction)
     Ok(())
 }
 
-/// A tick every 100 ms of this thread's CPU time; see [`on_tick`].
+/// A tick every [`TICK_NS`] of this thread's CPU time; see [`on_tick`].
 fn start_watchdog() -> Result<libc::timer_t> {
     // SAFETY: plain system calls on structures of this function.
     unsafe {
@@ -305,7 +455,7 @@ fn start_watchdog() -> Result<libc::timer_t> {
         event.sigev_signo = libc::SIGVTALRM;
         event.sigev_notify_thread_id = libc::syscall(libc::SYS_gettid) as i32;
         let mut timer: libc::timer_t = std::ptr::null_mut();
-        let interval = libc::timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        let interval = libc::timespec { tv_sec: 0, tv_nsec: TICK_NS };
         let times = libc::itimerspec { it_interval: interval, it_value: interval };
         if libc::timer_create(libc::CLOCK_THREAD_CPUTIME_ID, &mut event, &mut timer) != 0
             || libc::timer_settime(timer, 0, &times, std::ptr::null_mut()) != 0
@@ -321,21 +471,23 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut li
     unsafe {
         let frame = &mut *context.cast::<libc::ucontext_t>();
         match SHARED.phase.load(Ordering::SeqCst) {
-            ENTERING if signal == libc::SIGTRAP => enter(frame),
             RUNNING => leave(frame, false),
             _ => chain(signal, info, context),
         }
     }
 }
 
-/// Ends a case that has been running since the tick before: on the host at once, in a guest by a kick.
+/// Ends a case that has been running for too long: on the host at once, in a guest by a kick.
 extern "C" fn on_tick(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let runs = SHARED.runs.load(Ordering::SeqCst);
-    let stuck = SHARED.watched.swap(runs, Ordering::SeqCst) == runs;
-    if stuck && SHARED.phase.load(Ordering::SeqCst) == RUNNING {
-        // SAFETY: as in `on_fault`; the signal came while the case ran.
+    if SHARED.watched.swap(runs, Ordering::SeqCst) != runs {
+        return SHARED.ticks.store(0, Ordering::SeqCst);
+    }
+    let ticks = SHARED.ticks.fetch_add(1, Ordering::SeqCst);
+    if SHARED.phase.load(Ordering::SeqCst) == RUNNING {
+        // SAFETY: as in `on_fault`; the signal came while the case ran, or between its loading and its end.
         unsafe { leave(&mut *context.cast::<libc::ucontext_t>(), true) };
-    } else if stuck {
+    } else if ticks >= GUEST_TICKS {
         // SAFETY: null, or set by `watch` to a word that lives until `unwatch`.
         if let Some(word) = unsafe { SHARED.kick.load(Ordering::SeqCst).as_ref() } {
             word.fetch_or(pending::KICK, Ordering::SeqCst);
@@ -358,6 +510,11 @@ pub fn unwatch() {
 
 /// Points GS, which Rust does not use, at `base`.
 pub fn set_gs_base(base: u64) {
+    if SHARED.swap_bases.load(Ordering::Relaxed) {
+        // SAFETY: the host has FSGSBASE; nothing of Rust's or libc's is reached through GS.
+        unsafe { asm!("wrgsbase {}", in(reg) base, options(nomem, nostack, preserves_flags)) };
+        return;
+    }
     // SAFETY: ARCH_SET_GS on this thread; nothing of Rust's or libc's is reached through GS.
     let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, base) };
     assert_eq!(result, 0, "arch_prctl(ARCH_SET_GS)");
@@ -388,43 +545,12 @@ unsafe fn chain(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_v
     }
 }
 
-/// Puts the case's registers into the frame that `int3` made.
-///
-/// # Safety
-/// `frame` is the frame of a signal of this thread.
-unsafe fn enter(frame: &mut libc::ucontext_t) {
-    // SAFETY: the exchange is the handler's; the frame's XSAVE area is as the kernel made it.
-    unsafe {
-        let data = &mut *SHARED.data.get();
-        let registers = &mut frame.uc_mcontext.gregs;
-        data.saved.copy_from_slice(&registers[..]);
-        for (index, &register) in GREGS.iter().enumerate() {
-            registers[register as usize] = data.state.gpr[index] as i64;
-        }
-        registers[libc::REG_RIP as usize] = data.state.rip as i64;
-        registers[libc::REG_EFL as usize] = data.state.rflags as i64;
-        if bits_at(data.state.rip) == 32 {
-            let selectors = &mut registers[libc::REG_CSGSFS as usize];
-            *selectors = *selectors & !0xffff | i64::from(USER_CODE_32);
-        }
-        let area = frame.uc_mcontext.fpregs.cast::<u8>();
-        write_vectors(area, &data.state);
-        if SHARED.swap_bases.load(Ordering::Relaxed) {
-            asm!("rdfsbase {}", out(reg) data.host_fs, options(nostack));
-            asm!("rdgsbase {}", out(reg) data.host_gs, options(nostack));
-            asm!("wrfsbase {}", in(reg) data.state.fs_base, options(nostack));
-            asm!("wrgsbase {}", in(reg) data.state.gs_base, options(nostack));
-        }
-    }
-    SHARED.phase.store(RUNNING, Ordering::SeqCst);
-}
-
 /// Takes the outcome from the frame that ended the case, and goes back to [`Host::run`].
 ///
 /// # Safety
-/// As for [`enter`].
+/// `frame` is the frame of a signal of this thread, which came while the case ran.
 unsafe fn leave(frame: &mut libc::ucontext_t, hang: bool) {
-    // SAFETY: as in `enter`.
+    // SAFETY: the exchange is the handler's; the frame's XSAVE area is as the kernel made it.
     unsafe {
         let data = &mut *SHARED.data.get();
         if SHARED.swap_bases.load(Ordering::Relaxed) {
@@ -449,7 +575,12 @@ unsafe fn leave(frame: &mut libc::ucontext_t, hang: bool) {
         };
         let area = frame.uc_mcontext.fpregs.cast::<u8>();
         read_vectors(area, &mut data.state);
-        registers.copy_from_slice(&data.saved);
+        let entry = &*ENTRY.0.get();
+        registers[libc::REG_RIP as usize] = entry.resume as i64;
+        registers[libc::REG_RSP as usize] = entry.stack as i64;
+        registers[libc::REG_EFL as usize] = 0x202;
+        let selectors = &mut registers[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xffff | i64::from(USER_CODE);
         let defaults = X87::default();
         area.cast::<u16>().write_unaligned(defaults.control);
         area.add(2).cast::<u16>().write_unaligned(0);
@@ -462,7 +593,7 @@ unsafe fn leave(frame: &mut libc::ucontext_t, hang: bool) {
 }
 
 /// # Safety
-/// `area` is the XSAVE area of a signal frame, with AVX state.
+/// `area` is an XSAVE area with AVX state.
 unsafe fn write_vectors(area: *mut u8, state: &State) {
     // SAFETY: offsets inside the area; components 0 to 2 exist on every host with AVX.
     unsafe {

@@ -33,6 +33,26 @@ pub const DATA_BYTES: usize = DATA_PAGES * PAGE as usize;
 pub const CODE_BYTES: usize = (CODE_PAGES * PAGE) as usize;
 pub const BACKING_BYTES: usize = DATA_BYTES + CODE_BYTES;
 
+/// A set of data pages: bit `n` is page `n` of the backing.
+pub type Pages = u8;
+pub const ALL_PAGES: Pages = Pages::MAX;
+const _: () = assert!(DATA_PAGES == Pages::BITS as usize);
+
+/// The data pages in which `one` and `other` differ.
+pub fn pages_that_differ(one: &[u8], other: &[u8]) -> Pages {
+    let pages = one.chunks(PAGE as usize).zip(other.chunks(PAGE as usize)).enumerate();
+    pages.filter(|(_, (a, b))| a != b).fold(0, |set, (n, _)| set | 1 << n)
+}
+
+/// Copies data pages.
+pub fn copy_pages(to: &mut [u8], from: &[u8], pages: Pages) {
+    for (n, (to, from)) in to.chunks_mut(PAGE as usize).zip(from.chunks(PAGE as usize)).enumerate() {
+        if pages >> n & 1 != 0 {
+            to.copy_from_slice(from);
+        }
+    }
+}
+
 /// One mapped page: its linear address, its number in the backing, its rights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapped {

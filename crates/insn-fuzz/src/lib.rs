@@ -8,6 +8,7 @@
 //!
 //! `unsafe` is in [`host`] and [`guest`] only. Nothing else depends on this crate.
 
+pub mod blocks;
 pub mod case;
 pub mod compare;
 pub mod encode;

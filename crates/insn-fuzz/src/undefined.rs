@@ -31,83 +31,150 @@ fn may_do_nothing(instruction: &Instruction) -> bool {
     shift && (by_cl || by_zero) || repeated && instruction.is_string_instruction()
 }
 
-/// What running `code` from `rip` up to (not including) `end` leaves undefined.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Undefined {
-    /// Status flags, as bits of RFLAGS.
-    pub flags: u64,
-    /// An instruction reads a flag that an earlier one left undefined.
-    pub read: bool,
-}
-
-pub fn undefined(code: &[u8], rip: u64, end: u64) -> Undefined {
-    let mut result = Undefined::default();
-    let mut decoder = Decoder::with_ip(bits_at(rip), code, rip, DecoderOptions::NONE);
+/// Whether a straight line of instructions with jumps forward, or a loop around it, reads a flag that one of them
+/// has left undefined. The jumps need not be linked yet.
+pub fn reads_undefined(instructions: &[Instruction], looped: bool) -> bool {
+    let mut undefined = 0;
     let mut branches = false;
-    while decoder.can_decode() && decoder.ip() < end {
-        let instruction = decoder.decode();
-        if instruction.is_invalid() {
-            break;
-        }
-        result.read |= rflags(instruction.rflags_read()) & result.flags != 0;
-        // PUSHF and the like read every flag, whatever the decoder's table says.
-        if matches!(instruction.code(), Code::Pushfq | Code::Pushfw | Code::Pushfd) {
-            result.read |= result.flags != 0;
+    for instruction in (0..1 + u8::from(looped)).flat_map(|_| instructions) {
+        if read(instruction) & undefined != 0 {
+            return true;
         }
         branches |= instruction.flow_control() != FlowControl::Next;
-        if !branches && !may_do_nothing(&instruction) {
-            result.flags &=
-                !rflags(instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set());
-        }
-        result.flags |= rflags(instruction.rflags_undefined());
+        undefined = if branches { undefined | left_undefined(instruction) } else { after(instruction, undefined) };
     }
-    result
+    false
 }
 
-/// [`undefined`] for a case that stopped with RIP at `stopped`. Jumps go forward, so an instruction that
-/// faulted had only earlier ones before it; a loop's earlier rounds add what the whole leaves undefined.
-pub fn at_stop(code: &[u8], rip: u64, stopped: u64) -> u64 {
-    let inside = stopped >= rip && stopped < rip + code.len() as u64;
-    let end = if inside { stopped } else { u64::MAX };
-    let earlier_rounds = if loops(code, rip) { undefined(code, rip, u64::MAX).flags } else { 0 };
-    undefined(code, rip, end).flags | earlier_rounds
+/// The status flags that it reads.
+fn read(instruction: &Instruction) -> u64 {
+    // PUSHF and the like read every flag, whatever the decoder's table says.
+    match instruction.code() {
+        Code::Pushfq | Code::Pushfw | Code::Pushfd => STATUS,
+        _ => rflags(instruction.rflags_read()),
+    }
 }
 
-/// Whether a jump goes back: the loop around a whole sequence.
-fn loops(code: &[u8], rip: u64) -> bool {
-    Decoder::with_ip(bits_at(rip), code, rip, DecoderOptions::NONE).into_iter().any(|i| {
-        let jump = matches!(i.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
-        jump && (rip..=i.ip()).contains(&i.near_branch64())
-    })
+fn left_undefined(instruction: &Instruction) -> u64 {
+    rflags(instruction.rflags_undefined())
+}
+
+/// The flags that are undefined after the instruction, if `before` are before it.
+fn after(instruction: &Instruction, before: u64) -> u64 {
+    let defined = match may_do_nothing(instruction) {
+        true => 0,
+        false => rflags(instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set()),
+    };
+    before & !defined | left_undefined(instruction)
 }
 
 const STATUS: u64 = 0x8d5;
 
-/// Status flags that the code from `fault` on overwrites before it reads them, whichever way its jumps go:
-/// dead at the fault. The translator does not keep them across an access that faults, because the restarted
-/// instruction and what follows cannot see them.
-pub fn dead(code: &[u8], rip: u64, fault: u64) -> u64 {
-    let instructions: Vec<_> = Decoder::with_ip(bits_at(rip), code, rip, DecoderOptions::NONE).into_iter().collect();
-    // What is live before each instruction, and at the end, where the INT3 shows all. A loop needs a second
-    // pass, and a third to be sure.
-    let mut live = vec![0; instructions.len() + 1];
-    live[instructions.len()] = STATUS;
-    for (i, instruction) in (0..3).flat_map(|_| instructions.iter().enumerate().rev()) {
-        let at = |ip: u64| instructions.iter().position(|other| other.ip() == ip).unwrap_or(instructions.len());
-        let jump = matches!(instruction.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
-        let after = match instruction.flow_control() {
-            FlowControl::Next => live[i + 1],
-            FlowControl::ConditionalBranch => live[i + 1] | live[at(instruction.near_branch64())],
-            FlowControl::UnconditionalBranch | FlowControl::Call if jump => live[at(instruction.near_branch64())],
-            _ => STATUS,
-        };
-        let written = if may_do_nothing(instruction) { 0 } else { rflags(instruction.rflags_modified()) };
-        live[i] = rflags(instruction.rflags_read()) | after & !written;
+/// A case's code, decoded, with where each instruction may go on.
+pub struct Flow {
+    instructions: Vec<Instruction>,
+    /// Indices into `instructions`; their number stands for everything else.
+    successors: Vec<Vec<usize>>,
+    /// Status flags that may be undefined before each, and elsewhere.
+    undefined: Vec<u64>,
+}
+
+impl Flow {
+    pub fn new(code: &[u8], rip: u64) -> Flow {
+        let instructions: Vec<_> = Decoder::with_ip(bits_at(rip), code, rip, DecoderOptions::NONE)
+            .into_iter()
+            .take_while(|instruction| !instruction.is_invalid())
+            .collect();
+        let outside = instructions.len();
+        let index = |ip: u64| instructions.binary_search_by_key(&ip, Instruction::ip).unwrap_or(outside);
+        // Where returns and indirect jumps may go: behind calls, to addresses that are taken.
+        let mut taken = vec![outside];
+        for instruction in &instructions {
+            if matches!(instruction.flow_control(), FlowControl::Call | FlowControl::IndirectCall) {
+                taken.push(index(instruction.next_ip()));
+            } else if instruction.mnemonic() == Mnemonic::Lea && instruction.is_ip_rel_memory_operand() {
+                taken.push(index(instruction.ip_rel_memory_address()));
+            }
+        }
+        let successors = instructions
+            .iter()
+            .map(|instruction| {
+                let near = matches!(instruction.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
+                match instruction.flow_control() {
+                    FlowControl::Next => vec![index(instruction.next_ip())],
+                    FlowControl::ConditionalBranch => {
+                        vec![index(instruction.next_ip()), index(instruction.near_branch64())]
+                    }
+                    FlowControl::UnconditionalBranch | FlowControl::Call if near => {
+                        vec![index(instruction.near_branch64())]
+                    }
+                    _ => taken.clone(),
+                }
+            })
+            .collect();
+        let mut flow = Flow { undefined: vec![0; outside + 1], instructions, successors };
+        flow.find_undefined();
+        flow
     }
-    match instructions.iter().position(|i| i.ip() == fault) {
-        Some(at) => STATUS & !live[at],
-        // A jump to somewhere else, which only minimised cases have: nothing is known.
-        None => STATUS,
+
+    fn find_undefined(&mut self) {
+        let mut changed = true;
+        while std::mem::take(&mut changed) {
+            for (i, instruction) in self.instructions.iter().enumerate() {
+                let flags = after(instruction, self.undefined[i]);
+                for &next in &self.successors[i] {
+                    changed |= flags & !self.undefined[next] != 0;
+                    self.undefined[next] |= flags;
+                }
+            }
+        }
+    }
+
+    /// The first instruction that reads a flag which may be undefined.
+    pub fn reads_undefined(&self) -> Option<usize> {
+        self.instructions.iter().zip(&self.undefined).position(|(instruction, flags)| read(instruction) & flags != 0)
+    }
+
+    /// The status flags that may be undefined when the case stops with RIP at `stopped`.
+    pub fn undefined_at(&self, stopped: u64) -> u64 {
+        let at = self.instructions.binary_search_by_key(&stopped, Instruction::ip);
+        let inside =
+            self.instructions.last().is_some_and(|last| (self.instructions[0].ip()..last.next_ip()).contains(&stopped));
+        match at {
+            Ok(at) => self.undefined[at],
+            // In the middle of an instruction, which only minimised cases have.
+            Err(_) if inside => STATUS,
+            Err(_) => self.undefined[self.instructions.len()],
+        }
+    }
+
+    /// Whether an instruction of the case is at `ip` and has an MMX register.
+    pub fn is_mmx(&self, ip: u64) -> bool {
+        self.instructions.iter().any(|i| i.ip() == ip && (0..i.op_count()).any(|n| i.op_register(n).is_mm()))
+    }
+
+    /// Status flags that the code from `fault` on overwrites before it reads them, whichever way its jumps go:
+    /// dead at the fault. The translator does not keep them across an access that faults, because the restarted
+    /// instruction and what follows cannot see them.
+    pub fn dead_at(&self, fault: u64) -> u64 {
+        // Outside, where the INT3 shows all, every flag is live.
+        let mut live = vec![0; self.instructions.len() + 1];
+        live[self.instructions.len()] = STATUS;
+        let mut changed = true;
+        while std::mem::take(&mut changed) {
+            for (i, instruction) in self.instructions.iter().enumerate().rev() {
+                let after = self.successors[i].iter().fold(0, |flags, &next| flags | live[next]);
+                let written = if may_do_nothing(instruction) { 0 } else { rflags(instruction.rflags_modified()) };
+                let before = read(instruction) | after & !written;
+                changed |= live[i] != before;
+                live[i] = before;
+            }
+        }
+        match self.instructions.binary_search_by_key(&fault, Instruction::ip) {
+            Ok(at) => STATUS & !live[at],
+            // A jump to somewhere else, which only minimised cases have: nothing is known.
+            Err(_) => STATUS,
+        }
     }
 }
 
@@ -116,37 +183,48 @@ mod tests {
     use super::*;
     use crate::layout::CODE;
 
-    const ALL: u64 = u64::MAX;
     const AF: u64 = 1 << 4;
 
     #[test]
     fn flags_become_undefined_and_defined_again() {
+        let at_end = |code: &[u8]| Flow::new(code, CODE).undefined_at(CODE + code.len() as u64 + 1);
+        let reads = |code: &[u8]| Flow::new(code, CODE).reads_undefined();
         // and eax, ecx leaves AF undefined; add eax, ecx defines it.
-        assert_eq!(undefined(&[0x21, 0xc8], CODE, ALL), Undefined { flags: AF, read: false });
-        assert_eq!(undefined(&[0x21, 0xc8, 0x01, 0xc8], CODE, ALL), Undefined { flags: 0, read: false });
+        assert_eq!((at_end(&[0x21, 0xc8]), reads(&[0x21, 0xc8])), (AF, None));
+        assert_eq!((at_end(&[0x21, 0xc8, 0x01, 0xc8]), reads(&[0x21, 0xc8, 0x01, 0xc8])), (0, None));
         // lahf after it reads AF.
-        assert!(undefined(&[0x21, 0xc8, 0x9f], CODE, ALL).read);
+        assert_eq!(reads(&[0x21, 0xc8, 0x9f]), Some(1));
         // pushfq reads AF too.
-        assert!(undefined(&[0x21, 0xc8, 0x9c], CODE, ALL).read);
+        assert_eq!(reads(&[0x21, 0xc8, 0x9c]), Some(1));
         // A shift that may do nothing does not define the flags again.
-        assert_ne!(undefined(&[0x21, 0xc8, 0xd3, 0xe0], CODE, ALL).flags & AF, 0);
+        assert_ne!(at_end(&[0x21, 0xc8, 0xd3, 0xe0]) & AF, 0);
     }
 
     #[test]
     fn flags_are_dead_where_they_are_overwritten_unread() {
         // mov eax, [rcx]; and eax, ecx; adc eax, ecx.
         let code = [0x8b, 0x01, 0x21, 0xc8, 0x11, 0xc8];
-        assert_eq!(dead(&code, CODE, CODE), 0x8d5);
+        assert_eq!(Flow::new(&code, CODE).dead_at(CODE), 0x8d5);
         // The adc reads CF.
-        assert_eq!(dead(&code, CODE, CODE + 4), 0x8d4);
+        assert_eq!(Flow::new(&code, CODE).dead_at(CODE + 4), 0x8d4);
         // mov eax, [rcx]; jrcxz over the and; and eax, ecx: live on one way.
-        assert_eq!(dead(&[0x8b, 0x01, 0xe3, 0x02, 0x21, 0xc8], CODE, CODE), 0);
+        assert_eq!(Flow::new(&[0x8b, 0x01, 0xe3, 0x02, 0x21, 0xc8], CODE).dead_at(CODE), 0);
     }
 
     #[test]
     fn what_did_not_run_does_not_count() {
-        // and eax, ecx faults at its own start when it touches memory: nothing is undefined.
-        assert_eq!(at_stop(&[0x21, 0x08], CODE, CODE), 0);
-        assert_eq!(at_stop(&[0x21, 0x08], CODE, CODE + 3), AF);
+        // and [rax], ecx faults at its own start when it touches memory: nothing is undefined.
+        assert_eq!(Flow::new(&[0x21, 0x08], CODE).undefined_at(CODE), 0);
+        assert_eq!(Flow::new(&[0x21, 0x08], CODE).undefined_at(CODE + 3), AF);
+    }
+
+    #[test]
+    fn calls_and_loops_carry_flags_on() {
+        // call +2; jmp end; and eax, ecx; ret; end: what the function leaves undefined is so at the end.
+        let code = [0xe8, 2, 0, 0, 0, 0xeb, 3, 0x21, 0xc8, 0xc3];
+        assert_eq!(Flow::new(&code, CODE).undefined_at(CODE + 5), AF);
+        // lahf; and eax, ecx; dec edx; jnz to the lahf: AF is defined by dec; without it lahf reads what and left.
+        assert_eq!(Flow::new(&[0x9f, 0x21, 0xc8, 0xff, 0xca, 0x75, 0xf9], CODE).reads_undefined(), None);
+        assert_eq!(Flow::new(&[0x9f, 0x21, 0xc8, 0x75, 0xfb], CODE).reads_undefined(), Some(0));
     }
 }
