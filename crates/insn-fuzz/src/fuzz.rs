@@ -6,6 +6,7 @@ use crate::generate::{Generator, Options};
 use crate::guest::{Executor, Guest};
 use crate::host::Host;
 use crate::layout::bits_at;
+use crate::undefined::Flow;
 use anyhow::Result;
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use std::collections::HashMap;
@@ -18,6 +19,9 @@ const CASES_PER_IMAGE: u64 = 512;
 pub struct Bench {
     host: Host,
     guests: Vec<(Executor, Guest)>,
+    /// An interpreter that looks where cases went which differ.
+    tracer: Guest,
+    strays: u64,
     image: (u64, Vec<u8>),
 }
 
@@ -39,6 +43,8 @@ pub struct Tally {
     pub stops: HashMap<u8, u64>,
     /// Cases skipped because the host did not end them.
     pub hangs: u64,
+    /// Cases whose difference does not count, because they strayed (see [`Guest::strays`]).
+    pub strays: u64,
 }
 
 impl Bench {
@@ -47,7 +53,8 @@ impl Bench {
     pub fn new(executors: &[Executor]) -> Result<Bench> {
         let host = Host::new()?;
         let guests = executors.iter().map(|e| Ok((*e, Guest::new(*e)?))).collect::<Result<_>>()?;
-        Ok(Bench { host, guests, image: (0, image(0)) })
+        let tracer = Guest::new(Executor::Interpreter)?;
+        Ok(Bench { host, guests, tracer, strays: 0, image: (0, image(0)) })
     }
 
     /// Options that suit this host.
@@ -86,6 +93,12 @@ impl Bench {
                 let mut text = differences(case, *executor, &host, &outcome);
                 text += &memory_differences(self.host.data(), guest.data());
                 if !text.is_empty() {
+                    // What such a case reads may be undefined, and nobody looked.
+                    let flow = Flow::new(&case.code, case.state.rip);
+                    if self.tracer.strays(case, &self.image.1, &flow) {
+                        self.strays += 1;
+                        return (host.stop, None);
+                    }
                     let finding = Finding { case: case.clone(), executor: *executor, differences: text };
                     return (host.stop, Some(finding));
                 }
@@ -198,6 +211,7 @@ pub struct Plan {
 pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(&Finding)) -> Tally {
     let mut generator = Generator::new(plan.options);
     let mut tally = Tally::default();
+    bench.strays = 0;
     let mut seen: HashMap<String, u64> = HashMap::new();
     for seed in plan.seed..plan.seed + plan.cases {
         if seed % 256 == 0 && plan.deadline.is_some_and(|d| std::time::Instant::now() >= d) {
@@ -226,6 +240,7 @@ pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(&Finding)) -> 
             }
         }
     }
+    tally.strays = bench.strays;
     tally
 }
 

@@ -8,6 +8,7 @@
 use crate::case::{Case, Outcome, State, Stop, X87};
 use crate::host;
 use crate::layout::{ALL_PAGES, BACKING_BYTES, DATA_BYTES, PAGE, Pages, backing_of, bits_at, copy_pages, mapped};
+use crate::undefined::Flow;
 use anyhow::{Context, Result};
 use anyvisor_engine::GuestIo;
 use anyvisor_engine_translator::core::{Core, VcpuShared, VmShared};
@@ -169,6 +170,31 @@ impl Guest {
         let x87 = self.execute(&case.state.x87);
         host::unwatch();
         self.outcome(x87)
+    }
+
+    /// Whether `case` goes where nothing but a return address that it has overwritten can lead: to the middle of one
+    /// of its instructions, say. For the interpreter only.
+    pub fn strays(&mut self, case: &Case, image: &[u8], flow: &Flow) -> bool {
+        self.load(case, image);
+        set_user_state(&mut self.core, &case.state);
+        self.core.cpu.pending.store(0, Ordering::SeqCst);
+        let core = &mut self.core;
+        let mut strayed = false;
+        let mut from = u64::MAX;
+        host::watch(&core.cpu.pending);
+        with_x87(&case.state.x87, || {
+            let mut patience = PATIENCE;
+            while !core.cpu.halted && core.cpu.pending.load(Ordering::Relaxed) == 0 && patience > 0 && !strayed {
+                patience -= 1;
+                strayed = !flow.foresees(from, core.cpu.rip);
+                from = core.cpu.rip;
+                if interpret::step(core, &NoDevices) == interpret::Step::Shutdown {
+                    break;
+                }
+            }
+        });
+        host::unwatch();
+        strayed
     }
 
     fn execute(&mut self, x87: &X87) -> X87 {

@@ -114,12 +114,13 @@ fn summary(tally: &Tally, took: Duration, found: u64) {
     stops.sort();
     let stops: Vec<_> = stops.iter().map(|(vector, count)| format!("{vector}: {count}")).collect();
     println!(
-        "{} cases in {:.1} s ({:.0} a second), {found} differences; ends by vector {}; {} endless",
+        "{} cases in {:.1} s ({:.0} a second), {found} differences; ends by vector {}; {} endless, {} stray",
         tally.cases,
         took.as_secs_f64(),
         tally.cases as f64 / took.as_secs_f64(),
         stops.join(", "),
-        tally.hangs
+        tally.hangs,
+        tally.strays
     );
 }
 

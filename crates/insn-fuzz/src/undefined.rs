@@ -137,14 +137,31 @@ impl Flow {
 
     /// The status flags that may be undefined when the case stops with RIP at `stopped`.
     pub fn undefined_at(&self, stopped: u64) -> u64 {
-        let at = self.instructions.binary_search_by_key(&stopped, Instruction::ip);
-        let inside =
-            self.instructions.last().is_some_and(|last| (self.instructions[0].ip()..last.next_ip()).contains(&stopped));
-        match at {
+        match self.instructions.binary_search_by_key(&stopped, Instruction::ip) {
             Ok(at) => self.undefined[at],
-            // In the middle of an instruction, which only minimised cases have.
-            Err(_) if inside => STATUS,
+            Err(_) if self.is_inside(stopped) => STATUS,
             Err(_) => self.undefined[self.instructions.len()],
+        }
+    }
+
+    /// Whether `ip` is in the middle of an instruction.
+    fn is_inside(&self, ip: u64) -> bool {
+        match self.instructions.binary_search_by_key(&ip, Instruction::ip) {
+            Ok(_) | Err(0) => false,
+            Err(behind) => ip < self.instructions[behind - 1].next_ip(),
+        }
+    }
+
+    /// Whether the code can go on from `from` to `to` as far as is known here.
+    pub fn foresees(&self, from: u64, to: u64) -> bool {
+        if from == to {
+            return true;
+        }
+        let index = |ip: u64| self.instructions.binary_search_by_key(&ip, Instruction::ip);
+        match (index(from), index(to)) {
+            (Ok(from), Ok(to)) => self.successors[from].contains(&to),
+            (Err(_), Ok(to)) => to == 0,
+            (_, Err(_)) => !self.is_inside(to),
         }
     }
 
