@@ -109,6 +109,7 @@ impl Builder<'_> {
                 let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
                 let rm = self.access(&ea, self.word() as usize, false, insn.live_in != 0, false);
                 self.load_word(RSI, rm);
+                self.clobber(RSI);
                 true
             }
             _ => false,
