@@ -9,7 +9,7 @@ use crate::layout::bits_at;
 use crate::undefined::Flow;
 use anyhow::Result;
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
 /// Cases in a row that share their memory image.
@@ -21,6 +21,7 @@ pub struct Bench {
     guests: Vec<(Executor, Guest)>,
     /// An interpreter that looks where cases went which differ.
     tracer: Guest,
+    /// How many did not count because they strayed.
     strays: u64,
     image: (u64, Vec<u8>),
 }
@@ -38,7 +39,6 @@ pub struct Finding {
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     pub cases: u64,
-    pub instructions: u64,
     /// By vector; a case that ran to its end is a 3.
     pub stops: HashMap<u8, u64>,
     /// Cases skipped because the host did not end them.
@@ -211,7 +211,6 @@ pub struct Plan {
 pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(&Finding)) -> Tally {
     let mut generator = Generator::new(plan.options);
     let mut tally = Tally::default();
-    bench.strays = 0;
     let mut seen: HashMap<String, u64> = HashMap::new();
     for seed in plan.seed..plan.seed + plan.cases {
         if seed % 256 == 0 && plan.deadline.is_some_and(|d| std::time::Instant::now() >= d) {
@@ -222,8 +221,10 @@ pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(&Finding)) -> 
             bench.image = (memory, image(memory));
         }
         let case = generator.case(seed, memory, &bench.image.1);
+        let strays = bench.strays;
         let (stop, finding) = bench.check(&case);
         tally.cases += 1;
+        tally.strays += bench.strays - strays;
         match stop {
             Stop::Exception { vector, .. } => *tally.stops.entry(vector).or_default() += 1,
             Stop::Hang => tally.hangs += 1,
@@ -240,7 +241,6 @@ pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(&Finding)) -> 
             }
         }
     }
-    tally.strays = bench.strays;
     tally
 }
 
@@ -248,6 +248,57 @@ pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(&Finding)) -> 
 pub fn case_of_seed(options: Options, seed: u64) -> Case {
     let memory = seed / CASES_PER_IMAGE;
     Generator::new(options).case(seed, memory, &image(memory))
+}
+
+/// What the cases of a plan are made of.
+#[derive(Clone, Debug, Default)]
+pub struct Survey {
+    pub cases: u64,
+    /// Different codes, and those of more than one instruction.
+    pub codes: u64,
+    pub blocks: u64,
+    /// Instructions in those codes; different ones, with displacement and immediate and without; forms.
+    pub instructions: u64,
+    pub encodings: usize,
+    pub shapes: usize,
+    pub forms: usize,
+}
+
+/// Looks at the cases of `plan` without running them.
+pub fn survey(plan: &Plan) -> Survey {
+    let mut generator = Generator::new(plan.options);
+    let mut memory = (0, image(0));
+    let (mut encodings, mut shapes, mut forms) = (HashSet::new(), HashSet::new(), HashSet::new());
+    let mut survey = Survey { cases: plan.cases, ..Survey::default() };
+    let mut last = Vec::new();
+    for seed in plan.seed..plan.seed + plan.cases {
+        if memory.0 != seed / CASES_PER_IMAGE {
+            memory = (seed / CASES_PER_IMAGE, image(seed / CASES_PER_IMAGE));
+        }
+        let case = generator.case(seed, memory.0, &memory.1);
+        if case.code == last {
+            continue;
+        }
+        survey.codes += 1;
+        let before = survey.instructions;
+        let mut decoder = Decoder::new(plan.options.bits, &case.code, DecoderOptions::NONE);
+        while decoder.can_decode() {
+            let start = decoder.position();
+            let instruction = decoder.decode();
+            let constants = decoder.get_constant_offsets(&instruction);
+            let mut bytes = case.code[start..decoder.position()].to_vec();
+            encodings.insert(bytes.clone());
+            let (displacement, immediate) = (constants.displacement_offset(), constants.immediate_offset());
+            bytes[displacement..displacement + constants.displacement_size()].fill(0);
+            bytes[immediate..immediate + constants.immediate_size()].fill(0);
+            shapes.insert(bytes);
+            forms.insert(instruction.code());
+            survey.instructions += 1;
+        }
+        survey.blocks += u64::from(survey.instructions > before + 1);
+        last = case.code;
+    }
+    Survey { encodings: encodings.len(), shapes: shapes.len(), forms: forms.len(), ..survey }
 }
 
 /// What makes two findings the same bug, mostly: executor, instructions, and the first thing that differs.

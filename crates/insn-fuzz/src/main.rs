@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail};
 use anyvisor_insn_fuzz::case::Case;
 use anyvisor_insn_fuzz::forms::Class;
-use anyvisor_insn_fuzz::fuzz::{Bench, Plan, Tally, case_of_seed, describe, run};
+use anyvisor_insn_fuzz::fuzz::{Bench, Plan, Survey, Tally, case_of_seed, describe, run, survey};
 use anyvisor_insn_fuzz::guest::Executor;
 use clap::Parser;
 use std::path::PathBuf;
@@ -45,6 +45,9 @@ struct Args {
     /// Print the case with number --seed instead of running it.
     #[arg(long)]
     print: bool,
+    /// Say what the cases are made of instead of running them.
+    #[arg(long)]
+    survey: bool,
     /// Run this one case, as a report shows it.
     #[arg(long)]
     case: Option<String>,
@@ -100,6 +103,14 @@ fn start(args: &Args) -> Result<bool> {
         findings: args.findings,
         deadline: args.seconds.map(|s| began + Duration::from_secs(s)),
     };
+    if args.survey {
+        let Survey { cases, codes, blocks, instructions, encodings, shapes, forms } = survey(&plan);
+        println!(
+            "{cases} cases: {codes} codes, {blocks} of them of several instructions; {instructions} instructions: \
+             {encodings} different encodings, {shapes} but for displacement and immediate, of {forms} forms"
+        );
+        return Ok(true);
+    }
     let mut found = 0;
     let tally = run(&mut bench, &plan, |finding| {
         found += 1;

@@ -101,7 +101,10 @@ impl Flow {
             .map(|instruction| {
                 let near = matches!(instruction.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
                 match instruction.flow_control() {
-                    FlowControl::Next => vec![index(instruction.next_ip())],
+                    // What raises an exception stops there or behind it.
+                    FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception => {
+                        vec![index(instruction.next_ip())]
+                    }
                     FlowControl::ConditionalBranch => {
                         vec![index(instruction.next_ip()), index(instruction.near_branch64())]
                     }
@@ -130,9 +133,10 @@ impl Flow {
         }
     }
 
-    /// The first instruction that reads a flag which may be undefined.
-    pub fn reads_undefined(&self) -> Option<usize> {
-        self.instructions.iter().zip(&self.undefined).position(|(instruction, flags)| read(instruction) & flags != 0)
+    /// The instructions that read a flag which may be undefined, by index.
+    pub fn reads_undefined(&self) -> Vec<usize> {
+        let instructions = self.instructions.iter().zip(&self.undefined).enumerate();
+        instructions.filter(|(_, (instruction, flags))| read(instruction) & *flags != 0).map(|(i, _)| i).collect()
     }
 
     /// The status flags that may be undefined when the case stops with RIP at `stopped`.
@@ -207,12 +211,12 @@ mod tests {
         let at_end = |code: &[u8]| Flow::new(code, CODE).undefined_at(CODE + code.len() as u64 + 1);
         let reads = |code: &[u8]| Flow::new(code, CODE).reads_undefined();
         // and eax, ecx leaves AF undefined; add eax, ecx defines it.
-        assert_eq!((at_end(&[0x21, 0xc8]), reads(&[0x21, 0xc8])), (AF, None));
-        assert_eq!((at_end(&[0x21, 0xc8, 0x01, 0xc8]), reads(&[0x21, 0xc8, 0x01, 0xc8])), (0, None));
+        assert_eq!((at_end(&[0x21, 0xc8]), reads(&[0x21, 0xc8])), (AF, vec![]));
+        assert_eq!((at_end(&[0x21, 0xc8, 0x01, 0xc8]), reads(&[0x21, 0xc8, 0x01, 0xc8])), (0, vec![]));
         // lahf after it reads AF.
-        assert_eq!(reads(&[0x21, 0xc8, 0x9f]), Some(1));
+        assert_eq!(reads(&[0x21, 0xc8, 0x9f]), [1]);
         // pushfq reads AF too.
-        assert_eq!(reads(&[0x21, 0xc8, 0x9c]), Some(1));
+        assert_eq!(reads(&[0x21, 0xc8, 0x9c]), [1]);
         // A shift that may do nothing does not define the flags again.
         assert_ne!(at_end(&[0x21, 0xc8, 0xd3, 0xe0]) & AF, 0);
     }
@@ -241,7 +245,7 @@ mod tests {
         let code = [0xe8, 2, 0, 0, 0, 0xeb, 3, 0x21, 0xc8, 0xc3];
         assert_eq!(Flow::new(&code, CODE).undefined_at(CODE + 5), AF);
         // lahf; and eax, ecx; dec edx; jnz to the lahf: AF is defined by dec; without it lahf reads what and left.
-        assert_eq!(Flow::new(&[0x9f, 0x21, 0xc8, 0xff, 0xca, 0x75, 0xf9], CODE).reads_undefined(), None);
-        assert_eq!(Flow::new(&[0x9f, 0x21, 0xc8, 0x75, 0xfb], CODE).reads_undefined(), Some(0));
+        assert_eq!(Flow::new(&[0x9f, 0x21, 0xc8, 0xff, 0xca, 0x75, 0xf9], CODE).reads_undefined(), []);
+        assert_eq!(Flow::new(&[0x9f, 0x21, 0xc8, 0x75, 0xfb], CODE).reads_undefined(), [0]);
     }
 }
