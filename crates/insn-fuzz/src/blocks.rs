@@ -629,7 +629,12 @@ mod tests {
             let mut generator = Generator::new(options);
             for seed in 0..400 {
                 let case = generator.case(seed, 0, &image);
-                assert_eq!(Flow::new(&case.code, case.state.rip).reads_undefined(), [], "{}", case.to_line());
+                assert_eq!(
+                    Flow::new(&case.code, case.state.rip).reads_undefined(),
+                    Vec::<usize>::new(),
+                    "{}",
+                    case.to_line()
+                );
                 let decoder =
                     Decoder::with_ip(bits_at(case.state.rip), &case.code, case.state.rip, DecoderOptions::NONE);
                 let mut next = case.state.rip;
