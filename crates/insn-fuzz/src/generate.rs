@@ -7,7 +7,8 @@
 //!
 //! A *single* case has one instruction and aims freely. A *sequence* has 2 to 12, with jumps forward among
 //! them, or is a loop; some registers are pointers and indices throughout, so that most accesses hit. A *block* is
-//! what [`crate::blocks`] makes. A sequence comes with two states, a block with four, as so many cases.
+//! what [`crate::blocks`] makes. A block comes with four states, as so many
+//! cases.
 
 use crate::blocks;
 use crate::case::{Case, State, X87};
@@ -26,9 +27,8 @@ pub(crate) const RCX: usize = 1;
 const RDX: usize = 2;
 pub(crate) const RSP: usize = 4;
 
-/// States in which a sequence, and a block, is run, one after the other; powers of two.
-const SEQUENCE_STATES: u64 = 2;
-const BLOCK_STATES: u64 = 4;
+/// States in which a block is run, one after the other; a power of two.
+const STATES: u64 = 4;
 
 /// Room for one case's code: it starts at least this far from the end of the code pages, mostly.
 const SLOT: u64 = 512;
@@ -52,7 +52,7 @@ pub struct Generator {
     common: [Pool; 2],
     info: InstructionInfoFactory,
     encoded: Vec<u8>,
-    /// The code that was made last, in its first state, by the seed of that.
+    /// The block that was made last, in its first state, by the seed of that and the memory.
     last: Option<(u64, u64, Case, Pinned)>,
 }
 
@@ -121,17 +121,20 @@ impl Generator {
 
     /// The case named `seed`, which runs on memory `image` (named `memory`).
     pub fn case(&mut self, seed: u64, memory: u64, image: &[u8]) -> Case {
-        let kind = Rng::new(!(seed / BLOCK_STATES)).below(100);
+        let first = seed & !(STATES - 1);
+        let kind = Rng::new(!first).below(100);
         let (single, sequence) = match self.options.class {
-            None => (kind < 40, kind < 70),
+            None => (kind < 45, kind < 80),
             Some(Class::Block) => (false, false),
             Some(_) => (kind < 60, true),
         };
-        let first = seed & !(if sequence { SEQUENCE_STATES } else { BLOCK_STATES } - 1);
         let mut rng = Rng::new(seed);
-        if single {
+        if single || sequence {
             let mut case = self.start(&mut rng, seed, memory);
-            self.single(&mut rng, &mut case, image);
+            match single {
+                true => self.single(&mut rng, &mut case, image),
+                false => self.sequence(&mut rng, &mut case, image),
+            }
             return self.finish(&mut rng, case);
         }
         let (mut case, pinned) = match self.last.take() {
@@ -139,10 +142,7 @@ impl Generator {
             _ => {
                 let mut rng = Rng::new(first);
                 let mut case = self.start(&mut rng, first, memory);
-                let pinned = match sequence {
-                    true => self.sequence(&mut rng, &mut case, image),
-                    false => self.block(&mut rng, &mut case),
-                };
+                let pinned = self.block(&mut rng, &mut case);
                 (self.finish(&mut rng, case), pinned)
             }
         };
@@ -263,7 +263,7 @@ impl Generator {
         case.code = piece.bytes().to_vec();
     }
 
-    fn sequence(&mut self, rng: &mut Rng, case: &mut Case, image: &[u8]) -> Pinned {
+    fn sequence(&mut self, rng: &mut Rng, case: &mut Case, image: &[u8]) {
         let mut pinned = Pinned { pointers: 1 << RSP | 1 << 6 | 1 << 7, indices: 0, counters: 0 };
         let narrow = bits_at(case.state.rip) == 32;
         let registers = if narrow { 8 } else { 16 };
@@ -327,7 +327,6 @@ impl Generator {
         if let Some(counter) = looped {
             close_loop(&mut case.code, counter, narrow);
         }
-        pinned
     }
 
     /// Whether a sequence goes on after `piece`, with its pointers intact, but for `lost` percent of those that
@@ -505,7 +504,7 @@ fn vectors_used(case: &Case) -> VectorsUsed {
     used
 }
 
-/// Another state for a sequence or a block: what is not needed for its addresses and counts.
+/// Another state for a block: what is not needed for its addresses and counts.
 fn vary(rng: &mut Rng, case: &mut Case, pinned: Pinned, bases: bool) {
     let old = std::mem::take(&mut case.state);
     random_state(rng, &mut case.state, bases);
