@@ -4,12 +4,15 @@
 //! They are kept in `target/guests`, so that everything but the first run works offline.
 
 use anyhow::{Context, Result, bail};
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, Once, PoisonError};
 
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+/// For PCs of all kinds; the cloud kernel has some of the architecture configured away, such as 16-bit segments.
+const PC_KERNEL_PACKAGE: &str = "linux-image-amd64";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 
 /// Files of one test process are called this, its id, and a name.
@@ -37,9 +40,23 @@ pub fn kernel() -> Result<PathBuf> {
             std::fs::copy(&found, to).with_context(|| format!("copying {}", found.display()))?;
             return Ok(());
         }
-        let unpacked = fetch(&kernel_package()?)?;
+        let unpacked = fetch(&kernel_package(KERNEL_PACKAGE)?)?;
         let found = kernel_of(&unpacked)?;
         std::fs::copy(found, to)?;
+        Ok(())
+    })
+}
+
+/// Debian's kernel for PCs, which has more of the architecture configured than its cloud kernel.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn pc_kernel() -> Result<PathBuf> {
+    cached("vmlinuz-pc", |to| {
+        let unpacked = fetch(&kernel_package(PC_KERNEL_PACKAGE)?)?;
+        std::fs::copy(kernel_of(&unpacked)?, to)?;
+        // 400 MiB of modules.
+        std::fs::remove_dir_all(unpacked)?;
         Ok(())
     })
 }
@@ -50,7 +67,7 @@ pub fn kernel() -> Result<PathBuf> {
 /// When it cannot be fetched.
 pub fn kernel_tree() -> Result<PathBuf> {
     let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);
-    let package = kernel_package()?;
+    let package = kernel_package(KERNEL_PACKAGE)?;
     let tree = folder().join(&package);
     if tree.join("lib/modules").exists() && kernel_of(&tree).is_ok() { Ok(tree) } else { fetch(&package) }
 }
@@ -122,11 +139,10 @@ fn first_kernel(folder: &Path) -> Option<PathBuf> {
     found.pop()
 }
 
-/// The versioned package that the cloud kernel's meta-package stands for.
-fn kernel_package() -> Result<String> {
+/// The versioned package that a kernel's meta-package stands for.
+fn kernel_package(meta: &str) -> Result<String> {
     for attempt in 0..2 {
-        let output =
-            Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]).output().context("running apt-cache")?;
+        let output = Command::new("apt-cache").args(["depends", meta]).output().context("running apt-cache")?;
         let text = String::from_utf8_lossy(&output.stdout);
         let depends = text.lines().filter_map(|l| l.trim().strip_prefix("Depends: "));
         if let Some(name) = depends.into_iter().find(|n| n.starts_with("linux-image-")) {
@@ -137,10 +153,7 @@ fn kernel_package() -> Result<String> {
             let _ = run(Command::new("apt-get").arg("update"));
         }
     }
-    bail!(
-        "{KERNEL_PACKAGE} is not in this host's package lists; put a kernel at {}",
-        folder().join("vmlinuz").display()
-    )
+    bail!("{meta} is not in this host's package lists; put a kernel at {}", folder().join("vmlinuz").display())
 }
 
 fn is_static(path: &Path) -> bool {
@@ -239,7 +252,7 @@ pub fn initramfs(script: &str) -> Result<Vec<u8>> {
     initramfs_with(script, &[])
 }
 
-/// As [`initramfs`], with more files, executable, by path.
+/// As [`initramfs`], with more files, executable, by path, and the folders that they are in.
 ///
 /// # Errors
 /// As for [`busybox`].
@@ -247,7 +260,14 @@ pub fn initramfs_with(script: &str, files: &[(String, Vec<u8>)]) -> Result<Vec<u
     let busybox = std::fs::read(busybox()?)?;
     let mut archive = anyvisor_initramfs::Archive::new();
     archive.program("bin/busybox", &busybox);
+    let mut folders = BTreeSet::new();
     for (name, content) in files {
+        let above = Path::new(name).ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty());
+        let mut above: Vec<_> = above.map(|folder| folder.display().to_string()).collect();
+        above.reverse();
+        for folder in above.into_iter().filter(|folder| folders.insert(folder.clone())) {
+            archive.directory(&folder);
+        }
         archive.program(name, content);
     }
     archive.program("init", format!("#!/bin/busybox sh\n{PRELUDE}\n{script}\n").as_bytes());

@@ -102,7 +102,7 @@ pub fn run(place: &Place, only: Option<&str>) -> Result<Suite> {
             Some((_, remark)) => (*remark).to_owned(),
             None => found,
         };
-        rows.push(Row { tcg: qemu.get(&entry.name).cloned(), name: entry.name, ours, remark });
+        rows.push(Row { tcg: qemu.get(&entry.name).cloned(), name: entry.name, tests: 1, native: None, ours, remark });
     }
     let about = format!(
         "kvm-unit-tests ({}), x86_64, its own list; `cargo xtask suites kvm-unit-tests`. anyvisor: translator, one vCPU. {}.",

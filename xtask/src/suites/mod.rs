@@ -4,8 +4,11 @@
 //! in a folder of its own outside of the repository. Results go test by test into docs/conformance.md, each
 //! suite's between its markers; a test that does not pass needs a reason, which stands beside the suite's runner.
 
+mod fex;
+mod guest;
 mod kvm_unit_tests;
 mod process;
+mod selftests;
 mod table;
 mod test386;
 
@@ -39,8 +42,14 @@ pub struct Options {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Name {
+    /// kvm-unit-tests for 64-bit kernels
     KvmUnitTests,
+    /// test386.asm
     Test386,
+    /// Linux' tools/testing/selftests/x86
+    SelftestsX86,
+    /// FEX's assembly tests, as FEX's build leaves them (--source)
+    Fex,
 }
 
 /// Runs a suite, prints its table and writes it to docs/conformance.md.
@@ -54,11 +63,16 @@ pub fn suites(options: &Options) -> Result<()> {
     };
     std::fs::create_dir_all(&cache).with_context(|| format!("making {}", cache.display()))?;
     let place = Place { cache: cache.canonicalize()?, source: options.source.clone() };
+    let only = options.only.as_deref();
     let suite = match options.suite {
-        Name::KvmUnitTests if options.tcg => return kvm_unit_tests::run_in_tcg(&place, options.only.as_deref()),
+        Name::KvmUnitTests if options.tcg => return kvm_unit_tests::run_in_tcg(&place, only),
         Name::Test386 if options.tcg => return test386::run_in_tcg(&place),
+        Name::SelftestsX86 if options.tcg => return selftests::run_in_tcg(&place, only),
+        Name::Fex if options.tcg => return fex::run_in_tcg(&place, only),
         Name::Test386 => test386::run(&place)?,
-        Name::KvmUnitTests => kvm_unit_tests::run(&place, options.only.as_deref())?,
+        Name::KvmUnitTests => kvm_unit_tests::run(&place, only)?,
+        Name::SelftestsX86 => selftests::run(&place, only)?,
+        Name::Fex => fex::run(&place, only)?,
     };
     print!("{}", suite.markdown());
     if options.only.is_none() && !options.dry_run {
@@ -89,27 +103,35 @@ struct Place {
 impl Place {
     /// A fresh copy of the suite's sources, to build in: `name` in the cache, from the user's folder or from `url`.
     fn fetch(&self, name: &str, url: &str) -> Result<PathBuf> {
+        self.obtain(name, copy_whole, |to| {
+            eprintln!("xtask: fetching {url}");
+            let clone = ["clone", "--quiet", "--depth", "1", url];
+            assets::run(Command::new("git").args(clone).arg(to))
+                .with_context(|| format!("fetching {name} from {url}; or give --source FOLDER"))
+        })
+    }
+
+    /// The suite in the cache, made by `copy` of the user's folder, or by `get`, at the path that they are given.
+    fn obtain(
+        &self,
+        name: &str,
+        copy: impl FnOnce(&Path, &Path) -> Result<()>,
+        get: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
         let build = self.cache.join(name);
         if build.exists() && self.source.is_none() {
             return Ok(build);
         }
         let partial = self.cache.join(format!(".{name}.{}", std::process::id()));
-        let source = match &self.source {
+        match &self.source {
             Some(folder) => {
                 let folder = folder.canonicalize().with_context(|| format!("--source {}", folder.display()))?;
-                assets::run(Command::new("cp").arg("-r").arg(&folder).arg(&partial))?;
-                folder.display().to_string()
+                copy(&folder, &partial).with_context(|| format!("copying {name} from {}", folder.display()))?;
             }
-            None => {
-                eprintln!("xtask: fetching {url}");
-                let clone = ["clone", "--quiet", "--depth", "1", url];
-                assets::run(Command::new("git").args(clone).arg(&partial))
-                    .with_context(|| format!("fetching {name} from {url}; or give --source FOLDER"))?;
-                url.to_owned()
-            }
-        };
+            None => get(&partial)?,
+        }
         let _ = std::fs::remove_dir_all(&build);
-        std::fs::rename(&partial, &build).with_context(|| format!("putting {source} in place"))?;
+        std::fs::rename(&partial, &build).with_context(|| format!("putting {name} in place"))?;
         Ok(build)
     }
 
@@ -117,6 +139,10 @@ impl Place {
     fn kept(&self, name: &str) -> PathBuf {
         self.cache.join(format!("{name}.tcg.json"))
     }
+}
+
+fn copy_whole(from: &Path, to: &Path) -> Result<()> {
+    assets::run(Command::new("cp").arg("-r").arg(from).arg(to))
 }
 
 /// The commit that a copy of a repository is of, for the record.

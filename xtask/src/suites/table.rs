@@ -50,6 +50,10 @@ impl Verdict {
 /// One test on both.
 pub struct Row {
     pub name: String,
+    /// How many tests the row stands for.
+    pub tests: usize,
+    /// On the host itself, for suites of programs.
+    pub native: Option<Verdict>,
     pub ours: Verdict,
     /// `None` if QEMU has not been asked.
     pub tcg: Option<Verdict>,
@@ -75,38 +79,44 @@ impl Suite {
 
     /// Everything, as Markdown.
     pub fn markdown(&self) -> String {
-        let mut text = format!(
-            "{}\n\n{}\n\n| test | anyvisor | QEMU TCG | remark |\n|---|---|---|---|\n",
-            self.about,
-            self.sums()
-        );
+        let native = self.rows.iter().any(|row| row.native.is_some());
+        let head = match native {
+            true => "| test | natively | anyvisor | QEMU TCG | remark |\n|---|---|---|---|---|\n",
+            false => "| test | anyvisor | QEMU TCG | remark |\n|---|---|---|---|\n",
+        };
+        let mut text = format!("{}\n\n{}\n\n{head}", self.about, self.sums());
+        let known = |verdict: &Option<Verdict>| verdict.as_ref().map_or("?".into(), Verdict::text);
         for row in &self.rows {
-            let tcg = row.tcg.as_ref().map_or("?".into(), Verdict::text);
             let Row { name, ours, remark, .. } = row;
-            writeln!(text, "| {name} | {} | {tcg} | {remark} |", ours.text()).expect("writing to a string");
+            let natively = if native { format!(" {} |", known(&row.native)) } else { String::new() };
+            writeln!(text, "| {name} |{natively} {} | {} | {remark} |", ours.text(), known(&row.tcg))
+                .expect("writing to a string");
         }
         text
     }
 
     fn sums(&self) -> String {
-        let count = |of: &dyn Fn(&Row) -> Option<&Verdict>, is: &dyn Fn(&Verdict) -> bool| {
-            self.rows.iter().filter(|row| of(row).is_some_and(is)).count()
-        };
-        let pass = |verdict: &Verdict| *verdict == Verdict::Pass;
-        let fail = |verdict: &Verdict| matches!(verdict, Verdict::Fail(_));
-        let ours: &dyn Fn(&Row) -> Option<&Verdict> = &|row| Some(&row.ours);
-        let tcg: &dyn Fn(&Row) -> Option<&Verdict> = &|row| row.tcg.as_ref();
-        let beyond = self.rows.iter().filter(|row| pass(&row.ours) && row.tcg.as_ref().is_some_and(fail)).count();
-        let behind = self.rows.iter().filter(|row| !pass(&row.ours) && row.tcg.as_ref().is_some_and(pass)).count();
-        format!(
-            "Of {} tests anyvisor passes {} and fails {}; QEMU's TCG passes {} and fails {}. {beyond} pass here that fail there, \
-             and {behind} do not pass here that pass there.",
-            self.rows.len(),
-            count(ours, &pass),
-            count(ours, &fail),
-            count(tcg, &pass),
-            count(tcg, &fail),
-        )
+        let count =
+            |is: &dyn Fn(&Row) -> bool| -> usize { self.rows.iter().filter(|row| is(row)).map(|row| row.tests).sum() };
+        let pass = |verdict: &Option<Verdict>| *verdict == Some(Verdict::Pass);
+        let fail = |verdict: &Option<Verdict>| matches!(verdict, Some(Verdict::Fail(_)));
+        let mut text = format!(
+            "Of {} tests anyvisor passes {} and fails {}; QEMU's TCG passes {} and fails {}. {} pass here that fail there, \
+             and {} do not pass here that pass there.",
+            count(&|_| true),
+            count(&|row| row.ours == Verdict::Pass),
+            count(&|row| matches!(row.ours, Verdict::Fail(_))),
+            count(&|row| pass(&row.tcg)),
+            count(&|row| fail(&row.tcg)),
+            count(&|row| row.ours == Verdict::Pass && fail(&row.tcg)),
+            count(&|row| row.ours != Verdict::Pass && pass(&row.tcg)),
+        );
+        if self.rows.iter().any(|row| row.native.is_some()) {
+            let (passed, lost) =
+                (count(&|row| pass(&row.native)), count(&|row| pass(&row.native) && row.ours != Verdict::Pass));
+            write!(text, " Natively {passed} pass, of which {lost} do not pass here.").expect("writing to a string");
+        }
+        text
     }
 
     /// Puts the table between the suite's markers of docs/conformance.md.
@@ -135,7 +145,7 @@ mod tests {
     use super::*;
 
     fn row(name: &str, ours: Verdict, tcg: Option<Verdict>, remark: &str) -> Row {
-        Row { name: name.into(), ours, tcg, remark: remark.into() }
+        Row { name: name.into(), tests: 1, native: None, ours, tcg, remark: remark.into() }
     }
 
     #[test]
@@ -156,6 +166,18 @@ mod tests {
         );
         assert!(text.contains("| c | **1 of 2** | pass | why |"), "{text}");
         assert_eq!(suite.unexplained(), ["d"]);
+    }
+
+    #[test]
+    fn rows_can_stand_for_many_and_tell_of_the_host() {
+        let mut rows = vec![row("a", Verdict::Skip, None, ""), row("b", Verdict::Pass, Some(Verdict::Pass), "")];
+        (rows[0].native, rows[1].native, rows[1].tests) = (Some(Verdict::Pass), Some(Verdict::Pass), 40);
+        let text = Suite { name: "s", about: "About.".into(), rows }.markdown();
+        assert!(
+            text.contains("Of 41 tests anyvisor passes 40") && text.contains("Natively 41 pass, of which 1 do"),
+            "{text}"
+        );
+        assert!(text.contains("| a | pass | skip | ? |  |"), "{text}");
     }
 
     #[test]

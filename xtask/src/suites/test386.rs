@@ -38,7 +38,7 @@ pub fn run(place: &Place) -> Result<Suite> {
             }
             _ => "",
         };
-        Row { tcg: qemu.get(&name).cloned(), name, ours, remark: remark.into() }
+        Row { tcg: qemu.get(&name).cloned(), name, tests: 1, native: None, ours, remark: remark.into() }
     });
     let rows = rows.collect();
     let about = format!(
