@@ -7,16 +7,40 @@
 use super::process::{self, Ended};
 use super::table::{Row, Suite, Verdict};
 use super::{Place, commit, qemu_version, read_kept, write_kept};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use anyvisor_tests::{assets, vm};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-const NAME: &str = "kvm-unit-tests";
 const URL: &str = "https://gitlab.com/kvm-unit-tests/kvm-unit-tests.git";
 /// The suite's own default (`scripts/runtime.bash`).
 const TIMEOUT: Duration = Duration::from_secs(90);
+
+/// For which kernels the suite is built.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Bits {
+    Of32,
+    Of64,
+}
+
+impl Bits {
+    /// The suite's name here.
+    fn name(self) -> &'static str {
+        match self {
+            Bits::Of32 => "kvm-unit-tests-i386",
+            Bits::Of64 => "kvm-unit-tests",
+        }
+    }
+
+    /// As the suite calls it.
+    fn arch(self) -> &'static str {
+        match self {
+            Bits::Of32 => "i386",
+            Bits::Of64 => "x86_64",
+        }
+    }
+}
 
 /// Tests that are not run: a part of their name or group, and why.
 const ASIDE: &[(&str, &str)] = &[
@@ -52,16 +76,23 @@ struct Entry {
     timeout: Option<Duration>,
 }
 
+impl Entry {
+    /// Whether there is such a kernel.
+    fn is_for(&self, bits: Bits) -> bool {
+        self.arch.is_empty() || self.arch == bits.arch()
+    }
+}
+
 /// Builds the suite and runs its list in QEMU, for later tables.
 ///
 /// # Errors
 /// It cannot be had, built or started.
-pub fn run_in_tcg(place: &Place, only: Option<&str>) -> Result<()> {
-    let (folder, entries) = prepare(place, only)?;
-    let kept = place.kept(NAME);
+pub fn run_in_tcg(place: &Place, bits: Bits, only: Option<&str>) -> Result<()> {
+    let (folder, entries) = prepare(place, bits, only)?;
+    let kept = place.kept(bits.name());
     let mut verdicts = read_kept(&kept);
-    // Hyper-V's interface, which QEMU has with KVM only, and 32-bit kernels cannot even be started.
-    let startable = |entry: &Entry| entry.arch != "i386" && !entry.groups.contains("hyperv");
+    // Hyper-V's interface, which QEMU has with KVM only, and kernels of the other kind cannot even be started.
+    let startable = |entry: &Entry| entry.is_for(bits) && !entry.groups.contains("hyperv");
     for entry in entries.into_iter().filter(startable) {
         let verdict = run_in_qemu(&folder, &entry)?;
         println!("{}: {}", entry.name, verdict.encode());
@@ -72,8 +103,11 @@ pub fn run_in_tcg(place: &Place, only: Option<&str>) -> Result<()> {
 }
 
 /// The built suite's folder and the entries of its list.
-fn prepare(place: &Place, only: Option<&str>) -> Result<(PathBuf, Vec<Entry>)> {
-    let folder = build(place)?;
+fn prepare(place: &Place, bits: Bits, only: Option<&str>) -> Result<(PathBuf, Vec<Entry>)> {
+    let folder = match bits {
+        Bits::Of32 => built(place)?,
+        Bits::Of64 => build(place)?,
+    };
     let list = folder.join("x86/unittests.cfg");
     let text = std::fs::read_to_string(&list).with_context(|| format!("reading {}", list.display()))?;
     let entries = parse(&text).into_iter().filter(|entry| only.is_none_or(|only| entry.name.contains(only)));
@@ -84,12 +118,16 @@ fn prepare(place: &Place, only: Option<&str>) -> Result<(PathBuf, Vec<Entry>)> {
 ///
 /// # Errors
 /// It cannot be had, built or started.
-pub fn run(place: &Place, only: Option<&str>) -> Result<Suite> {
-    let (folder, entries) = prepare(place, only)?;
-    let qemu = read_kept(&place.kept(NAME));
+pub fn run(place: &Place, bits: Bits, only: Option<&str>) -> Result<Suite> {
+    let (folder, mut entries) = prepare(place, bits, only)?;
+    if bits == Bits::Of32 {
+        // Most of the list has 64-bit images only.
+        entries.retain(|entry| entry.is_for(bits) && folder.join("x86").join(&entry.file).exists());
+    }
+    let qemu = read_kept(&place.kept(bits.name()));
     let mut rows = Vec::new();
     for entry in entries {
-        let aside = aside(&entry);
+        let aside = aside(&entry, bits);
         let (ours, found) = match &aside {
             Some(why) => (Verdict::Aside, why.clone()),
             None => {
@@ -105,18 +143,34 @@ pub fn run(place: &Place, only: Option<&str>) -> Result<Suite> {
         rows.push(Row { tcg: qemu.get(&entry.name).cloned(), name: entry.name, tests: 1, native: None, ours, remark });
     }
     let about = format!(
-        "kvm-unit-tests ({}), x86_64, its own list; `cargo xtask suites kvm-unit-tests`. anyvisor: translator, one vCPU. {}.",
+        "kvm-unit-tests ({}), {}, its own list; `cargo xtask suites {}`. anyvisor: translator, one vCPU. {}.",
         commit(&folder),
+        bits.arch(),
+        bits.name(),
         qemu_version()
     );
-    Ok(Suite { name: NAME, about, rows })
+    Ok(Suite { name: bits.name(), about, rows })
+}
+
+/// The suite's images for 32-bit kernels, which are taken as built.
+fn built(place: &Place) -> Result<PathBuf> {
+    let folder = place.obtain(Bits::Of32.name(), super::copy_whole, |_| {
+        bail!("the images for 32-bit kernels are taken as built; give the folder of a kvm-unit-tests for i386: --source FOLDER")
+    })?;
+    let configuration = folder.join("config.mak");
+    let text = std::fs::read_to_string(&configuration)
+        .with_context(|| format!("reading {}: is kvm-unit-tests built there?", configuration.display()))?;
+    if !text.lines().any(|line| line == "ARCH=i386") {
+        bail!("{}: not built for i386", folder.display());
+    }
+    Ok(folder)
 }
 
 /// The suite, built.
 fn build(place: &Place) -> Result<PathBuf> {
     crate::install("gcc", &["gcc", "libc6-dev"])?;
     crate::install("make", &["make"])?;
-    let folder = place.fetch(NAME, URL)?;
+    let folder = place.fetch(Bits::Of64.name(), URL)?;
     if folder.join("x86/setjmp.flat").exists() {
         return Ok(folder);
     }
@@ -157,8 +211,8 @@ fn now() -> u64 {
 }
 
 /// Why a test is not run.
-fn aside(entry: &Entry) -> Option<String> {
-    if entry.arch == "i386" {
+fn aside(entry: &Entry, bits: Bits) -> Option<String> {
+    if !entry.is_for(bits) {
         return Some("for 32-bit kernels only".into());
     }
     if entry.groups.split(' ').any(|group| group == "nodefault") {
@@ -269,7 +323,8 @@ mod tests {
             ("x2apic", 2, Some(Duration::from_secs(30)))
         );
         assert_eq!(entries[1].arguments, "cpuid");
-        assert!(aside(&entries[1]).unwrap().contains("32-bit") && aside(&entries[0]).is_none());
+        assert!(aside(&entries[1], Bits::Of64).unwrap().contains("32-bit") && aside(&entries[0], Bits::Of64).is_none());
+        assert!(aside(&entries[1], Bits::Of32).is_none());
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod test386;
 
 use anyhow::{Context, Result, bail};
 use anyvisor_tests::assets;
+use kvm_unit_tests::Bits;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -44,6 +45,9 @@ pub struct Options {
 enum Name {
     /// kvm-unit-tests for 64-bit kernels
     KvmUnitTests,
+    /// kvm-unit-tests for 32-bit kernels, built (--source)
+    #[value(name = "kvm-unit-tests-i386")]
+    KvmUnitTests32,
     /// test386.asm
     Test386,
     /// Linux' tools/testing/selftests/x86
@@ -65,12 +69,14 @@ pub fn suites(options: &Options) -> Result<()> {
     let place = Place { cache: cache.canonicalize()?, source: options.source.clone() };
     let only = options.only.as_deref();
     let suite = match options.suite {
-        Name::KvmUnitTests if options.tcg => return kvm_unit_tests::run_in_tcg(&place, only),
+        Name::KvmUnitTests if options.tcg => return kvm_unit_tests::run_in_tcg(&place, Bits::Of64, only),
+        Name::KvmUnitTests32 if options.tcg => return kvm_unit_tests::run_in_tcg(&place, Bits::Of32, only),
         Name::Test386 if options.tcg => return test386::run_in_tcg(&place),
         Name::SelftestsX86 if options.tcg => return selftests::run_in_tcg(&place, only),
         Name::Fex if options.tcg => return fex::run_in_tcg(&place, only),
         Name::Test386 => test386::run(&place)?,
-        Name::KvmUnitTests => kvm_unit_tests::run(&place, only)?,
+        Name::KvmUnitTests => kvm_unit_tests::run(&place, Bits::Of64, only)?,
+        Name::KvmUnitTests32 => kvm_unit_tests::run(&place, Bits::Of32, only)?,
         Name::SelftestsX86 => selftests::run(&place, only)?,
         Name::Fex => fex::run(&place, only)?,
     };
