@@ -76,11 +76,12 @@ pub const MICRO_ENTRIES: usize = 512;
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct MicroEntry {
-    /// As in [`TlbEntry`], for the right that the place needs.
+    /// As in [`TlbEntry`], for the right that the place needs, plus `low`.
     pub tag: u64,
     pub host: u64,
     pub delta: u64,
-    pub unused: u64,
+    /// Where the place's range begins, relative to the address that it asks for; not positive.
+    pub low: u64,
 }
 
 impl MicroEntry {
@@ -91,7 +92,7 @@ impl MicroEntry {
         tag: 0u64.wrapping_sub(Self::NOWHERE),
         host: 0,
         delta: 0u64.wrapping_sub(Self::NOWHERE),
-        unused: 0,
+        low: 0,
     };
 }
 
@@ -328,7 +329,9 @@ impl Cpu {
     /// Empties the micro-TLB: a right or a translation has been taken away.
     pub fn empty_micro(&mut self) {
         if std::mem::take(&mut self.micro_filled) != 0 {
-            self.micro[..self.micro_used as usize].fill(MicroEntry::EMPTY);
+            for entry in &mut self.micro[..self.micro_used as usize] {
+                *entry = MicroEntry { low: entry.low, ..MicroEntry::EMPTY };
+            }
         }
     }
 

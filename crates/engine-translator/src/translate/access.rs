@@ -11,6 +11,7 @@ use super::coalesce::{Access, Role};
 use super::flags::Redo;
 use super::planted::{self, Bug};
 use crate::cpu::{Cpu, MicroEntry, TLB_ENTRIES, Tag, TlbEntry};
+use anyvisor_x86::bits::gpr;
 use anyvisor_x86::segment::{Segment, index};
 use iced_x86::{Instruction, Register};
 use std::mem::offset_of;
@@ -211,6 +212,7 @@ impl Builder<'_> {
             }
             Role::Single => (None, 0, size as i32),
         };
+        assert_eq!(self.deferred, 0, "a probe may leave the block");
         let table = self.table();
         let constant = short_constant(ea, size);
         let again = flags && self.redo.is_some();
@@ -351,8 +353,10 @@ impl Builder<'_> {
                 self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + tag));
             }
         }
-        if low != 0 {
-            self.a.alu_imm(Alu::Add, true, Rm::Reg(RSI), low);
+        match entry {
+            Some(entry) => self.lows.push((entry, low)),
+            None if low != 0 => self.a.alu_imm(Alu::Add, true, Rm::Reg(RSI), low),
+            None => {}
         }
         self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - (high - low));
         let hole = self.a.jcc(cc::A);
@@ -421,7 +425,10 @@ impl Builder<'_> {
     /// RDI free if `keep_rdi`; then `register` is RSI.
     fn operand(&mut self, register: u8, ea: &Ea, keep_rdi: bool) -> Rm {
         let other = if register == RSI { RDI } else { RSI };
-        let displacement = ea.displacement as i32;
+        let mut displacement = ea.displacement as i32;
+        if ea.base == Some(gpr::RSP as u8) {
+            displacement += self.deferred;
+        }
         if let Some(address) = ea.constant() {
             if address as i64 == i64::from(displacement) {
                 return Rm::Base(register, displacement);
@@ -534,7 +541,7 @@ impl Builder<'_> {
                 self.a.load(RSI, Rm::GsBase(RDI, self.table() + tag));
                 self.a.lea(RSI, Rm::Base(RSI, address));
             }
-            if miss.low != 0 {
+            if miss.low != 0 && miss.micro.is_none() {
                 self.a.lea(RSI, Rm::Base(RSI, -miss.low));
             }
             if let Some(entry) = miss.micro {

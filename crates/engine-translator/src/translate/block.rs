@@ -130,6 +130,8 @@ pub struct Translation {
     pub fast: Option<(u32, u32)>,
     /// The first micro-TLB entry that is still free.
     pub micro: u16,
+    /// Those that are used, with [`MicroEntry::low`](crate::cpu::MicroEntry::low).
+    pub lows: Vec<(u16, i32)>,
 }
 
 /// Shared code that blocks jump to or call.
@@ -277,10 +279,14 @@ pub struct Builder<'a> {
     pub(super) at: u16,
     /// A probe is being emitted whose flags wait in AX.
     pub(super) flags_in_ax: bool,
+    /// What is still to be added to the stack pointer's register.
+    pub(super) deferred: i32,
     /// The instruction being emitted changes nothing before its access.
     pub(super) faults_first: bool,
     /// Micro-TLB entries that are free.
     pub(super) micro: std::ops::Range<u16>,
+    /// What the places of micro-TLB entries add to the address for the range of their groups.
+    pub(super) lows: Vec<(u16, i32)>,
     /// The micro-TLB entry that holds a group's delta, where one does.
     pub(super) places: [Option<u16>; DELTAS],
     /// The accesses to come, with their roles.
@@ -325,8 +331,10 @@ pub fn translate(source: &Source) -> Translation {
         peeked: Vec::new(),
         at: 0,
         flags_in_ax: false,
+        deferred: 0,
         faults_first: false,
         micro: source.micro.clone(),
+        lows: Vec::new(),
         places: [None; DELTAS],
         planned: Vec::new().into_iter(),
         coalesced: false,
@@ -375,14 +383,39 @@ impl<'a> Builder<'a> {
         Ea::stack(displacement, self.bits())
     }
 
-    /// Moves the stack pointer.
+    /// Moves the stack pointer, with what [`Self::defer_stack`] has put off.
     pub(super) fn adjust_stack(&mut self, by: i32) {
+        let by = by + std::mem::take(&mut self.deferred);
+        if by == 0 {
+            return;
+        }
         self.stack_moves(by);
         if self.bits() == 64 {
             self.a.lea(R13, Rm::Base(R13, by));
         } else {
             self.a.lea32(R13, Rm::Base(R13, by));
         }
+    }
+
+    /// Moves the stack pointer, later: several pushes or pops that share a probe move it once. Between them
+    /// nothing can leave the block.
+    pub(super) fn defer_stack(&mut self, by: i32) {
+        self.deferred += by;
+    }
+
+    /// Whether `insn` accesses the stack, by a probe made earlier, and does nothing else with its pointer.
+    fn may_defer(&self, insn: &Insn) -> bool {
+        let follows = matches!(self.planned.as_slice().first(), Some((_, Role::Follower { .. })));
+        let instruction = &insn.instruction;
+        let plain = match insn.kind {
+            Kind::Push | Kind::Pop => match instruction.op0_kind() {
+                OpKind::Register => instruction.op0_register().full_register() != Register::RSP,
+                kind => kind != OpKind::Memory,
+            },
+            Kind::Return | Kind::CallDirect => true,
+            _ => false,
+        };
+        follows && plain
     }
 
     pub(super) fn load_word(&mut self, reg: u8, rm: Rm) {
@@ -611,6 +644,7 @@ impl<'a> Builder<'a> {
                 return;
             }
         }
+        self.adjust_stack(0);
         self.write_back_all();
         match insns.last() {
             Some(last) if ends_block(&last.instruction, last.kind) => {}
@@ -621,6 +655,9 @@ impl<'a> Builder<'a> {
 
     /// Emits one instruction; `false` if it has to be interpreted after all (nothing emitted then).
     pub(super) fn emit(&mut self, insn: &Insn) -> bool {
+        if !self.may_defer(insn) {
+            self.adjust_stack(0);
+        }
         let changes = self.before_flags(insn);
         let emitted = self.emit_kind(insn);
         if emitted {
@@ -864,6 +901,7 @@ impl<'a> Builder<'a> {
             hoistable: self.hoistable,
             fast: self.fast,
             micro: self.micro.start,
+            lows: self.lows,
         }
     }
 }

@@ -206,6 +206,7 @@ fn fill_micro(a: &mut Assembler, context: usize, tag: Tag, flags: bool, fill: us
     a.store(Rm::Gs(word_offset(word::MICRO)), RDI);
     a.load(RAX, Rm::GsBase(RDI, micro(offset_of!(MicroEntry, tag))));
     a.alu(Alu::Sub, RSI, Rm::Reg(RAX));
+    a.alu(Alu::Sub, RAX, Rm::GsBase(RDI, micro(offset_of!(MicroEntry, low))));
     a.mov32(RDI, RSI);
     a.shr32(RDI, 12 - ENTRY_BITS);
     a.alu_imm(Alu::And, false, Rm::Reg(RDI), ((TLB_ENTRIES - 1) << ENTRY_BITS) as i32);
@@ -220,7 +221,6 @@ fn fill_micro(a: &mut Assembler, context: usize, tag: Tag, flags: bool, fill: us
     slow.push(a.jcc(cc::S));
     a.load(RSI, Rm::Gs(word_offset(word::MICRO)));
     let copies = [
-        (tag.offset() as usize, offset_of!(MicroEntry, tag)),
         (offset_of!(TlbEntry, host), offset_of!(MicroEntry, host)),
         (offset_of!(TlbEntry, delta), offset_of!(MicroEntry, delta)),
     ];
@@ -228,6 +228,9 @@ fn fill_micro(a: &mut Assembler, context: usize, tag: Tag, flags: bool, fill: us
         a.load(RAX, Rm::GsBase(RDI, table + from as i32));
         a.store(Rm::GsBase(RSI, micro(to)), RAX);
     }
+    a.load(RAX, entry_tag);
+    a.alu(Alu::Add, RAX, Rm::GsBase(RSI, micro(offset_of!(MicroEntry, low))));
+    a.store(Rm::GsBase(RSI, micro(offset_of!(MicroEntry, tag))), RAX);
     a.store32_imm(Rm::Gs(offset_of!(Cpu, micro_filled) as i32), 1);
     a.pop(RAX);
     if flags {

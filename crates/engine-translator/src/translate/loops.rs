@@ -100,6 +100,7 @@ impl Builder<'_> {
         }
         self.map.push((self.a.position() as u32, last.offset));
         self.at = last.offset;
+        self.adjust_stack(0);
         self.write_back_all();
         self.before_flags(last);
         self.back_edge(last, limit, fast);

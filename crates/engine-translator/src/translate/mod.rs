@@ -568,6 +568,9 @@ impl Translator {
             next_page = Some(gpa >> 12);
         }
         self.micro_owners.resize(usize::from(translation.micro), key);
+        for &(entry, low) in &translation.lows {
+            core.cpu.micro[usize::from(entry)] = MicroEntry { low: low as u64, ..MicroEntry::EMPTY };
+        }
         core.cpu.micro_used = self.micro_owners.len() as u32;
         self.install(core, key, translation, next_page, hot)
     }

@@ -38,7 +38,7 @@ impl Builder<'_> {
                 self.store_word_imm(rm, value);
             }
         }
-        self.adjust_stack(-(self.word() as i32));
+        self.defer_stack(-(self.word() as i32));
         true
     }
 
@@ -54,13 +54,15 @@ impl Builder<'_> {
         match host_register(index) {
             Some(host) => self.load_word(host, rm),
             None => {
-                self.a.load(RSI, rm);
-                self.clobber(RSI);
-                self.a.store(slot(index), RSI);
+                // Not the register with the delta, which the next pop wants.
+                let scratch = if self.deltas[0].is_some() { RDI } else { RSI };
+                self.a.load(scratch, rm);
+                self.clobber(scratch);
+                self.a.store(slot(index), scratch);
             }
         }
         if index != gpr::RSP {
-            self.adjust_stack(self.word() as i32);
+            self.defer_stack(self.word() as i32);
         }
         true
     }
@@ -117,14 +119,17 @@ impl Builder<'_> {
     }
 
     pub(super) fn call_indirect(&mut self, insn: &Insn) -> bool {
-        if !self.indirect_target(insn) {
-            return false;
-        }
         // A register still has the target after the push; memory is not read twice.
         let register = insn.instruction.op0_kind() == OpKind::Register
             && insn.instruction.op0_register().full_register() != Register::RSP;
-        if !register {
+        if register {
+            if insn.instruction.op0_register().size() as i64 != self.word() {
+                return false;
+            }
+        } else if self.indirect_target(insn) {
             self.a.store(scratch(VALUE), RSI);
+        } else {
+            return false;
         }
         self.hold_flags = true;
         self.push_return_address(insn);
