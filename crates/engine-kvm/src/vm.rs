@@ -46,6 +46,8 @@ pub(crate) struct VmShared {
     pub msrs: OnceLock<Vec<u32>>,
     /// INT3s in guest memory.
     pub planted: Mutex<Planted>,
+    /// Pages that others than vCPUs wrote, which KVM does not see: a bit each, by region.
+    written: Vec<Box<[AtomicU64]>>,
     /// Mapped as long as KVM may use it.
     pub memory: GuestMemoryMmap,
 }
@@ -97,6 +99,20 @@ impl VmShared {
         self.fd.set_gsi_routing(&routes.table()).map_err(|e| host_error("setting a VM's interrupt routes", e))
     }
 
+    /// Marks the pages of `length` bytes at `gpa` as written, as far as they are RAM.
+    fn mark_written(&self, gpa: u64, length: u64) {
+        let end = gpa.saturating_add(length);
+        for (region, bitmap) in self.memory.iter().zip(&self.written) {
+            let start = region.start_addr().raw_value();
+            let (from, to) = (gpa.max(start), end.min(start + region.len()));
+            if from < to {
+                for page in (from - start) >> 12..=(to - start - 1) >> 12 {
+                    bitmap[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::SeqCst);
+                }
+            }
+        }
+    }
+
     /// Makes the memory slots, or changes their flags.
     fn set_slots(&self, flags: u32) -> Result<()> {
         for (slot, region) in self.memory.iter().enumerate() {
@@ -113,6 +129,11 @@ impl VmShared {
         }
         Ok(())
     }
+}
+
+/// Words of a bitmap of the pages of `length` bytes.
+fn words(length: u64) -> u64 {
+    length.div_ceil(4096).div_ceil(64)
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -154,6 +175,10 @@ impl KvmVm {
             tsc_khz: OnceLock::new(),
             msrs: OnceLock::new(),
             planted: Mutex::default(),
+            written: memory
+                .iter()
+                .map(|region| (0..words(region.len())).map(|_| AtomicU64::new(0)).collect())
+                .collect(),
             memory,
         };
         shared.set_slots(0)?;
@@ -270,17 +295,28 @@ impl Vm for KvmVm {
             self.0.set_slots(0)?;
         }
         self.0.set_slots(if on { kvm::KVM_MEM_LOG_DIRTY_PAGES } else { 0 })?;
+        self.0.written.iter().flatten().for_each(|word| word.store(0, Ordering::SeqCst));
         *logging = on;
         Ok(())
+    }
+
+    /// The processor keeps its instructions coherent with what is written.
+    fn memory_written(&self, gpa: u64, length: u64) {
+        if *lock(&self.0.logging) {
+            self.0.mark_written(gpa, length);
+        }
     }
 
     fn take_dirty(&self) -> Result<DirtyPages> {
         if !*lock(&self.0.logging) {
             return Err(Error::Unsupported("written pages are not being logged".into()));
         }
-        let regions = self.0.memory.iter().enumerate().map(|(slot, region)| {
+        let regions = self.0.memory.iter().zip(&self.0.written).enumerate().map(|(slot, (region, written))| {
             let log = self.0.fd.get_dirty_log(slot as u32, region.len() as usize);
-            let bitmap = log.map_err(|e| host_error("reading the log of written pages", e))?;
+            let mut bitmap = log.map_err(|e| host_error("reading the log of written pages", e))?;
+            for (word, more) in bitmap.iter_mut().zip(written) {
+                *word |= more.swap(0, Ordering::SeqCst);
+            }
             Ok(DirtyRegion { start: region.start_addr().raw_value(), bitmap })
         });
         Ok(DirtyPages { regions: regions.collect::<Result<_>>()? })

@@ -14,8 +14,11 @@ use anyvisor_x86::{Cpuid, CpuidResult};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::time::{Duration, Instant};
+
+/// How often somebody who waits for a vCPU looks whether it has left translated code.
+const TOLD_POLL: Duration = Duration::from_micros(200);
 
 /// Everything shared by the vCPUs of a VM.
 pub struct VmShared {
@@ -83,6 +86,11 @@ pub struct VcpuShared {
     /// The thread that may be in translated code, which takes a signal to notice anything; else 0.
     running: AtomicI32,
     pub inbox: Mutex<Vec<Message>>,
+    /// Guest-physical ranges with translated code that others have written and the vCPU does not know of.
+    code_written: Mutex<Vec<(u64, u32)>>,
+    code_told: Condvar,
+    /// The thread is in a call-out: it looks at `pending` before it is in translated code again.
+    outside: AtomicBool,
     /// The [`lapic::Address`] of the vCPU's APIC, packed; senders match destinations against it.
     address: AtomicU64,
 }
@@ -103,6 +111,9 @@ impl VcpuShared {
             asleep: AtomicU32::new(0),
             running: AtomicI32::new(0),
             inbox: Mutex::new(Vec::new()),
+            code_written: Mutex::default(),
+            code_told: Condvar::new(),
+            outside: AtomicBool::new(false),
             address: AtomicU64::new(0),
         });
         let owner = CpuBox { shared: shared.clone() };
@@ -137,13 +148,40 @@ impl VcpuShared {
     }
 
     pub(crate) fn is_running(&self) -> bool {
-        self.running.load(Ordering::Relaxed) != 0
+        self.running.load(Ordering::SeqCst) != 0
     }
 
     /// Queues a message for the vCPU's APIC.
     pub fn send(&self, message: Message) {
         self.inbox.lock().unwrap().push(message);
         self.notify(pending::EVENT);
+    }
+
+    /// Code in `ranges` is about to have been written. See [`VcpuShared::wait_until_told`].
+    pub fn tell_code_written(&self, ranges: &[(u64, u32)]) {
+        self.code_written.lock().unwrap().extend_from_slice(ranges);
+        self.notify(pending::CODE);
+    }
+
+    /// Returns once the vCPU executes no translation of what it was told of any more. It need not know yet: what
+    /// is not in translated code looks at [`Cpu::pending`] before it is.
+    pub fn wait_until_told(&self) {
+        let mut ranges = self.code_written.lock().unwrap();
+        while !ranges.is_empty() && self.is_running() && !self.outside.load(Ordering::SeqCst) {
+            // It may leave translated code without a word.
+            ranges = self.code_told.wait_timeout(ranges, TOLD_POLL).unwrap().0;
+        }
+    }
+
+    /// Moves what the vCPU was told of to `to`: its own thread's part.
+    pub(crate) fn take_code_written(&self, to: &mut Vec<(u64, u32)>) {
+        to.append(&mut self.code_written.lock().unwrap());
+        self.code_told.notify_all();
+    }
+
+    /// Notes that its thread is in a call-out, or back from one.
+    pub(crate) fn set_outside(&self, outside: bool) {
+        self.outside.store(outside, Ordering::SeqCst);
     }
 
     /// How the vCPU's APIC is addressed.

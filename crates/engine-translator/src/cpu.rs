@@ -179,6 +179,8 @@ pub mod pending {
     pub const FLUSH: u32 = 1 << 2;
     /// `Vcpu::run` is to return: the debugger has a reason ([`crate::debugger::Debugger`]).
     pub const DEBUG: u32 = 1 << 3;
+    /// Somebody else than a vCPU has written over translated code ([`crate::core::VcpuShared::tell_code_written`]).
+    pub const CODE: u32 = 1 << 4;
 }
 
 /// The vCPU block. `repr(C)`: generated code uses its offsets.

@@ -29,7 +29,7 @@ use crate::vcpu::TranslatorVcpu;
 use anyvisor_engine::{DirtyPages, Doorbells, Engine, Error, Result, Vcpu, VcpuId, Vm};
 use anyvisor_x86::{Cpuid, Msi, lapic};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use vm_memory::GuestMemoryMmap;
 
 /// The environment variable that, when set, makes the engine interpret every instruction: slow, and the
@@ -146,6 +146,17 @@ impl Vm for TranslatorVm {
         self.shared.ram.log_dirty(on);
         self.drop_write_tags();
         Ok(())
+    }
+
+    fn memory_written(&self, gpa: u64, length: u64) {
+        // Either this sees that code has been made from a page, or who makes it later sees what has been written.
+        fence(Ordering::SeqCst);
+        let code = self.shared.ram.written(gpa, length);
+        if !code.is_empty() {
+            let vcpus = self.shared.vcpus.read().unwrap();
+            vcpus.iter().for_each(|vcpu| vcpu.tell_code_written(&code));
+            vcpus.iter().for_each(|vcpu| vcpu.wait_until_told());
+        }
     }
 
     fn take_dirty(&self) -> Result<DirtyPages> {

@@ -90,6 +90,28 @@ impl Ram {
         }
     }
 
+    /// Marks the pages of `length` bytes at `gpa` as written; what is not RAM is left out. Returns the pieces, each
+    /// within a page, from whose pages code was translated.
+    pub fn written(&self, gpa: u64, length: u64) -> Vec<(u64, u32)> {
+        let mut code = Vec::new();
+        let end = gpa.saturating_add(length);
+        for region in &self.regions {
+            let (mut at, end) = (gpa.max(region.gpa), end.min(region.gpa + region.length));
+            while at < end {
+                let next = ((at | (PAGE_SIZE - 1)) + 1).min(end);
+                let attributes = &region.pages[((at - region.gpa) / PAGE_SIZE) as usize];
+                if attributes.load(Ordering::SeqCst) & page::DIRTY == 0 {
+                    attributes.fetch_or(page::DIRTY, Ordering::SeqCst);
+                }
+                if attributes.load(Ordering::SeqCst) & page::CODE != 0 {
+                    code.push((at, (next - at) as u32));
+                }
+                at = next;
+            }
+        }
+        code
+    }
+
     /// Starts or stops logging of writes, from a clean state. Starting asks, as [`Ram::take_dirty`] does, for
     /// every write tag to be dropped.
     pub fn log_dirty(&self, on: bool) {

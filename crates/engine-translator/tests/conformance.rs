@@ -44,6 +44,8 @@ enum Defect {
     ShadowLost,
     /// Writes to devices of four bytes go out as two.
     WritesSplit,
+    /// What devices write is not logged.
+    DeviceWritesLost,
 }
 
 /// The translator engine with a defect.
@@ -88,6 +90,11 @@ impl Vm for BrokenVm {
     }
     fn log_dirty(&self, on: bool) -> Result<()> {
         self.0.log_dirty(on)
+    }
+    fn memory_written(&self, gpa: u64, length: u64) {
+        if self.1 != Defect::DeviceWritesLost {
+            self.0.memory_written(gpa, length);
+        }
     }
     fn take_dirty(&self) -> Result<DirtyPages> {
         self.0.take_dirty()
@@ -156,6 +163,7 @@ fn a_broken_engine_is_noticed() {
         (Defect::IntrSticks, "interrupts: "),
         (Defect::ShadowLost, "state: "),
         (Defect::WritesSplit, "MMIO: "),
+        (Defect::DeviceWritesLost, "dirty log: "),
     ] {
         let engine = Broken(Translator::interpreting().expect("the host supports the engine"), defect);
         let bench = Bench::new(&engine, Duration::from_secs(30));

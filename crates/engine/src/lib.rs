@@ -64,12 +64,18 @@ pub trait Vm: Send + Sync {
     /// Sets guest time. No vCPU may be running; each learns of it when it runs again.
     fn set_clock(&self, ns: u64) -> Result<()>;
 
-    /// Starts or stops logging of the pages that vCPUs, or the engine for them, write. Starting forgets what
-    /// was logged. No vCPU may be running.
+    /// Starts or stops logging of the pages that are written. Starting forgets what was logged. No vCPU may be
+    /// running.
     fn log_dirty(&self, on: bool) -> Result<()>;
 
-    /// The pages written since logging started or since the last call. No vCPU may be running. What the
-    /// machine itself writes to RAM is the machine's to know. Pages that were only read may be among them.
+    /// Says that `length` bytes of RAM at `gpa` have been written by somebody else than a vCPU: a device, or the
+    /// machine. Translations of code that was there are gone when this returns, and the pages are in the log. Devices
+    /// call it after they have written and before they tell the guest so. On any thread, also while vCPUs run; the
+    /// caller may hold a lock that a vCPU takes in a call-out. What is not RAM is ignored.
+    fn memory_written(&self, gpa: u64, length: u64);
+
+    /// The pages written since logging started or since the last call, by vCPUs or as [`Vm::memory_written`] was
+    /// told. No vCPU may be running. Pages that were only read may be among them.
     ///
     /// # Errors
     /// Nothing is being logged, or the host failed.

@@ -277,8 +277,9 @@ impl MultiThreadBase for Machine<'_> {
                 })
                 .collect::<Result<_, _>>()?;
             for (gpa, range) in places {
-                paused.memory.write_slice(&data[range], GuestAddress(gpa)).map_err(Failure::invalid)?;
-                paused.note_write(gpa);
+                let bytes = &data[range];
+                paused.memory.write_slice(bytes, GuestAddress(gpa)).map_err(Failure::invalid)?;
+                paused.vm.memory_written(gpa, bytes.len() as u64);
             }
             Ok(())
         })

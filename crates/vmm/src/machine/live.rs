@@ -230,7 +230,7 @@ impl Live<'_> {
             // A guest that put its clock where there is no memory gets no flag.
             if let Ok(value) = self.memory.read_obj::<u8>(flags) {
                 let _ = self.memory.write_obj(value | GUEST_STOPPED, flags);
-                lock(&self.history).note(flags.0);
+                self.vm.memory_written(flags.0, 1);
             }
         }
         Ok(())

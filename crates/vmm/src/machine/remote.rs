@@ -85,13 +85,6 @@ pub struct Paused<'a> {
     pub history: &'a Arc<Mutex<History>>,
 }
 
-impl Paused<'_> {
-    /// Notes that RAM at `gpa`, within a page, was written past the engine.
-    pub fn note_write(&mut self, gpa: u64) {
-        super::lock(self.history).note(gpa);
-    }
-}
-
 /// What is done to a VM that stands still, or why it cannot be. What it returns sends the answer, once the VM
 /// is in its old state again.
 type Work = Box<dyn FnOnce(Result<&mut Paused, Refused>) -> Box<dyn FnOnce()> + Send>;

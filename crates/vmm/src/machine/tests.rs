@@ -126,6 +126,9 @@ impl Vm for FakeVm {
         self.written.lock().unwrap().clear();
         Ok(())
     }
+    fn memory_written(&self, gpa: u64, length: u64) {
+        self.written.lock().unwrap().extend(gpa >> 12..=(gpa + length - 1) >> 12);
+    }
     fn take_dirty(&self) -> anyvisor_engine::Result<anyvisor_engine::DirtyPages> {
         let mut bitmap = vec![0; (self.memory.last_addr().0 as usize >> 12) / 64 + 1];
         for page in std::mem::take(&mut *self.written.lock().unwrap()) {

@@ -7,7 +7,7 @@
 use super::Checksum;
 use crate::layout;
 use anyvisor_engine::{DirtyPages, Vm};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 
 /// Snapshots that can be a parent: the latest ones.
 const KEPT: usize = 16;
@@ -56,14 +56,12 @@ pub struct History {
     stretches: VecDeque<Stretch>,
     /// Number of the first stretch in the list.
     first: u64,
-    /// Guest-physical addresses of pages that the machine itself has written since the log was last taken.
-    own: BTreeSet<u64>,
 }
 
 impl History {
     /// For a VM with `ram` bytes that has not been saved.
     pub fn new(ram: u64) -> History {
-        History { ram, stretches: VecDeque::new(), first: 0, own: BTreeSet::new() }
+        History { ram, stretches: VecDeque::new(), first: 0 }
     }
 
     /// For a VM with `ram` bytes that goes on from snapshot `since`. Starts the log.
@@ -75,14 +73,6 @@ impl History {
         let mut history = History::new(ram);
         history.stretches.push_back(Stretch { since: Some(since), written: PageSet::new(history.pages()) });
         Ok(history)
-    }
-
-    /// The machine wrote to RAM at guest-physical address `gpa`, within a page, past the engine.
-    pub fn note(&mut self, gpa: u64) {
-        // Without a snapshot nobody will ask.
-        if !self.stretches.is_empty() {
-            self.own.insert(gpa & !0xfff);
-        }
     }
 
     fn pages(&self) -> u64 {
@@ -117,10 +107,9 @@ impl History {
     }
 
     fn add(&mut self, dirty: &DirtyPages) {
-        let own = std::mem::take(&mut self.own);
         let ram = self.ram;
         let Some(last) = self.stretches.back_mut() else { return };
-        for gpa in dirty.addresses().chain(own) {
+        for gpa in dirty.addresses() {
             if let Some(page) = page_number(ram, gpa) {
                 last.written.insert(page);
             }

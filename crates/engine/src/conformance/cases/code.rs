@@ -4,6 +4,8 @@
 use super::super::{End, Guest, Mismatch};
 use super::prelude::*;
 use iced_x86::IcedError;
+use std::time::Instant;
+use vm_memory::{Bytes, GuestAddress};
 
 /// Puts `mov eax, value; ret` at `address`.
 fn function(g: &Guest, address: u64, value: u8) {
@@ -41,6 +43,53 @@ fn called_around_remapping(g: &mut Guest) -> Result<End, Mismatch> {
         a.invlpg(byte_ptr(rsi + 8))?;
         a.call(rsi)
     })
+}
+
+/// How often [`changed_by_device`] changes the code.
+const CHANGES: u8 = 50;
+
+/// A device makes a function that the guest keeps calling return 1, 2, ..., and tells the guest in memory what it
+/// returns now. The guest calls it once more for each, compares, and answers.
+fn changed_by_device(g: &mut Guest) -> Verdict {
+    function(g, place::MORE_CODE, 0);
+    g.state.gpr[gpr::RSI] = place::MORE_CODE;
+    let (vm, memory, patience) = (g.vm.clone(), g.memory.clone(), g.patience);
+    let device = move || {
+        let until = Instant::now() + patience;
+        for n in 1..=CHANGES {
+            for (gpa, value) in [(place::MORE_CODE + 1, n), (place::DATA, n)] {
+                memory.write_obj(value, GuestAddress(gpa)).expect("it is RAM");
+                vm.memory_written(gpa, 1);
+            }
+            while memory.read_obj::<u8>(GuestAddress(place::DATA + 8)).expect("it is RAM") != n {
+                if Instant::now() > until {
+                    return;
+                }
+                std::hint::spin_loop();
+            }
+        }
+    };
+    let end = g.run_while(device, |a| {
+        let (mut again, mut out) = (a.create_label(), a.create_label());
+        let wide = a.bitness() == 64;
+        let call = |a: &mut CodeAssembler| if wide { a.call(rsi) } else { a.call(esi) };
+        a.xor(ecx, ecx)?;
+        a.set_label(&mut again)?;
+        call(a)?;
+        a.mov(bl, if wide { byte_ptr(rdi) } else { byte_ptr(edi) })?;
+        a.cmp(bl, cl)?;
+        a.je(again)?;
+        a.mov(cl, bl)?;
+        call(a)?;
+        a.cmp(al, cl)?;
+        a.jne(out)?;
+        a.mov(if wide { byte_ptr(rdi + 8) } else { byte_ptr(edi + 8) }, cl)?;
+        a.cmp(cl, i32::from(CHANGES))?;
+        a.jne(again)?;
+        a.set_label(&mut out)?;
+        a.nop()
+    })?;
+    end.registers(&[(gpr::RAX, u64::from(CHANGES)), (gpr::RCX, u64::from(CHANGES))])
 }
 
 pub fn add(suite: &mut Suite) {
@@ -111,6 +160,18 @@ pub fn add(suite: &mut Suite) {
         g.run(|a| a.mov(eax, 1))?.registers(&[(gpr::RAX, 1)])?;
         g.run(|a| a.mov(eax, 2))?.registers(&[(gpr::RAX, 2)])?;
         g.run(|a| a.mov(eax, 3))?.registers(&[(gpr::RAX, 3)])
+    });
+    suite.add("a change by a device between runs", &[Mode::Protected, Mode::Long, Mode::User], |g| {
+        function(g, place::MORE_CODE, 1);
+        g.state.gpr[gpr::RSI] = place::MORE_CODE;
+        g.load(|a| if a.bitness() == 64 { a.call(rsi) } else { a.call(esi) })?;
+        g.start()?.registers(&[(gpr::RAX, 1)])?;
+        function(g, place::MORE_CODE, 2);
+        g.vm.memory_written(place::MORE_CODE, 6);
+        g.start()?.registers(&[(gpr::RAX, 2)])
+    });
+    suite.add("changes by a device while the guest runs", &[Mode::Protected, Mode::Long, Mode::User], |g| {
+        changed_by_device(g)
     });
     suite.add("a page of code that is mapped elsewhere", &[Mode::Long], |g| {
         function(g, place::MORE_CODE + 0x1000, 2);

@@ -6,6 +6,7 @@
 use super::super::{Guest, Mismatch};
 use super::prelude::*;
 use std::time::Duration;
+use vm_memory::{Bytes, GuestAddress};
 
 pub fn add(suite: &mut Suite) {
     dirty(suite.group("dirty log"));
@@ -124,6 +125,33 @@ fn dirty(suite: &mut Suite) {
         g.vm.log_dirty(true)?;
         g.run(|a| a.mov(qword_ptr(rdi), rax))?.done()?;
         logged(g, place::BIG_PAGE + 0x5000, &[place::BIG_PAGE, place::BIG_PAGE + 0x6000])
+    });
+    suite.add("what devices wrote is logged, once", &[Mode::Long], |g| {
+        let (first, last) = (place::DATA + 0x5000, place::HIGH_RAM);
+        g.vm.memory_written(place::DATA + 0x7000, 1);
+        g.vm.log_dirty(true)?;
+        // Half of it is no RAM.
+        g.vm.memory_written(first + 0xfff, 2);
+        g.vm.memory_written(last - 0x1000, 0x1001);
+        g.vm.memory_written(u64::MAX - 1, 2);
+        equal("logged", taken(g)?, vec![first, first + 0x1000, last])?;
+        equal("taken again", taken(g)?, vec![])
+    });
+    suite.add("what a device writes while the guest runs is logged", &[Mode::Long], |g| {
+        g.vm.log_dirty(true)?;
+        let (vm, memory) = (g.vm.clone(), g.memory.clone());
+        let device = move || {
+            memory.write_obj(2u64, GuestAddress(place::DATA + 0x5000)).expect("it is RAM");
+            vm.memory_written(place::DATA + 0x5000, 8);
+        };
+        let end = g.run_while(device, |a| {
+            let mut wait = a.create_label();
+            a.set_label(&mut wait)?;
+            a.cmp(qword_ptr(rdi + 0x5000), 2)?;
+            a.jne(wait)
+        })?;
+        end.done()?;
+        logged(g, place::DATA + 0x5000, &[place::DATA + 0x6000])
     });
     suite.add("without logging there is nothing to take", &[Mode::Long], |g| {
         ensure(g.vm.take_dirty().is_err(), || "pages were taken".to_owned())?;
