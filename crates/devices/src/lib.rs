@@ -15,6 +15,8 @@
 //! | [`ioapic::IoApic`] | `read(offset)`, `write(offset, dword) -> Vec<Msi>`, `set_irq -> Option<Msi>`, `eoi -> Vec<Msi>` | the messages |
 //! | [`acpi_pm::AcpiPm`] | `read(offset, data, now)`, `write(offset, data, now) -> Option<PowerEvent>` | `sci()` level; `poll`, `next_event` |
 //! | [`pci::PciRoot`] | `port_read`/`port_write`, `ecam_*`, `window_*`; shared, locks itself | `PowerEvent` from port 0xcf9 |
+//! | [`virtio::pci::Transport`] | `config_*`, `bar_*`, writes `-> Work` | `pin()` level; `interrupt_queue -> Option<Msi>` |
+//! | [`virtio::block::serve`] | one request of a queue on a [`virtio::block::Storage`] | what it wrote, told as it goes |
 //! | [`test_device::TestDevice`] | `read_latch`, `write_latch`, `read_memory`, `write_memory` | none: its lines are the machine's |
 //! | [`power`] | the debug-exit port and the reset control register | `PowerEvent` |
 //!
@@ -37,6 +39,7 @@ pub mod rtc;
 pub mod serial;
 pub mod state;
 pub mod test_device;
+pub mod virtio;
 
 pub use bus::{Bus, BusDevice, Width};
 pub use power::PowerEvent;

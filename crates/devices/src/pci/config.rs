@@ -19,6 +19,8 @@ const COMMAND_MEMORY: u8 = 1 << 1;
 const COMMAND_MASTER: u8 = 1 << 2;
 /// I/O, memory, bus master, parity and SERR response, INTx disable.
 const COMMAND_WRITABLE: u16 = 0x0547;
+const COMMAND_PIN_DISABLE: u8 = 1 << 2;
+const STATUS_INTERRUPT: u8 = 1 << 3;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 
 /// Whether a write to the dword with `register` may change what a function decodes.
@@ -188,6 +190,22 @@ impl ConfigSpace {
         self.bytes[COMMAND] & COMMAND_MASTER != 0
     }
 
+    /// Whether the guest keeps the interrupt pin inactive.
+    pub fn is_pin_disabled(&self) -> bool {
+        self.bytes[COMMAND + 1] & COMMAND_PIN_DISABLE != 0
+    }
+
+    /// Shows in the status register whether an interrupt by pin is pending, disabled or not.
+    pub fn set_interrupt_status(&mut self, pending: bool) {
+        let status = self.bytes[STATUS] & !STATUS_INTERRUPT;
+        self.bytes[STATUS] = status | if pending { STATUS_INTERRUPT } else { 0 };
+    }
+
+    /// Sets bytes at `offset`, read-only or not: the function's own writes.
+    pub fn put_window(&mut self, offset: u16, bytes: &[u8]) {
+        self.put(offset.into(), bytes);
+    }
+
     /// What the BARs decode now. A BAR of zero is unassigned; one that wraps decodes nothing.
     pub fn windows(&self) -> Vec<Window> {
         let command = self.bytes[COMMAND];
@@ -225,10 +243,10 @@ impl ConfigSpace {
 const BAR_REGISTERS: [u16; 6] = [0x10, 0x14, 0x18, 0x1c, 0x20, 0x24];
 
 #[cfg(test)]
-mod tests {
+pub(in crate::pci) mod tests {
     use super::*;
 
-    fn space() -> ConfigSpace {
+    pub fn space() -> ConfigSpace {
         ConfigSpace::new(Identity {
             vendor: 0x1af4,
             device: 0x1042,

@@ -11,6 +11,7 @@
 //! it happen under its write lock. Lock order: `windows`, then a function's own; functions never call back.
 
 pub mod config;
+pub mod msix;
 
 use crate::power::{PowerEvent, RESET_CONTROL_PORT, ResetControl};
 use crate::state::{BadState, require};
