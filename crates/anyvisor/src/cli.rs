@@ -2,7 +2,7 @@
 
 use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
-use anyvisor_vmm::config::{Config, HugePages, Memory, Module, OnReboot, Serial, show_size};
+use anyvisor_vmm::config::{Config, Disk, HugePages, Memory, Module, OnReboot, Serial, show_size};
 use anyvisor_vmm::{Error, Result, gdb, snapshot};
 use anyvisor_x86::cpuid::{CpuChoice, CpuModel};
 use clap::error::ErrorKind;
@@ -80,6 +80,9 @@ pub struct RunOptions {
     /// Kernel command line [default: console=ttyS0]
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
+    /// Disk, a raw image or block device of the host: PATH, or PATH,ro to read it only; repeat for more
+    #[arg(long, value_name = "PATH[,ro][,format=raw]")]
+    pub disk: Vec<Disk>,
     /// RAM, and on which pages of the host: 4G, 4G,hugepages=thp (transparent huge pages, or none at all) or
     /// 4G,hugepages=2M (from the host's pool, vm.nr_hugepages) [default: 512M]
     #[arg(long, value_name = "SIZE[,hugepages=thp|2M]")]
@@ -138,6 +141,7 @@ impl RunOptions {
             initrd: self.initrd.clone(),
             modules: self.module.clone(),
             command_line: self.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into()),
+            disks: self.disk.clone(),
             memory: self.memory.map_or(512 << 20, |memory| memory.size),
             huge_pages: self.huge_pages(),
             cpus: self.cpus.unwrap_or(1),
@@ -198,6 +202,11 @@ impl RunOptions {
             self.module.iter().map(|m| Module { path: snapshot::absolute(&m.path), ..m.clone() }).collect();
         if !given.is_empty() && given != machine.modules {
             return contradicts("module", "as given".into(), format!("{} others", machine.modules.len()));
+        }
+        let given: Vec<Disk> =
+            self.disk.iter().map(|d| Disk { path: snapshot::absolute(&d.path), ..d.clone() }).collect();
+        if !given.is_empty() && given != machine.disks {
+            return contradicts("disk", "as given".into(), format!("{} others", machine.disks.len()));
         }
         let config = machine.config(self.serial(), self.on_reboot);
         let id = match &self.id {
@@ -312,6 +321,9 @@ pub struct QuickstartOptions {
     /// What executes guest code: auto, translator or kvm
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub engine: EngineChoice,
+    /// Disk, a raw image or block device of the host: PATH, or PATH,ro to read it only; repeat for more
+    #[arg(long, value_name = "PATH[,ro][,format=raw]")]
+    pub disk: Vec<Disk>,
     /// RAM, and on which pages of the host
     #[arg(long, value_name = "SIZE[,hugepages=thp|2M]", default_value = "512M")]
     pub memory: Memory,

@@ -26,7 +26,7 @@ const PM1_EVENT: u16 = acpi_pm::PORT + acpi_pm::PM1_EVENT;
 const PM1_CONTROL: u16 = acpi_pm::PORT + acpi_pm::PM1_CONTROL;
 const PM_TIMER: u16 = acpi_pm::PORT + acpi_pm::TIMER;
 /// IO-APIC pins that PCI's INTA# to INTD# are wired to, with the device number added as usual.
-const PCI_PINS: [u32; 4] = [16, 17, 18, 19];
+pub const PCI_PINS: [u32; 4] = [16, 17, 18, 19];
 const PCI_BUSES: u16 = (layout::ECAM_SIZE >> 20) as u16;
 
 /// Writes the tables for a machine with `cpus` processors; returns the RSDP's address.
@@ -180,9 +180,11 @@ fn pci_root() -> Vec<u8> {
     let config_ports = IO::new(pci::CONFIG_PORT, pci::CONFIG_PORT, 1, pci::CONFIG_PORTS as u8);
     let low_ports = AddressSpace::new_io(0u16, pci::CONFIG_PORT - 1, None);
     let high_ports = AddressSpace::new_io(layout::PCI_PORTS, 0xffff, None);
-    let (first, last) = (layout::PCI_WINDOW as u32, (layout::PCI_WINDOW_END - 1) as u32);
-    let window = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None);
-    let windows = ResourceTemplate::new(vec![&buses, &config_ports, &low_ports, &high_ports, &window]);
+    let [low, high] = layout::PCI_WINDOWS.map(|(start, end)| {
+        let (first, last) = (start as u32, (end - 1) as u32);
+        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None)
+    });
+    let windows = ResourceTemplate::new(vec![&buses, &config_ports, &low_ports, &high_ports, &low, &high]);
 
     let mut routing = aml::PackageBuilder::new();
     for device in 0..32u32 {

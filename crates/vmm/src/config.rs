@@ -14,6 +14,9 @@ pub const MEMORY_MAX: u64 = 1 << 40;
 /// Most vCPUs: what 8-bit APIC IDs and one bus lock serve well.
 pub const CPUS_MAX: u32 = 64;
 
+/// Most disks of a machine: they, the host bridge and what may come share one bus.
+pub const DISKS_MAX: usize = 16;
+
 /// One VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -27,6 +30,7 @@ pub struct Config {
     /// Modules of a Multiboot kernel; the initrd comes before them.
     pub modules: Vec<Module>,
     pub command_line: String,
+    pub disks: Vec<Disk>,
     /// RAM in bytes, a multiple of 4 KiB.
     pub memory: u64,
     pub huge_pages: HugePages,
@@ -63,6 +67,25 @@ impl FromStr for Module {
         }
         Ok(Module { path: path.into(), text })
     }
+}
+
+/// A disk and the image that holds it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    pub path: PathBuf,
+    pub read_only: bool,
+    /// By default raw, unless the image looks like something else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+}
+
+/// The format of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// Sector by sector.
+    Raw,
 }
 
 impl Config {
@@ -284,6 +307,7 @@ mod tests {
             initrd: None,
             modules: Vec::new(),
             command_line: String::new(),
+            disks: Vec::new(),
             memory: 512 << 20,
             huge_pages: HugePages::IfThere,
             cpus: 1,

@@ -30,9 +30,10 @@ pub const ACPI_END: u64 = 0x10_0000;
 pub const HIGH_START: u64 = 0x10_0000;
 /// RAM below 4 GiB ends here at the latest.
 pub const LOW_RAM_LIMIT: u64 = 0xc000_0000;
-/// PCI's window for 32-bit BARs.
+/// PCI's window for 32-bit BARs, and another behind ECAM, where firmware that was made for other chipsets puts them.
 pub const PCI_WINDOW: u64 = LOW_RAM_LIMIT;
 pub const PCI_WINDOW_END: u64 = ECAM;
+pub const PCI_WINDOWS: [(u64, u64); 2] = [(PCI_WINDOW, PCI_WINDOW_END), (ECAM + ECAM_SIZE, IO_APIC)];
 /// PCI configuration space by memory access: of bus 0, the only one.
 pub const ECAM: u64 = 0xe000_0000;
 pub const ECAM_SIZE: u64 = anyvisor_devices::pci::ECAM_LENGTH;

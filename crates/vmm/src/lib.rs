@@ -11,6 +11,7 @@ pub mod config;
 mod confine;
 pub mod console;
 pub mod control;
+pub mod disk;
 pub mod dump;
 pub mod gdb;
 pub mod layout;

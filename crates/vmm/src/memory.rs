@@ -9,6 +9,7 @@
 
 use crate::config::{HUGE, HugePages, show_size};
 use crate::{Error, Result, layout};
+use anyvisor_devices::virtio::queue::Piece;
 use rustix::fs::MemfdFlags;
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -20,6 +21,8 @@ use vm_memory::{
 
 const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+/// Most ranges that one system call takes: Linux' UIO_MAXIOV.
+const PIECES_MAX: usize = 1024;
 /// Attempts to get an aligned address: another thread may map something in between.
 const ATTEMPTS: usize = 8;
 
@@ -111,6 +114,68 @@ impl Drop for Filler {
             unsafe { libc::munmap(self.address, self.length) };
         }
     }
+}
+
+/// Reads from `offset` of `file` into `pieces`, which are RAM. Their bytes are the guest's to change meanwhile.
+///
+/// # Errors
+/// The host's; or the file ends before.
+pub fn read_file(memory: &GuestMemoryMmap, pieces: &[Piece], file: &File, offset: u64) -> std::io::Result<()> {
+    transfer(memory, pieces, offset, |part, at| {
+        // SAFETY: `transfer` gives ranges of guest RAM, which stays mapped while `memory` is borrowed and to which no
+        // Rust reference exists; the kernel writes no more than their lengths.
+        unsafe { libc::preadv(file.as_raw_fd(), part.as_ptr(), part.len() as i32, at) }
+    })
+}
+
+/// Writes `pieces`, which are RAM, to `offset` of `file`.
+///
+/// # Errors
+/// The host's.
+pub fn write_file(memory: &GuestMemoryMmap, pieces: &[Piece], file: &File, offset: u64) -> std::io::Result<()> {
+    transfer(memory, pieces, offset, |part, at| {
+        // SAFETY: as in `read_file`; the kernel only reads the ranges.
+        unsafe { libc::pwritev(file.as_raw_fd(), part.as_ptr(), part.len() as i32, at) }
+    })
+}
+
+/// Has `system_call` transfer all of `pieces`, from byte `offset` of a file, some at a time.
+fn transfer(
+    memory: &GuestMemoryMmap,
+    pieces: &[Piece],
+    offset: u64,
+    system_call: impl Fn(&[libc::iovec], libc::off_t) -> isize,
+) -> std::io::Result<()> {
+    let outside = || std::io::Error::other("a buffer outside of guest memory");
+    let mut ranges = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let slice = memory.get_slice(GuestAddress(piece.gpa), piece.length as usize).map_err(|_| outside())?;
+        ranges.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+    }
+    let (mut first, mut at) = (0, offset);
+    while first < ranges.len() {
+        let part = &ranges[first..ranges.len().min(first + PIECES_MAX)];
+        let position = libc::off_t::try_from(at).map_err(|_| std::io::Error::other("an offset beyond any file"))?;
+        let mut done = match system_call(part, position) {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            done if done > 0 => done as usize,
+            _ => match std::io::Error::last_os_error() {
+                error if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                error => return Err(error),
+            },
+        };
+        at += done as u64;
+        while first < ranges.len() && done >= ranges[first].iov_len {
+            done -= ranges[first].iov_len;
+            first += 1;
+        }
+        if done > 0 {
+            let range = &mut ranges[first];
+            range.iov_base = range.iov_base.wrapping_byte_add(done);
+            range.iov_len -= done;
+        }
+    }
+    Ok(())
 }
 
 /// Whether this process can have transparent huge pages, or why not and what to do.

@@ -32,6 +32,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         initrd: None,
         modules: Vec::new(),
         command_line: String::new(),
+        disks: Vec::new(),
         memory: options.memory.size,
         huge_pages: options.memory.huge_pages,
         cpus: options.cpus,

@@ -184,12 +184,12 @@ impl Transport {
     /// Reads configuration space, within a dword.
     pub fn config_read(&mut self, offset: u16, data: &mut [u8]) {
         let window = self.access + 16;
-        if (window..window + 4).contains(&offset) {
-            if let Some((bar, at, length)) = self.chosen() {
-                let mut bytes = [0; 4];
-                self.bar_read(bar, at, &mut bytes[..length]);
-                self.config.put_window(window, &bytes);
-            }
+        if (window..window + 4).contains(&offset)
+            && let Some((bar, at, length)) = self.chosen()
+        {
+            let mut bytes = [0; 4];
+            self.bar_read(bar, at, &mut bytes[..length]);
+            self.config.put_window(window, &bytes);
         }
         let pending = self.registers.isr != 0 && !self.registers.msix.is_enabled();
         self.config.set_interrupt_status(pending);

@@ -13,10 +13,12 @@ mod state;
 
 pub use state::BoardState;
 
+use super::disks::Disk;
 use super::timer::Alarm;
 use super::{End, Notify, lock};
-use crate::acpi::SCI;
+use crate::acpi::{PCI_PINS, SCI};
 use crate::console::{Input, Output};
+use crate::disk::Image;
 use crate::{Config, layout};
 use anyvisor_devices::acpi_pm::{self, AcpiPm};
 use anyvisor_devices::i8042::{self, I8042};
@@ -32,8 +34,9 @@ use anyvisor_devices::{Bus, BusDevice, Width};
 use anyvisor_engine::{GuestIo, Vm};
 use anyvisor_x86::Msi;
 use serde::{Deserialize, Serialize};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use vm_memory::GuestMemoryMmap;
 
 /// ISA interrupt of the PIT, which is on I/O APIC pin 2.
 const PIT_IRQ: u8 = 0;
@@ -46,7 +49,7 @@ pub struct Board {
 }
 
 /// The chips and what they are wired to.
-struct Wired {
+pub(super) struct Wired {
     /// When the board was made, and what guest time it was then, in nanoseconds.
     epoch: Instant,
     start: u64,
@@ -64,6 +67,7 @@ struct Wired {
     i8042: Mutex<I8042>,
     acpi_pm: Mutex<AcpiPm>,
     pci: PciRoot,
+    disks: Vec<Arc<Disk>>,
     test_device: Option<Mutex<TestDevice>>,
     interrupts: Mutex<Interrupts>,
 }
@@ -76,6 +80,9 @@ pub struct Interrupts {
     pub io_apic: IoApic,
     /// Levels of the 16 ISA lines, by bit.
     pub lines: u16,
+    /// For each of [`PCI_PINS`], the PCI devices that drive it, by bit. They say so again after a restore.
+    #[serde(skip)]
+    pub pci: [u32; 4],
 }
 
 /// Every chip of a machine that stands still, locked.
@@ -91,10 +98,12 @@ pub struct Chips<'a> {
 }
 
 impl Board {
-    /// The chips after power-on, at guest time `start` in nanoseconds.
+    /// The chips after power-on, at guest time `start` in nanoseconds, and disks on `images`.
     pub(super) fn new(
         config: &Config,
         vm: Arc<dyn Vm>,
+        memory: &GuestMemoryMmap,
+        images: Vec<Image>,
         output: &Arc<Output>,
         input: &Arc<Input>,
         notify: &Arc<Notify>,
@@ -102,23 +111,29 @@ impl Board {
     ) -> Board {
         let utc = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let low = config.memory.min(layout::LOW_RAM_LIMIT);
-        let chips = Arc::new(Wired {
-            epoch: Instant::now(),
-            start,
-            still: RwLock::new(false),
-            vm,
-            notify: notify.clone(),
-            output: output.clone(),
-            input: input.clone(),
-            alarm: Alarm::default(),
-            serial: Mutex::new(Serial::new()),
-            pit: Mutex::new(Pit::new()),
-            rtc: Mutex::new(Rtc::new(utc, start, low, config.memory - low)),
-            i8042: Mutex::new(I8042::new()),
-            acpi_pm: Mutex::new(AcpiPm::new()),
-            pci: PciRoot::new(),
-            test_device: config.test_device.then(Mutex::default),
-            interrupts: Mutex::new(Interrupts { pic: Pic::new(), io_apic: IoApic::new(), lines: 0 }),
+        let disk =
+            |(n, image), wired: &Weak<Wired>| Arc::new(Disk::new(n, image, memory.clone(), vm.clone(), wired.clone()));
+        let chips = Arc::new_cyclic(|wired| {
+            let disks: Vec<_> = images.into_iter().enumerate().map(|image| disk(image, wired)).collect();
+            Wired {
+                epoch: Instant::now(),
+                start,
+                still: RwLock::new(false),
+                vm: vm.clone(),
+                notify: notify.clone(),
+                output: output.clone(),
+                input: input.clone(),
+                alarm: Alarm::default(),
+                serial: Mutex::new(Serial::new()),
+                pit: Mutex::new(Pit::new()),
+                rtc: Mutex::new(Rtc::new(utc, start, low, config.memory - low)),
+                i8042: Mutex::new(I8042::new()),
+                acpi_pm: Mutex::new(AcpiPm::new()),
+                pci: pci_bus(&disks, config.firmware.is_none()),
+                disks,
+                test_device: config.test_device.then(Mutex::default),
+                interrupts: Mutex::new(Interrupts { pic: Pic::new(), io_apic: IoApic::new(), lines: 0, pci: [0; 4] }),
+            }
         });
         let (ports, memory) = buses(&chips, config.debug_exit);
         Board { ports, memory, chips }
@@ -167,6 +182,11 @@ impl Board {
         *self.chips.still_mut() = false;
         self.chips.alarm.look_again();
         self.chips.take_input();
+        self.disks().iter().for_each(|disk| disk.ring());
+    }
+
+    pub(super) fn disks(&self) -> &[Arc<Disk>] {
+        &self.chips.disks
     }
 
     /// Nanoseconds of guest time that the chips count in.
@@ -198,12 +218,25 @@ impl Board {
     }
 }
 
+/// The PCI bus with its devices, which have addresses if nobody else gives them some.
+fn pci_bus(disks: &[Arc<Disk>], place: bool) -> PciRoot {
+    let mut root = PciRoot::new();
+    let mut base = layout::PCI_WINDOW;
+    for disk in disks {
+        if place {
+            base = disk.place(base);
+        }
+        root.add(disk.slot(), disk.clone()).expect("there are fewer disks than slots");
+    }
+    root
+}
+
 /// Who answers which address.
 fn buses(chips: &Arc<Wired>, debug_exit: bool) -> (Bus, Bus) {
-    let device = |chip: Chip, base: u16| Arc::new(OnBus { chips: chips.clone(), chip, base });
+    let device = |chip: Chip, base: u64| Arc::new(OnBus { chips: chips.clone(), chip, base });
     let mut ports = Bus::new();
     let mut add = |base: u16, length: u64, width: Width, chip: Chip| {
-        ports.add(base.into(), length, width, device(chip, base)).expect("port ranges are disjoint");
+        ports.add(base.into(), length, width, device(chip, base.into())).expect("port ranges are disjoint");
     };
     for base in [pic::MASTER_PORT, pic::SLAVE_PORT, pic::ELCR_PORT] {
         add(base, 2, Width::Byte, Chip::Pic);
@@ -242,7 +275,11 @@ fn buses(chips: &Arc<Wired>, debug_exit: bool) -> (Bus, Bus) {
     if test_device {
         add(layout::TEST_MEMORY, test_device::MEMORY_SIZE, Width::Qword, Chip::TestMemory);
     }
-    add(layout::PCI_WINDOW, layout::PCI_WINDOW_END - layout::PCI_WINDOW, Width::Qword, Chip::PciMemory);
+    for (base, end) in layout::PCI_WINDOWS {
+        memory
+            .add(base, end - base, Width::Qword, Arc::new(OnBus { chips: chips.clone(), chip: Chip::PciMemory, base }))
+            .expect("memory ranges are disjoint");
+    }
     (ports, memory)
 }
 
@@ -270,15 +307,15 @@ enum Chip {
 struct OnBus {
     chips: Arc<Wired>,
     chip: Chip,
-    /// First port.
-    base: u16,
+    /// First port, or address of a window.
+    base: u64,
 }
 
 impl BusDevice for OnBus {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let chips = &*self.chips;
         let now = chips.now();
-        let port = self.base + offset as u16;
+        let port = (self.base + offset) as u16;
         match self.chip {
             Chip::AcpiPm => lock(&chips.acpi_pm).read(offset as u16, data, now),
             Chip::IoApic => {
@@ -306,7 +343,7 @@ impl BusDevice for OnBus {
             Chip::PciConfig => chips.pci.port_read(offset as u16, data),
             Chip::PciPorts => chips.pci.window_read(Space::Io, port.into(), data),
             Chip::Ecam => chips.pci.ecam_read(offset, data),
-            Chip::PciMemory => chips.pci.window_read(Space::Memory, layout::PCI_WINDOW + offset, data),
+            Chip::PciMemory => chips.pci.window_read(Space::Memory, self.base + offset, data),
             Chip::TestLatch => chips.with_test_device(|device| device.read_latch(offset as u16, data)),
             Chip::TestFlush | Chip::TestLines => data.fill(0xff),
             Chip::TestMemory => chips.with_test_device(|device| device.read_memory(offset, data)),
@@ -316,7 +353,7 @@ impl BusDevice for OnBus {
     fn write(&self, offset: u64, data: &[u8]) {
         let chips = &*self.chips;
         let now = chips.now();
-        let port = self.base + offset as u16;
+        let port = (self.base + offset) as u16;
         match self.chip {
             Chip::AcpiPm => {
                 let mut pm = lock(&chips.acpi_pm);
@@ -356,7 +393,7 @@ impl BusDevice for OnBus {
             Chip::PciConfig => chips.power(chips.pci.port_write(offset as u16, data)),
             Chip::PciPorts => chips.pci.window_write(Space::Io, port.into(), data),
             Chip::Ecam => chips.pci.ecam_write(offset, data),
-            Chip::PciMemory => chips.pci.window_write(Space::Memory, layout::PCI_WINDOW + offset, data),
+            Chip::PciMemory => chips.pci.window_write(Space::Memory, self.base + offset, data),
             Chip::TestLatch => chips.with_test_device(|device| device.write_latch(offset as u16, data)),
             Chip::TestFlush => {}
             Chip::TestLines => chips.set_test_line(offset as u8, data.iter().any(|byte| *byte != 0)),
@@ -383,7 +420,7 @@ impl Wired {
         }
     }
 
-    fn send(&self, msi: Msi) {
+    pub(super) fn send(&self, msi: Msi) {
         if let Err(error) = self.vm.signal_msi(msi) {
             self.notify.end(End::Failed(format!("cannot deliver an interrupt: {error}")));
         }
@@ -425,6 +462,20 @@ impl Wired {
                 message.into_iter().for_each(|msi| self.send(msi));
             }
         }
+    }
+
+    /// Sets INTA# of PCI device `device`; the caller holds the lock of the chip that drives it. Several devices share
+    /// a pin of the I/O APIC, which is high while one of them drives it. The 8259 pair has no part in it.
+    pub(super) fn set_pci_pin(&self, device: u8, level: bool) {
+        let n = usize::from(device) % PCI_PINS.len();
+        let mut interrupts = lock(&self.interrupts);
+        let bit = 1 << device;
+        let drivers = &mut interrupts.pci[n];
+        *drivers = if level { *drivers | bit } else { *drivers & !bit };
+        let level = *drivers != 0;
+        let message = interrupts.io_apic.set_irq(PCI_PINS[n] as u8, level);
+        drop(interrupts);
+        message.into_iter().for_each(|msi| self.send(msi));
     }
 
     /// Passes INTR on if it has changed, in order, because the lock is held.
@@ -487,7 +538,7 @@ impl Wired {
         }
     }
 
-    fn still(&self) -> RwLockReadGuard<'_, bool> {
+    pub(super) fn still(&self) -> RwLockReadGuard<'_, bool> {
         self.still.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 

@@ -12,7 +12,7 @@
 //! beyond the access that ended it, the sender also kicks every vCPU out of guest code. Requests from the
 //! outside ([`Remote`]) are events too: the owner alone pauses, resumes and looks inside.
 //!
-//! Threads: one per vCPU, one for the timers of all chips ([`timer`]), the serial writer, and outside this
+//! Threads: one per vCPU, one for the timers of all chips ([`timer`]), one per disk ([`disks`]), the serial writer, and outside this
 //! module the serial reader and the control socket's. A vCPU's thread ends when the VM ends, or with an event
 //! of its own, also if it panics: the owner never waits for an event that cannot come.
 //!
@@ -21,6 +21,7 @@
 
 mod board;
 mod debugging;
+mod disks;
 mod gate;
 mod live;
 mod measuring;
@@ -32,7 +33,7 @@ mod vcpu;
 use crate::config::{OnReboot, show_size};
 use crate::console::{Input, Output};
 use crate::snapshot::{History, Snapshot};
-use crate::{Config, Error, Result, acpi, boot, memory};
+use crate::{Config, Error, Result, acpi, boot, disk, memory};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
 use anyvisor_x86::Cpuid;
@@ -266,7 +267,8 @@ impl Machine {
         let memory = memory::allocate(config.memory, config.huge_pages)?;
         let entry = load(config, &memory)?;
         let vm = engine.create_vm(memory.clone())?;
-        let board = Arc::new(Board::new(config, vm.clone(), output, input, &notify, 0));
+        let images = disk::open(&config.disks)?;
+        let board = Arc::new(Board::new(config, vm.clone(), &memory, images, output, input, &notify, 0));
         let tables = (0..config.cpus).map(table).collect::<Result<Vec<_>>>()?;
         let mut vcpus = Vec::new();
         for (cpu, table) in (0..).zip(&tables) {
@@ -301,6 +303,12 @@ impl Machine {
             Ok(thread) => threads.push(thread),
             Err(error) => notify.end(End::Failed(format!("cannot start the timer thread: {error}"))),
         }
+        for disk in board.disks() {
+            match disks::spawn(disk.clone(), notify.clone()) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => notify.end(End::Failed(format!("cannot start the thread of a disk: {error}"))),
+            }
+        }
         for (cpu, vcpu) in vcpus.iter().enumerate() {
             match vcpu::spawn(cpu, vcpu.clone(), board.clone(), memory.clone(), notify.clone()) {
                 Ok(thread) => threads.push(thread),
@@ -327,6 +335,7 @@ impl Machine {
         notify.stop_vcpus();
         input.set_ready(None);
         board.stop_timers();
+        board.disks().iter().for_each(|disk| disk.stop());
         if matches!(end, End::Stopped | End::Left) {
             output.abandon_after(Duration::from_millis(200));
         }

@@ -3,7 +3,7 @@
 use super::{Board, End, Machine, Notify, lock};
 use crate::console::{Input, Output};
 use crate::snapshot::{History, Manifest, Snapshot};
-use crate::{Config, Result};
+use crate::{Config, Result, disk};
 use anyvisor_engine::{Engine, VcpuId};
 use anyvisor_x86::{Cpuid, VcpuState, msr};
 use std::sync::Arc;
@@ -47,7 +47,12 @@ impl Machine {
             let (name, list) = (engine.name(), missing.join(", "));
             return Err(snapshot.error(&format!("cannot go on under engine {name} on this host, which lacks {list}")));
         }
-        let board = Arc::new(Board::new(config, vm.clone(), output, input, &notify, saved.board.now));
+        let images = disk::open(&config.disks)?;
+        let start = saved.board.now;
+        let board = Arc::new(Board::new(config, vm.clone(), &memory, images, output, input, &notify, start));
+        if let Some(difference) = board.changed_disk(&saved.board)? {
+            return Err(snapshot.error(&format!("cannot go on: {difference}")));
+        }
         let nonsense = |what: String| snapshot.error(&format!("makes no sense: {what}"));
         board.restore(&saved.board).map_err(|error| nonsense(error.to_string()))?;
         for (vcpu, saved) in vcpus.iter_mut().zip(&saved.vcpus) {

@@ -195,6 +195,7 @@ fn config(kernel: &KernelFile) -> Config {
         initrd: None,
         modules: Vec::new(),
         command_line: "console=ttyS0".into(),
+        disks: Vec::new(),
         memory: 32 << 20,
         huge_pages: crate::config::HugePages::IfThere,
         cpus: 1,

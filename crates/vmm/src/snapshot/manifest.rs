@@ -2,7 +2,7 @@
 
 use super::{PAGE, pages};
 use crate::Config;
-use crate::config::{HugePages, Module, OnReboot, Serial};
+use crate::config::{Disk, HugePages, Module, OnReboot, Serial};
 use crate::machine::BoardState;
 use anyvisor_devices::state::LATEST;
 use anyvisor_x86::cpuid::CpuChoice;
@@ -105,6 +105,8 @@ pub struct Machine {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub modules: Vec<Module>,
     pub command_line: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
     /// RAM in bytes.
     pub memory: u64,
     pub cpus: u32,
@@ -123,6 +125,7 @@ impl Machine {
             initrd: config.initrd.as_deref().map(absolute),
             modules: config.modules.iter().map(|m| Module { path: absolute(&m.path), ..m.clone() }).collect(),
             command_line: config.command_line.clone(),
+            disks: config.disks.iter().map(|disk| Disk { path: absolute(&disk.path), ..disk.clone() }).collect(),
             memory: config.memory,
             cpus: config.cpus,
             cpu: config.cpu,
@@ -140,6 +143,7 @@ impl Machine {
             initrd: self.initrd.clone(),
             modules: self.modules.clone(),
             command_line: self.command_line.clone(),
+            disks: self.disks.clone(),
             memory: self.memory,
             huge_pages: HugePages::default(),
             cpus: self.cpus,
@@ -218,6 +222,7 @@ impl Manifest {
         let require = |holds: bool, what: &str| if holds { Ok(()) } else { Err(what.to_owned()) };
         require(self.machine.memory.is_multiple_of(PAGE), "half a page of memory")?;
         require(self.vcpus.len() == self.machine.cpus as usize, "not as many vCPUs as it says")?;
+        require(self.board.disks.len() == self.machine.disks.len(), "not as many disks as it says")?;
         require((1_000..=1 << 32).contains(&self.tsc_khz), "an impossible TSC frequency")?;
         require(self.clock <= LATEST, "an impossible time")?;
         require(self.memory.extents <= self.machine.memory / PAGE, "more pieces of memory than pages")?;

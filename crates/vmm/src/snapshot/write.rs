@@ -245,7 +245,7 @@ fn describe(paused: &mut Paused, parent: Option<Parent>, memory: Memory) -> Resu
         tsc_khz,
         clock,
         vcpus,
-        board: paused.board.save(),
+        board: paused.board.save()?,
         memory,
     })
 }

@@ -3,6 +3,8 @@
 //! Guest time stands still while the VM is saved, for every chip but the RTC: that has a battery.
 
 use super::{Board, Interrupts};
+use crate::Result;
+use crate::machine::disks::DiskState;
 use crate::machine::lock;
 use anyvisor_devices::acpi_pm::AcpiPm;
 use anyvisor_devices::i8042::I8042;
@@ -31,6 +33,8 @@ pub struct BoardState {
     pub pci: PciState,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test_device: Option<TestDevice>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskState>,
     pub interrupts: Interrupts,
 }
 
@@ -40,13 +44,14 @@ impl BoardState {
     ///
     /// # Errors
     /// The first chip that is wrong, and what is.
-    pub fn check(&self) -> Result<(), BadState> {
+    pub fn check(&self) -> std::result::Result<(), BadState> {
         self.serial.check()?;
         self.pit.check(self.now)?;
         self.rtc.check(self.now)?;
         self.i8042.check()?;
         self.acpi_pm.check(self.now)?;
         self.test_device.as_ref().map_or(Ok(()), TestDevice::check)?;
+        self.disks.iter().try_for_each(DiskState::check)?;
         self.interrupts.io_apic.check()?;
         self.interrupts.pic.clone().check()
     }
@@ -57,11 +62,16 @@ fn real_now() -> u64 {
 }
 
 impl Board {
-    /// The state of a board that stands still.
-    pub fn save(&self) -> BoardState {
+    /// The state of a board that stands still. What the guest has written to its disks lasts after this.
+    ///
+    /// # Errors
+    /// The host's, about a disk.
+    pub fn save(&self) -> Result<BoardState> {
+        self.disks().iter().try_for_each(|disk| disk.flush())?;
+        let disks = self.disks().iter().map(|disk| disk.save()).collect::<Result<_>>()?;
         let chips = self.chips();
         let interrupts = &*chips.interrupts;
-        BoardState {
+        Ok(BoardState {
             now: self.now(),
             real: real_now(),
             serial: chips.serial.clone(),
@@ -71,8 +81,22 @@ impl Board {
             acpi_pm: chips.acpi_pm.clone(),
             pci: chips.pci.save(),
             test_device: chips.test_device.as_deref().cloned(),
+            disks,
             interrupts: interrupts.clone(),
+        })
+    }
+
+    /// What about the disks' images is not as it was when `state` was saved, in one line.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(in crate::machine) fn changed_disk(&self, state: &BoardState) -> Result<Option<String>> {
+        for (disk, saved) in self.disks().iter().zip(&state.disks) {
+            if let Some(difference) = disk.difference(saved)? {
+                return Ok(Some(difference));
+            }
         }
+        Ok(None)
     }
 
     /// Makes the chips of a new board, whose time begins at `state.now`, what they were, and drives their
@@ -80,7 +104,7 @@ impl Board {
     ///
     /// # Errors
     /// A chip refuses its state.
-    pub(in crate::machine) fn restore(&self, state: &BoardState) -> Result<(), BadState> {
+    pub(in crate::machine) fn restore(&self, state: &BoardState) -> std::result::Result<(), BadState> {
         state.check()?;
         let chips = &*self.chips;
         chips.pci.restore(&state.pci)?;
@@ -101,6 +125,11 @@ impl Board {
         *interrupts = state.interrupts.clone();
         interrupts.pic.check()?;
         chips.tell_intr(&mut interrupts);
-        Ok(())
+        drop(interrupts);
+        // They drive their pins again.
+        if chips.disks.len() != state.disks.len() {
+            return Err(BadState { chip: "disk", what: "another number of them" });
+        }
+        chips.disks.iter().zip(&state.disks).try_for_each(|(disk, saved)| disk.restore(saved))
     }
 }
