@@ -15,6 +15,7 @@
 //! | [`ioapic::IoApic`] | `read(offset)`, `write(offset, dword) -> Vec<Msi>`, `set_irq -> Option<Msi>`, `eoi -> Vec<Msi>` | the messages |
 //! | [`acpi_pm::AcpiPm`] | `read(offset, data, now)`, `write(offset, data, now) -> Option<PowerEvent>` | `sci()` level; `poll`, `next_event` |
 //! | [`pci::PciRoot`] | `port_read`/`port_write`, `ecam_*`, `window_*`; shared, locks itself | `PowerEvent` from port 0xcf9 |
+//! | [`fw_cfg::FwCfg`] | `read(offset, data)`, `write(offset, data)` | none |
 //! | [`virtio::pci::Transport`] | `config_*`, `bar_*`, writes `-> Work` | `pin()` level; `interrupt_queue -> Option<Msi>` |
 //! | [`virtio::block::serve`] | one request of a queue on a [`virtio::block::Storage`] | what it wrote, told as it goes |
 //! | [`test_device::TestDevice`] | `read_latch`, `write_latch`, `read_memory`, `write_memory` | none: its lines are the machine's |
@@ -29,6 +30,7 @@
 
 pub mod acpi_pm;
 pub mod bus;
+pub mod fw_cfg;
 pub mod i8042;
 pub mod ioapic;
 pub mod pci;

@@ -6,7 +6,8 @@
 //! the chip is there for its reset line, and an operating system need not look for a keyboard.
 //! Addresses come from [`layout`], so that a table cannot disagree with the machine.
 //!
-//! All tables are made as bytes first ([`tables`]) and then written below 1 MiB, where the RSDP must be.
+//! All tables are made as bytes first ([`tables`]) and then written below 1 MiB, where the RSDP must be, or handed to
+//! firmware that places them ([`relocatable`]).
 
 use crate::layout;
 use acpi_tables::aml::{self, AddressSpace, AddressSpaceCacheable, EISAName, IO, Name, ResourceTemplate};
@@ -27,37 +28,80 @@ const PM1_CONTROL: u16 = acpi_pm::PORT + acpi_pm::PM1_CONTROL;
 const PM_TIMER: u16 = acpi_pm::PORT + acpi_pm::TIMER;
 /// IO-APIC pins that PCI's INTA# to INTD# are wired to, with the device number added as usual.
 pub const PCI_PINS: [u32; 4] = [16, 17, 18, 19];
+/// Offsets of the FADT's pointers.
+const FADT_FACS: u32 = 36;
+const FADT_DSDT: u32 = 40;
+const FADT_X_DSDT: u32 = 140;
 const PCI_BUSES: u16 = (layout::ECAM_SIZE >> 20) as u16;
 
 /// Writes the tables for a machine with `cpus` processors; returns the RSDP's address.
 pub fn write(memory: &GuestMemoryMmap, cpus: u32) -> u64 {
-    for (gpa, bytes) in tables(cpus) {
-        memory.write_slice(&bytes, GuestAddress(gpa)).expect("RAM below 1 MiB exists in every machine");
-    }
+    let put = |gpa: u64, bytes: &[u8]| {
+        memory.write_slice(bytes, GuestAddress(gpa)).expect("RAM below 1 MiB exists in every machine");
+    };
+    let set = tables(cpus, FIRST_TABLE);
+    assert!(FIRST_TABLE + set.bytes.len() as u64 <= layout::ACPI_END, "the ACPI tables outgrew their area");
+    put(FIRST_TABLE, &set.bytes);
+    put(layout::ACPI, &bytes_of(&Rsdp::new(OEM_ID, set.xsdt)));
     layout::ACPI
 }
 
-/// Every table with its address; the RSDP is first, at [`layout::ACPI`].
-fn tables(cpus: u32) -> Vec<(u64, Vec<u8>)> {
-    let mut placed = vec![];
-    let mut next = layout::ACPI + 0x40;
-    let mut place = |bytes: Vec<u8>| {
-        let gpa = next;
+/// Behind the RSDP, which is at [`layout::ACPI`].
+const FIRST_TABLE: u64 = layout::ACPI + 0x40;
+
+/// Tables that somebody else places: their pointers are as if they began at 0.
+pub struct Relocatable {
+    pub tables: Vec<u8>,
+    pub rsdp: Vec<u8>,
+    /// Where in `tables` pointers are, and how many bytes they have.
+    pub pointers: Vec<(u32, u8)>,
+    /// Where tables with such pointers begin, and their lengths: their checksums, at byte 9, change with the place.
+    pub checksums: Vec<(u32, u32)>,
+}
+
+/// The tables for a machine with `cpus` processors, to be placed at a multiple of 64.
+pub fn relocatable(cpus: u32) -> Relocatable {
+    let set = tables(cpus, 0);
+    let (fadt, xsdt) = (set.fadt as u32, set.xsdt as u32);
+    let mut pointers = vec![(fadt + FADT_FACS, 4), (fadt + FADT_DSDT, 4), (fadt + FADT_X_DSDT, 8)];
+    let length = |at: u32| {
+        let at = at as usize + 4;
+        u32::from_le_bytes(set.bytes[at..at + 4].try_into().expect("four bytes"))
+    };
+    pointers.extend((36..length(xsdt)).step_by(8).map(|at| (xsdt + at, 8)));
+    let checksums = [fadt, xsdt].map(|at| (at, length(at))).to_vec();
+    let rsdp = bytes_of(&Rsdp::new(OEM_ID, set.xsdt));
+    Relocatable { tables: set.bytes, rsdp, pointers, checksums }
+}
+
+/// Every table but the RSDP, one behind the other.
+struct Set {
+    bytes: Vec<u8>,
+    /// Addresses.
+    fadt: u64,
+    xsdt: u64,
+}
+
+/// The tables for `base`, a multiple of 64.
+fn tables(cpus: u32, base: u64) -> Set {
+    let mut bytes: Vec<u8> = Vec::new();
+    let mut place = |table: Vec<u8>| {
+        let gpa = base + bytes.len() as u64;
+        bytes.extend(table);
         // The FACS wants 64 bytes; the others take it too.
-        next += (bytes.len() as u64).next_multiple_of(64);
-        assert!(next <= layout::ACPI_END, "the ACPI tables outgrew their area");
-        placed.push((gpa, bytes));
+        bytes.resize(bytes.len().next_multiple_of(64), 0);
         gpa
     };
     let facs = place(bytes_of(&FACS::new()));
     let dsdt = place(dsdt(cpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE, OEM_REVISION);
-    for table in [fadt(facs, dsdt), madt(cpus), mcfg()] {
-        xsdt.add_entry(place(table));
-    }
+    let [fadt, _, _] = [fadt(facs, dsdt), madt(cpus), mcfg()].map(|table| {
+        let gpa = place(table);
+        xsdt.add_entry(gpa);
+        gpa
+    });
     let xsdt = place(bytes_of(&xsdt));
-    placed.insert(0, (layout::ACPI, bytes_of(&Rsdp::new(OEM_ID, xsdt))));
-    placed
+    Set { bytes, fadt, xsdt }
 }
 
 fn bytes_of(table: &dyn Aml) -> Vec<u8> {
@@ -78,8 +122,8 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     const NO_VGA: u16 = 1 << 2;
 
     let mut table = Sdt::new(*b"FACP", 276, 6, OEM_ID, OEM_TABLE, OEM_REVISION);
-    table.write_u32(36, facs as u32);
-    table.write_u32(40, dsdt as u32);
+    table.write_u32(FADT_FACS as usize, facs as u32);
+    table.write_u32(FADT_DSDT as usize, dsdt as u32);
     table.write_u16(46, u16::from(SCI));
     // 48: no SMI command port, so ACPI mode is on from the start.
     table.write_u32(56, u32::from(PM1_EVENT));
@@ -97,7 +141,7 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     table.write_bytes(116, &generic(GenericAddress::io_port_address::<u8>(power::RESET_CONTROL_PORT)));
     table.write_u8(128, power::RESET_CONTROL_VALUE);
     table.write_u8(131, 5); // minor version
-    table.write_u64(140, dsdt);
+    table.write_u64(FADT_X_DSDT as usize, dsdt);
     table.write_bytes(148, &generic(GenericAddress::io_port_address::<u32>(PM1_EVENT)));
     table.write_bytes(172, &generic(GenericAddress::io_port_address::<u16>(PM1_CONTROL)));
     table.write_bytes(208, &generic(GenericAddress::io_port_address::<u32>(PM_TIMER)));
@@ -275,7 +319,7 @@ mod tests {
 
     #[test]
     fn the_largest_machine_fits() {
-        let last = tables(crate::config::CPUS_MAX).into_iter().map(|(gpa, bytes)| gpa + bytes.len() as u64).max();
-        assert!(last.unwrap() < layout::ACPI_END);
+        let size = tables(crate::config::CPUS_MAX, FIRST_TABLE).bytes.len() as u64;
+        assert!(FIRST_TABLE + size < layout::ACPI_END);
     }
 }

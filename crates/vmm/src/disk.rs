@@ -268,7 +268,7 @@ mod tests {
     fn writers_are_alone_and_readers_share() {
         let image = file(&[0; 512]);
         let (write, read) = (disk(image.path(), false), disk(image.path(), true));
-        let writer = open(&[write.clone()]).unwrap();
+        let writer = open(std::slice::from_ref(&write)).unwrap();
         assert!(refused(&write).contains("in use"));
         assert!(refused(&read).contains("written"));
         drop(writer);

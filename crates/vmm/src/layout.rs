@@ -40,6 +40,8 @@ pub const ECAM_SIZE: u64 = anyvisor_devices::pci::ECAM_LENGTH;
 /// I/O ports for PCI BARs, behind all that is anywhere fixed.
 pub const PCI_PORTS: u16 = 0x1000;
 pub const IO_APIC: u64 = anyvisor_devices::ioapic::DEFAULT_BASE;
+/// Start and size of pages that KVM keeps for itself on processors without "unrestricted guest" (engine-kvm's `vm.rs`).
+pub const KVM_PAGES: (u64, u64) = (0xfffb_c000, 0x4000);
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Memory of the test device, where a machine has one.
 pub const TEST_MEMORY: u64 = anyvisor_devices::test_device::MEMORY;

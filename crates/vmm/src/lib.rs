@@ -13,6 +13,7 @@ pub mod console;
 pub mod control;
 pub mod disk;
 pub mod dump;
+pub mod firmware;
 pub mod gdb;
 pub mod layout;
 pub mod machine;

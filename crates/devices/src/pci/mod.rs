@@ -106,10 +106,19 @@ pub struct PciRoot {
 }
 
 impl PciRoot {
-    /// A bus with the host bridge at 00:00.0.
+    /// A bus with a generic host bridge at 00:00.0.
     pub fn new() -> PciRoot {
+        PciRoot::with_bridge(HostBridge::generic())
+    }
+
+    /// A bus with a host bridge that firmware made for QEMU's older machine knows.
+    pub fn new_for_firmware() -> PciRoot {
+        PciRoot::with_bridge(HostBridge::i440fx())
+    }
+
+    fn with_bridge(bridge: HostBridge) -> PciRoot {
         let mut root = PciRoot::default();
-        root.functions.insert(Slot { device: 0, function: 0 }, Arc::new(HostBridge::new()));
+        root.functions.insert(Slot { device: 0, function: 0 }, Arc::new(bridge));
         root
     }
 
@@ -279,18 +288,26 @@ struct HostBridge {
 }
 
 impl HostBridge {
-    fn new() -> HostBridge {
-        // The generic PCI Express host bridge, for which no guest has quirks.
-        let identity = Identity {
-            vendor: 0x1b36,
-            device: 0x0008,
-            class: 0x06_0000,
-            revision: 0,
-            subsystem_vendor: 0x1af4,
-            subsystem: 0x1100,
-        };
-        HostBridge { config: Mutex::new(ConfigSpace::new(identity)) }
+    /// The generic PCI Express host bridge, for which no guest has quirks.
+    fn generic() -> HostBridge {
+        HostBridge { config: Mutex::new(ConfigSpace::new(bridge_identity(0x1b36, 0x0008))) }
     }
+
+    /// An Intel 82441FX, by which SeaBIOS and OVMF know QEMU's machine, with its seven registers for the memory from
+    /// C0000h to FFFFFh (82441FX data sheet, 3.2.19): RAM that can be read and written, whatever is written to them.
+    fn i440fx() -> HostBridge {
+        let mut config = ConfigSpace::new(bridge_identity(0x8086, 0x1237));
+        config.put_window(PAM, &[0x30, 0x33, 0x33, 0x33, 0x33, 0x33, 0x33]);
+        HostBridge { config: Mutex::new(config) }
+    }
+}
+
+/// First of the 82441FX' programmable attribute map registers.
+const PAM: u16 = 0x59;
+
+/// A host bridge of QEMU's, which is what firmware looks for in the subsystem.
+fn bridge_identity(vendor: u16, device: u16) -> Identity {
+    Identity { vendor, device, class: 0x06_0000, revision: 0, subsystem_vendor: 0x1af4, subsystem: 0x1100 }
 }
 
 impl PciFunction for HostBridge {
@@ -409,6 +426,15 @@ mod tests {
         assert_eq!(get(&root, bridge, 0), 0x0008_1b36);
         assert_eq!(get(&root, bridge, 8) >> 16, 0x0600);
         assert_eq!(get(&root, bridge, 0x0c), 0, "a type 0 header");
+    }
+
+    #[test]
+    fn firmware_finds_its_bridge_and_its_memory_unlocked() {
+        let root = PciRoot::new_for_firmware();
+        let bridge = Slot { device: 0, function: 0 };
+        assert_eq!((get(&root, bridge, 0), get(&root, bridge, 0x2c)), (0x1237_8086, 0x1100_1af4));
+        put(&root, bridge, 0x58, 0);
+        assert_eq!((get(&root, bridge, 0x58), get(&root, bridge, 0x5c)), (0x3333_3000, 0x3333_3333));
     }
 
     #[test]

@@ -19,8 +19,9 @@ use super::{End, Notify, lock};
 use crate::acpi::{PCI_PINS, SCI};
 use crate::console::{Input, Output};
 use crate::disk::Image;
-use crate::{Config, layout};
+use crate::{Config, firmware, layout};
 use anyvisor_devices::acpi_pm::{self, AcpiPm};
+use anyvisor_devices::fw_cfg::{self, FwCfg};
 use anyvisor_devices::i8042::{self, I8042};
 use anyvisor_devices::ioapic::{self, IoApic};
 use anyvisor_devices::pci::{self, PciRoot, Space};
@@ -68,8 +69,17 @@ pub(super) struct Wired {
     acpi_pm: Mutex<AcpiPm>,
     pci: PciRoot,
     disks: Vec<Arc<Disk>>,
+    /// In machines that start firmware.
+    fw_cfg: Option<Mutex<FwCfg>>,
     test_device: Option<Mutex<TestDevice>>,
     interrupts: Mutex<Interrupts>,
+}
+
+/// What the chips are connected to beyond the machine.
+pub(super) struct Outside<'a> {
+    pub output: &'a Arc<Output>,
+    pub input: &'a Arc<Input>,
+    pub notify: &'a Arc<Notify>,
 }
 
 /// Both interrupt controllers: a line goes to both.
@@ -93,6 +103,7 @@ pub struct Chips<'a> {
     pub i8042: MutexGuard<'a, I8042>,
     pub acpi_pm: MutexGuard<'a, AcpiPm>,
     pub pci: &'a PciRoot,
+    pub fw_cfg: Option<MutexGuard<'a, FwCfg>>,
     pub test_device: Option<MutexGuard<'a, TestDevice>>,
     pub interrupts: MutexGuard<'a, Interrupts>,
 }
@@ -104,11 +115,10 @@ impl Board {
         vm: Arc<dyn Vm>,
         memory: &GuestMemoryMmap,
         images: Vec<Image>,
-        output: &Arc<Output>,
-        input: &Arc<Input>,
-        notify: &Arc<Notify>,
+        outside: &Outside<'_>,
         start: u64,
     ) -> Board {
+        let Outside { output, input, notify } = *outside;
         let utc = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let low = config.memory.min(layout::LOW_RAM_LIMIT);
         let disk =
@@ -129,8 +139,9 @@ impl Board {
                 rtc: Mutex::new(Rtc::new(utc, start, low, config.memory - low)),
                 i8042: Mutex::new(I8042::new()),
                 acpi_pm: Mutex::new(AcpiPm::new()),
-                pci: pci_bus(&disks, config.firmware.is_none()),
+                pci: pci_bus(&disks, config.firmware.is_some()),
                 disks,
+                fw_cfg: config.firmware.as_ref().map(|_| Mutex::new(firmware::device(config))),
                 test_device: config.test_device.then(Mutex::default),
                 interrupts: Mutex::new(Interrupts { pic: Pic::new(), io_apic: IoApic::new(), lines: 0, pci: [0; 4] }),
             }
@@ -204,6 +215,7 @@ impl Board {
             i8042: lock(&chips.i8042),
             acpi_pm: lock(&chips.acpi_pm),
             pci: &chips.pci,
+            fw_cfg: chips.fw_cfg.as_ref().map(lock),
             test_device: chips.test_device.as_ref().map(lock),
             interrupts: lock(&chips.interrupts),
         }
@@ -218,12 +230,12 @@ impl Board {
     }
 }
 
-/// The PCI bus with its devices, which have addresses if nobody else gives them some.
-fn pci_bus(disks: &[Arc<Disk>], place: bool) -> PciRoot {
-    let mut root = PciRoot::new();
+/// The PCI bus with its devices, which have addresses unless firmware gives them some.
+fn pci_bus(disks: &[Arc<Disk>], firmware: bool) -> PciRoot {
+    let mut root = if firmware { PciRoot::new_for_firmware() } else { PciRoot::new() };
     let mut base = layout::PCI_WINDOW;
     for disk in disks {
-        if place {
+        if !firmware {
             base = disk.place(base);
         }
         root.add(disk.slot(), disk.clone()).expect("there are fewer disks than slots");
@@ -250,6 +262,9 @@ fn buses(chips: &Arc<Wired>, debug_exit: bool) -> (Bus, Bus) {
     add(serial::COM1_PORT, 8, Width::Byte, Chip::Serial);
     add(acpi_pm::PORT, acpi_pm::LENGTH.into(), Width::Dword, Chip::AcpiPm);
     add(pci::CONFIG_PORT, pci::CONFIG_PORTS.into(), Width::Dword, Chip::PciConfig);
+    if chips.fw_cfg.is_some() {
+        add(fw_cfg::PORT, fw_cfg::LENGTH, Width::Word, Chip::FwCfg);
+    }
     let test_device = chips.test_device.is_some();
     let mut pci_ports = layout::PCI_PORTS;
     if test_device {
@@ -297,6 +312,7 @@ enum Chip {
     PciPorts,
     Ecam,
     PciMemory,
+    FwCfg,
     TestLatch,
     TestFlush,
     TestLines,
@@ -344,6 +360,7 @@ impl BusDevice for OnBus {
             Chip::PciPorts => chips.pci.window_read(Space::Io, port.into(), data),
             Chip::Ecam => chips.pci.ecam_read(offset, data),
             Chip::PciMemory => chips.pci.window_read(Space::Memory, self.base + offset, data),
+            Chip::FwCfg => chips.with_fw_cfg(|device| device.read(offset as u16, data)),
             Chip::TestLatch => chips.with_test_device(|device| device.read_latch(offset as u16, data)),
             Chip::TestFlush | Chip::TestLines => data.fill(0xff),
             Chip::TestMemory => chips.with_test_device(|device| device.read_memory(offset, data)),
@@ -394,6 +411,7 @@ impl BusDevice for OnBus {
             Chip::PciPorts => chips.pci.window_write(Space::Io, port.into(), data),
             Chip::Ecam => chips.pci.ecam_write(offset, data),
             Chip::PciMemory => chips.pci.window_write(Space::Memory, self.base + offset, data),
+            Chip::FwCfg => chips.with_fw_cfg(|device| device.write(offset as u16, data)),
             Chip::TestLatch => chips.with_test_device(|device| device.write_latch(offset as u16, data)),
             Chip::TestFlush => {}
             Chip::TestLines => chips.set_test_line(offset as u8, data.iter().any(|byte| *byte != 0)),
@@ -442,6 +460,12 @@ impl Wired {
         drop(interrupts);
         if let Some(msi) = message {
             self.send(msi);
+        }
+    }
+
+    fn with_fw_cfg(&self, act: impl FnOnce(&mut FwCfg)) {
+        if let Some(device) = &self.fw_cfg {
+            act(&mut lock(device));
         }
     }
 

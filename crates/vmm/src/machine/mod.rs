@@ -37,6 +37,7 @@ use crate::{Config, Error, Result, acpi, boot, disk, memory};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
 use anyvisor_x86::Cpuid;
+use board::Outside;
 pub use board::{Board, BoardState, Chips};
 use debugging::Debugging;
 pub use debugging::{Debugger, Plan};
@@ -268,7 +269,8 @@ impl Machine {
         let entry = load(config, &memory)?;
         let vm = engine.create_vm(memory.clone())?;
         let images = disk::open(&config.disks)?;
-        let board = Arc::new(Board::new(config, vm.clone(), &memory, images, output, input, &notify, 0));
+        let outside = Outside { output, input, notify: &notify };
+        let board = Arc::new(Board::new(config, vm.clone(), &memory, images, &outside, 0));
         let tables = (0..config.cpus).map(table).collect::<Result<Vec<_>>>()?;
         let mut vcpus = Vec::new();
         for (cpu, table) in (0..).zip(&tables) {

@@ -1,6 +1,6 @@
 //! A machine from a snapshot, ready to go on.
 
-use super::{Board, End, Machine, Notify, lock};
+use super::{Board, End, Machine, Notify, Outside, lock};
 use crate::console::{Input, Output};
 use crate::snapshot::{History, Manifest, Snapshot};
 use crate::{Config, Result, disk};
@@ -49,7 +49,8 @@ impl Machine {
         }
         let images = disk::open(&config.disks)?;
         let start = saved.board.now;
-        let board = Arc::new(Board::new(config, vm.clone(), &memory, images, output, input, &notify, start));
+        let outside = Outside { output, input, notify: &notify };
+        let board = Arc::new(Board::new(config, vm.clone(), &memory, images, &outside, start));
         if let Some(difference) = board.changed_disk(&saved.board)? {
             return Err(snapshot.error(&format!("cannot go on: {difference}")));
         }

@@ -7,6 +7,7 @@ use crate::Result;
 use crate::machine::disks::DiskState;
 use crate::machine::lock;
 use anyvisor_devices::acpi_pm::AcpiPm;
+use anyvisor_devices::fw_cfg::{self, FwCfg};
 use anyvisor_devices::i8042::I8042;
 use anyvisor_devices::pci::PciState;
 use anyvisor_devices::pit::Pit;
@@ -31,6 +32,8 @@ pub struct BoardState {
     pub i8042: I8042,
     pub acpi_pm: AcpiPm,
     pub pci: PciState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fw_cfg: Option<fw_cfg::Position>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test_device: Option<TestDevice>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -80,6 +83,7 @@ impl Board {
             i8042: chips.i8042.clone(),
             acpi_pm: chips.acpi_pm.clone(),
             pci: chips.pci.save(),
+            fw_cfg: chips.fw_cfg.as_deref().map(FwCfg::position),
             test_device: chips.test_device.as_deref().cloned(),
             disks,
             interrupts: interrupts.clone(),
@@ -112,6 +116,9 @@ impl Board {
         *lock(&chips.pit) = state.pit.clone();
         *lock(&chips.i8042) = state.i8042.clone();
         *lock(&chips.acpi_pm) = state.acpi_pm.clone();
+        if let (Some(device), Some(position)) = (&chips.fw_cfg, state.fw_cfg) {
+            lock(device).set_position(position);
+        }
         match (&chips.test_device, &state.test_device) {
             (Some(device), Some(saved)) => *lock(device) = saved.clone(),
             (None, None) => {}
