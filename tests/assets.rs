@@ -312,3 +312,13 @@ pub fn scratch(name: &str, bytes: &[u8]) -> Result<PathBuf> {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644))?;
     Ok(path)
 }
+
+/// The folder with the unpacked contents of a package of the distribution.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn package(name: &str) -> Result<PathBuf> {
+    let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);
+    let tree = folder().join(name);
+    if tree.join("usr").exists() { Ok(tree) } else { fetch(name) }
+}

@@ -1,0 +1,85 @@
+//! Firmware that finds its system on a disk: SeaBIOS, GRUB, and what GRUB loads.
+
+use anyvisor_tests::{assets, grub, vm};
+use std::path::Path;
+use std::time::Duration;
+
+/// A busy host interprets 16-bit code for long.
+const PATIENCE: Duration = Duration::from_secs(400);
+
+/// Starts SeaBIOS with `disk`.
+fn boot(disk: &Path, more: &[&str]) -> vm::Vm {
+    let bios = grub::seabios().expect("SeaBIOS").display().to_string();
+    let disk = disk.display().to_string();
+    vm::Vm::start(&[&["run", "--firmware", &bios, "--disk", &disk], more].concat()).expect("anyvisor starts")
+}
+
+/// What Linux needs to have virtio disks, in the order of loading.
+const MODULES: [&str; 6] =
+    ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
+
+/// From the reset vector to a shell: BIOS, boot sector, GRUB, kernel and initramfs from the disk, which Linux finds again.
+#[test]
+fn seabios_and_grub_boot_linux_from_a_disk() {
+    let folder = assets::scratch_folder();
+    let disk = folder.path().join("disk");
+    let script = format!(
+        r#"for m in {}; do [ -e /$m.ko ] && insmod /$m.ko; done
+mkdir /disk; mount -t ext4 -o ro /dev/vda1 /disk && echo "found $(ls /disk/boot)"
+grep -E 'System RAM|BOOT_IMAGE' /proc/iomem /proc/cmdline
+echo "e820 $(dmesg | grep -c BIOS-e820) acpi $(dmesg | grep -c 'ACPI: DSDT') power $(dmesg | grep -c 'S5')"
+dmesg | grep -E 'BUG:|Oops|WARNING:|Call Trace|ACPI.*[Ee]rror'
+exec setsid cttyhack sh -i"#,
+        MODULES.join(" ")
+    );
+    let modules = assets::modules(&MODULES).expect("the kernel's modules");
+    let initramfs = assets::initramfs_with(&script, &modules).expect("busybox");
+    let kernel = std::fs::read(assets::kernel().expect("a kernel")).unwrap();
+    let configuration = "echo GRUB loads Linux\nlinux /boot/vmlinuz console=ttyS0 quiet\ninitrd /boot/initrd\nboot";
+    let files = [("boot/vmlinuz", kernel.as_slice()), ("boot/initrd", initramfs.as_slice())];
+    grub::bios_image(&disk, 48, configuration, &files).expect("an image");
+    let mut vm = boot(&disk, &["--memory", "256M"]);
+    vm.wait_for("SeaBIOS (version", PATIENCE);
+    vm.wait_for("GRUB loads Linux", PATIENCE);
+    vm.wait_for("found grub", PATIENCE);
+    vm.wait_for("acpi 1", PATIENCE);
+    vm.type_in("echo $((6 * 7)) is the answer\n").unwrap();
+    vm.wait_for("42 is the answer", PATIENCE);
+    // By ACPI's S5, whose tables SeaBIOS has placed.
+    vm.type_in("poweroff -f\n").unwrap();
+    let ended = vm.end(PATIENCE);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    assert!(ended.output.contains("BOOT_IMAGE=/boot/vmlinuz"), "{ended:?}");
+    assert!(ended.output.contains("0ffdffff : System RAM") || ended.output.contains("0fff"), "{ended:?}");
+    for complaint in ["BUG:", "Oops", "Call Trace", "rror"] {
+        assert!(!ended.output.contains(complaint), "{ended:?}");
+    }
+}
+
+/// GRUB loads memtest86+ in its 16-bit way.
+#[test]
+fn grub_starts_memtest86() {
+    let folder = assets::scratch_folder();
+    let disk = folder.path().join("disk");
+    let program = assets::package("memtest86+").expect("memtest86+").join("boot/memtest86+x64.bin");
+    let program = std::fs::read(program).unwrap();
+    let configuration = "linux16 /boot/memtest console=ttyS0,115200\nboot";
+    grub::bios_image(&disk, 8, configuration, &[("boot/memtest", &program)]).expect("an image");
+    let mut vm = boot(&disk, &["--memory", "16M"]);
+    vm.wait_for("Memtest86+", PATIENCE);
+    vm.wait_for("Pass", PATIENCE);
+    vm.signal(libc::SIGTERM);
+    vm.end(PATIENCE);
+}
+
+/// A disk without a boot sector is told by the BIOS, and what it says comes to the console.
+#[test]
+fn a_disk_without_a_boot_sector_is_told() {
+    let folder = assets::scratch_folder();
+    let disk = folder.path().join("empty");
+    std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let mut vm = boot(&disk, &["--memory", "16M"]);
+    vm.wait_for("not a bootable disk", PATIENCE);
+    vm.signal(libc::SIGTERM);
+    vm.end(PATIENCE);
+}
