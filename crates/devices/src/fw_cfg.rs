@@ -141,7 +141,7 @@ mod tests {
         let mut other = FwCfg::new(&[], vec![]);
         other.set_position(position);
         other.read(1, &mut data[..1]);
-        assert_eq!(data[0], b'U');
+        assert_eq!(data[0], b'E');
         other.set_position(Position { selected: 0, offset: u32::MAX });
         other.read(1, &mut data[..1]);
         assert_eq!(data[0], 0);
