@@ -166,7 +166,11 @@ check complaints "$(dmesg | grep -c -E 'I/O error|BUG:|Oops|WARNING:|Call Trace'
     vm.wait_for("step 20\r\n", PATIENCE);
     vm.signal(libc::SIGKILL);
     vm.end(PATIENCE);
-    // The image has gone on without the snapshot.
+    // What was flushed is there, and the image has gone on without the snapshot.
+    let mut head = [0; 9];
+    std::io::Read::read_exact(&mut std::fs::File::open(&disk).unwrap(), &mut head).unwrap();
+    let count: u32 = String::from_utf8_lossy(&head[6..8]).trim().parse().expect("a count");
+    assert!(head.starts_with(b"count ") && count >= 20, "{head:?}");
     let ended = vm::run(&["run", "--restore", &second], PATIENCE);
     assert_eq!(ended.code(), 2, "{ended:?}");
     assert!(ended.errors.contains("has changed since"), "{ended:?}");

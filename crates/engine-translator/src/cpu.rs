@@ -88,12 +88,8 @@ impl MicroEntry {
     /// An address that is not canonical, and whose page is not there in the host.
     const NOWHERE: u64 = 1 << 62;
     /// Holds a page that no guest can have. An address in it hits, and the host faults at what it says.
-    pub const EMPTY: MicroEntry = MicroEntry {
-        tag: 0u64.wrapping_sub(Self::NOWHERE),
-        host: 0,
-        delta: 0u64.wrapping_sub(Self::NOWHERE),
-        low: 0,
-    };
+    pub const EMPTY: MicroEntry =
+        MicroEntry { tag: 0u64.wrapping_sub(Self::NOWHERE), host: 0, delta: 0u64.wrapping_sub(Self::NOWHERE), low: 0 };
 }
 
 /// Whose rights a TLB holds: a block knows statically which one its accesses use.

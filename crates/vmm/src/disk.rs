@@ -258,10 +258,14 @@ mod tests {
         assert!(refused(&disk(Path::new("/tmp"), true)).contains("neither a file"));
         assert!(refused(&disk(Path::new("/dev/null"), false)).contains("neither a file"));
         assert!(refused(&disk(Path::new("/nonexistent/disk"), false)).contains("--disk"));
-        let qcow = file(&[b"QFI\xfb".as_slice(), &[0; 508]].concat());
-        assert!(refused(&disk(qcow.path(), false)).contains("qcow2"));
-        let taken = Disk { format: Some(Format::Raw), ..disk(qcow.path(), false) };
-        assert_eq!(open(&[taken]).unwrap()[0].sectors(), 1);
+        for (magic, format) in FOREIGN {
+            let mut bytes = magic.to_vec();
+            bytes.resize(512, 0);
+            let image = file(&bytes);
+            assert!(refused(&disk(image.path(), false)).contains(format));
+            let taken = Disk { format: Some(Format::Raw), ..disk(image.path(), false) };
+            assert_eq!(open(&[taken]).unwrap()[0].sectors(), 1);
+        }
     }
 
     #[test]
