@@ -367,7 +367,7 @@ impl Maker<'_> {
         let counter = self.plan.counters[which];
         let plain = self.rng.percent(60);
         let count = match depth {
-            0 if plain => self.rng.pick(&[2, 3, 5, 9, 30]),
+            0 if plain => self.rng.pick(&[2, 3, 5, 9, 30, 60]),
             0 => self.rng.pick(&[2, 3, 5]),
             _ => self.rng.pick(&[1, 2, 4]),
         };
@@ -383,13 +383,14 @@ impl Maker<'_> {
         }
         self.items.push(Item::Label(top));
         if plain {
-            self.straight(6);
+            let most = self.rng.pick(&[2, 6]);
+            self.straight(most);
         } else {
             self.straight(2);
             self.segment(depth + 1, callee);
         }
         for pointer in self.plan.pointers.clone() {
-            if self.rng.percent(40) {
+            if self.rng.percent(if plain { 65 } else { 40 }) {
                 self.advance(pointer);
             }
         }
@@ -442,7 +443,7 @@ impl Maker<'_> {
 
     /// Moves a pointer by a constant.
     fn advance(&mut self, register: u8) {
-        let by = self.rng.pick(&[1i8, 4, 8, 8, 16, 32, 64, -1, -8, -32]);
+        let by = self.rng.pick(&[1i8, 4, 8, 8, 16, 32, 64, -1, -8, -8, -16, -64]);
         let (code, high) = match self.rng.percent(60) {
             true => ([0x83, 0xc0 | register & 7, by as u8], register >= 8),
             false => ([0x83, 0xe8 | register & 7, by.wrapping_neg() as u8], register >= 8),

@@ -521,7 +521,8 @@ fn vary(rng: &mut Rng, case: &mut Case, pinned: Pinned, bases: bool) {
             state.gpr[register] = page
                 | match rng.below(4) {
                     0 => PAGE - 8 * (1 + rng.below(16)),
-                    1 => rng.below(PAGE),
+                    1 => 8 * rng.below(32),
+                    2 => rng.below(PAGE),
                     _ => rng.below(PAGE) & !15,
                 };
         }

@@ -76,7 +76,9 @@ impl Ea {
         };
         for register in [base, idx] {
             match register {
-                Register::None | Register::RIP | Register::EIP => {}
+                Register::None | Register::RIP => {}
+                // What is added to it, a bit string's offset, is truncated with it.
+                Register::EIP => ea.narrow = true,
                 r if r.is_gpr64() => {}
                 r if r.is_gpr32() => ea.narrow = true,
                 _ => return None,
@@ -89,6 +91,7 @@ impl Ea {
             ea.index = Some(number(idx));
         }
         let constant = ea.base.is_none() && ea.index.is_none();
+        ea.narrow |= base == Register::None && constant && instruction.memory_displ_size() == 4;
         if !constant && i64::from(ea.displacement as i32) != ea.displacement {
             // 32-bit addresses: only the low half counts.
             if !ea.narrow {
@@ -204,7 +207,7 @@ impl Builder<'_> {
                 return self.operand(register, ea, keep_rdi);
             }
             Role::Leader { slot, low, high, upgrade } => {
-                if upgrade {
+                if upgrade && !planted::is(Bug::ReadLeadsUnasked) {
                     tag = Tag::Upgrade;
                 }
                 let own = (low, high) == (0, 0);

@@ -12,6 +12,7 @@
 
 use super::access::Ea;
 use super::block::Insn;
+use super::planted::{self, Bug};
 use crate::cpu::DELTAS;
 use iced_x86::{
     Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind, Register,
@@ -322,6 +323,7 @@ impl Group {
         // A constant address's page is known: its own bytes are all there is to check.
         let (low, high) = match self.origin {
             Origin::Page(_) => (0, 0),
+            _ if planted::is(Bug::LeaderChecksItself) => (0, 0),
             _ => ((self.low - at) as i32, (self.high - at) as i32),
         };
         roles[leader] = Role::Leader { slot, low, high, upgrade: self.write && !self.led_by_write };

@@ -8,6 +8,7 @@
 use super::assembler::*;
 use super::block::*;
 use super::flags::Redo;
+use super::planted::{self, Bug};
 use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JumpContext, JumpEntry};
 use iced_x86::Mnemonic;
 use std::mem::offset_of;
@@ -155,7 +156,8 @@ impl Builder<'_> {
         } else {
             self.a.load(RDI, key);
             self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
-            let miss = self.a.jcc(cc::NE);
+            let unequal = if planted::is(Bug::ReturnUnchecked) { cc::O } else { cc::NE };
+            let miss = self.a.jcc(unequal);
             self.a.ret();
             self.a.bind(miss);
         }

@@ -12,6 +12,7 @@
 use super::access::ENTRY_BITS;
 use super::assembler::*;
 use super::block::{host_register, slot, word, word_offset};
+use super::planted::{self, Bug};
 use crate::core::Core;
 use crate::cpu::{Cpu, MicroEntry, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext, TlbEntry, Ymm};
 use crate::mmu::Fill;
@@ -198,7 +199,8 @@ fn fill(a: &mut Assembler, avx: bool, context: usize, tag: Tag, flags: bool) {
 fn fill_micro(a: &mut Assembler, context: usize, tag: Tag, flags: bool, fill: usize) {
     let table = (offset_of!(Cpu, tlb) + context * size_of::<[TlbEntry; TLB_ENTRIES]>()) as i32;
     let micro = |field: usize| (offset_of!(Cpu, micro) + field) as i32;
-    let entry_tag = Rm::GsBase(RDI, table + tag.offset());
+    let asked = if planted::is(Bug::MicroForRead) { Tag::Read } else { tag };
+    let entry_tag = Rm::GsBase(RDI, table + asked.offset());
     if flags {
         a.pushfq();
     }
@@ -240,7 +242,7 @@ fn fill_micro(a: &mut Assembler, context: usize, tag: Tag, flags: bool, fill: us
     for hole in slow {
         a.bind(hole);
     }
-    a.alu(Alu::Add, RSI, entry_tag);
+    a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + tag.offset()));
     a.pop(RAX);
     if flags {
         a.popfq();

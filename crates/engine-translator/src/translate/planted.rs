@@ -29,11 +29,21 @@ pub enum Bug {
     BudgetOfWrongSide,
     /// Flags are made again from registers that have changed since.
     FlagsFromNewOperand,
+    /// A group's leader checks its own bytes only, not those of the others.
+    LeaderChecksItself,
+    /// A read that leads writes asks for the right to read only.
+    ReadLeadsUnasked,
+    /// A return goes where the return stack says, without a look at the guest's stack.
+    ReturnUnchecked,
+    /// The register that an indirect call reads its target into is thought to keep a group's delta.
+    DeltaThoughtKept,
+    /// What fills the micro-TLB for a write looks at the right to read.
+    MicroForRead,
 }
 
 /// All of them.
 #[cfg(feature = "planted-bugs")]
-pub const ALL: [Bug; 9] = [
+pub const ALL: [Bug; 14] = [
     Bug::PageEndUnchecked,
     Bug::WriteProbesForRead,
     Bug::AddressNotTruncated,
@@ -43,6 +53,11 @@ pub const ALL: [Bug; 9] = [
     Bug::LimitOneTooFar,
     Bug::BudgetOfWrongSide,
     Bug::FlagsFromNewOperand,
+    Bug::LeaderChecksItself,
+    Bug::ReadLeadsUnasked,
+    Bug::ReturnUnchecked,
+    Bug::DeltaThoughtKept,
+    Bug::MicroForRead,
 ];
 
 #[cfg(feature = "planted-bugs")]

@@ -3,6 +3,7 @@
 use super::access::Ea;
 use super::assembler::*;
 use super::block::*;
+use super::planted::{self, Bug};
 use anyvisor_x86::bits::gpr;
 use iced_x86::{OpKind, Register};
 
@@ -111,7 +112,9 @@ impl Builder<'_> {
                 let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
                 let rm = self.access(&ea, self.word() as usize, false, insn.live_in != 0, false);
                 self.load_word(RSI, rm);
-                self.clobber(RSI);
+                if !planted::is(Bug::DeltaThoughtKept) {
+                    self.clobber(RSI);
+                }
                 true
             }
             _ => false,
