@@ -628,7 +628,7 @@ mod tests {
         for bits in [64, 32] {
             let options = Options { class: Some(Class::Block), bits, bases: true };
             let mut generator = Generator::new(options);
-            for seed in 0..400 {
+            for seed in 0..4000 {
                 let case = generator.case(seed, 0, &image);
                 assert_eq!(
                     Flow::new(&case.code, case.state.rip).reads_undefined(),

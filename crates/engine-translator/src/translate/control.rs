@@ -126,10 +126,11 @@ impl Builder<'_> {
             return self.indirect(flags);
         }
         let key = Rm::Base(RSP, 8);
+        let unequal = if planted::is(Bug::ReturnUnchecked) { cc::O } else { cc::NE };
         if std::mem::take(&mut self.flags_held) {
             self.a.load(RDI, key);
             self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
-            let miss = self.a.short(0x70 | cc::NE);
+            let miss = self.a.short(0x70 | unequal);
             self.restore_flags();
             self.a.ret();
             self.a.bind_short(miss);
@@ -137,7 +138,7 @@ impl Builder<'_> {
         } else if flags && let Some(redo) = self.redo {
             self.a.load(RDI, key);
             self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
-            let miss = self.a.jcc(cc::NE);
+            let miss = self.a.jcc(unequal);
             self.emit_redo(&redo, RDI);
             self.a.ret();
             self.a.bind(miss);
@@ -156,7 +157,6 @@ impl Builder<'_> {
         } else {
             self.a.load(RDI, key);
             self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
-            let unequal = if planted::is(Bug::ReturnUnchecked) { cc::O } else { cc::NE };
             let miss = self.a.jcc(unequal);
             self.a.ret();
             self.a.bind(miss);

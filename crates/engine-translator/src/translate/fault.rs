@@ -8,6 +8,7 @@ use super::block::{ExitKind, word};
 use super::{Block, Exit};
 use crate::cpu::Cpu;
 use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The translator's tables as they are while translated code runs.
 #[derive(Clone, Copy)]
@@ -40,6 +41,20 @@ pub struct Running {
 thread_local! {
     static RUNNING: Cell<Option<Running>> = const { Cell::new(None) };
     static TABLES: Cell<Tables> = const { Cell::new(Tables::NONE) };
+}
+
+/// Below this is where an empty micro-TLB entry sends an access (`MicroEntry::EMPTY`): the first page, or an access that
+/// begins in it.
+const EMPTY_ENTRY: u64 = 2 * 4096;
+
+/// See [`page_faults`].
+static PAGE_FAULTS: AtomicU64 = AtomicU64::new(0);
+
+/// Host page faults that translated code has made outside the return stack's guard and what an empty micro-TLB entry
+/// names. There should be none, as every access is to memory that was checked: a wrong address that happens not to be mapped shows here only, because the
+/// interpreter then makes the access good.
+pub fn page_faults() -> u64 {
+    PAGE_FAULTS.load(Ordering::Relaxed)
 }
 
 /// Tells the handler which code is translated code on this thread.
@@ -114,6 +129,9 @@ pub unsafe fn on_signal(context: *mut libc::c_void) -> bool {
         // SAFETY: the vCPU that runs on this thread has its return stack attached, and it is full.
         registers[libc::REG_RSP as usize] = unsafe { super::return_stack::rescue(&*running.cpu, rsp) } as i64;
         return true;
+    }
+    if is_page_fault && address >= EMPTY_ENTRY {
+        PAGE_FAULTS.fetch_add(1, Ordering::Relaxed);
     }
     // SAFETY: the block of the vCPU that runs on this thread; it is in translated code, so no Rust code
     // holds a reference that is in use.
