@@ -43,8 +43,8 @@ thread_local! {
     static TABLES: Cell<Tables> = const { Cell::new(Tables::NONE) };
 }
 
-/// Below this is where an empty micro-TLB entry sends an access (`MicroEntry::EMPTY`): the first page, or an access that
-/// begins in it.
+/// No further than this from 0 is where an empty micro-TLB entry (`MicroEntry::EMPTY`) sends an access of a page, or of a
+/// group that begins in it.
 const EMPTY_ENTRY: u64 = 2 * 4096;
 
 /// See [`page_faults`].
@@ -130,7 +130,7 @@ pub unsafe fn on_signal(context: *mut libc::c_void) -> bool {
         registers[libc::REG_RSP as usize] = unsafe { super::return_stack::rescue(&*running.cpu, rsp) } as i64;
         return true;
     }
-    if is_page_fault && address >= EMPTY_ENTRY {
+    if is_page_fault && (address as i64).unsigned_abs() >= EMPTY_ENTRY {
         PAGE_FAULTS.fetch_add(1, Ordering::Relaxed);
     }
     // SAFETY: the block of the vCPU that runs on this thread; it is in translated code, so no Rust code
