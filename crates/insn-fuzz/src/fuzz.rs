@@ -13,6 +13,8 @@ use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
+/// How often a finding is gone over to make it smaller, at most.
+const MINIMISER_PASSES: usize = 16;
 /// Cases in a row that share their memory image.
 const CASES_PER_IMAGE: u64 = 512;
 
@@ -116,7 +118,8 @@ impl Bench {
     /// Makes a finding's case smaller for as long as its executor still differs from the host.
     pub fn minimise(&mut self, finding: Finding) -> Finding {
         let mut best = finding;
-        loop {
+        // A difference that comes and goes could make each pass end elsewhere.
+        for _ in 0..MINIMISER_PASSES {
             let before = best.case.clone();
             for smaller in smaller_codes(&best.case) {
                 self.keep_if_different(&mut best, smaller);
@@ -133,9 +136,10 @@ impl Bench {
                 self.keep_if_different(&mut best, smaller);
             }
             if best.case == before {
-                return best;
+                break;
             }
         }
+        best
     }
 
     fn keep_if_different(&mut self, best: &mut Finding, case: Case) -> bool {
