@@ -314,6 +314,23 @@ impl Assembler {
             _ => self.store(rm, reg),
         }
     }
+    /// `cmp reg, rm` of 2^`log` bytes, with RSI and RDI as SIL and DIL.
+    pub fn cmp_sized(&mut self, log: u8, reg: u8, rm: Rm) {
+        match log {
+            0 => {
+                assert!(!rm.is_gs());
+                let (x, b) = rm.extension_bits();
+                self.bytes(&[0x40 | ((reg >> 3) << 2) | (x << 1) | b, 0x3a]);
+                self.modrm(reg, rm);
+            }
+            1 => {
+                self.byte(0x66);
+                self.alu32(Alu::Cmp, reg, rm);
+            }
+            2 => self.alu32(Alu::Cmp, reg, rm),
+            _ => self.alu(Alu::Cmp, reg, rm),
+        }
+    }
     /// `mov [rm], r16`
     pub fn store16(&mut self, rm: Rm, reg: u8) {
         self.byte(0x66);

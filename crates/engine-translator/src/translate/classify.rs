@@ -171,10 +171,7 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
         }
         _ => return integer(Interpret),
     }
-    if instruction.is_string_instruction()
-        && context.bits() == 64
-        && super::strings::translatable(instruction).is_some()
-    {
+    if instruction.is_string_instruction() && super::strings::translatable(instruction, context.bits()).is_some() {
         return integer(String);
     }
     if instruction.is_privileged() || instruction.is_string_instruction() {

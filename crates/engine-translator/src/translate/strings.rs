@@ -1,4 +1,4 @@
-//! String instructions: single ones as two probes, REP MOVS and REP STOS by a shared thunk that works page
+//! String instructions: single ones as one or two probes, REP MOVS and REP STOS by a shared thunk that works page
 //! by page with the host's own REP. Blocks are made for a clear direction flag.
 
 use super::assembler::*;
@@ -8,9 +8,9 @@ use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry};
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 use std::mem::offset_of;
 
-/// log2 of the operand size of a string instruction that is translated, in 64-bit code with 64-bit
-/// addresses and flat segments.
-pub fn translatable(instruction: &Instruction) -> Option<u8> {
+/// log2 of the operand size of a string instruction that is translated, in `bits`-bit code with addresses of that
+/// width and flat segments.
+pub fn translatable(instruction: &Instruction, bits: u32) -> Option<u8> {
     let (kind, size) = match instruction.mnemonic() {
         M::Movsb => (M::Movsb, 0),
         M::Movsw => (M::Movsb, 1),
@@ -24,42 +24,53 @@ pub fn translatable(instruction: &Instruction) -> Option<u8> {
         M::Lodsw => (M::Lodsb, 1),
         M::Lodsd => (M::Lodsb, 2),
         M::Lodsq => (M::Lodsb, 3),
+        M::Scasb => (M::Scasb, 0),
+        M::Scasw => (M::Scasb, 1),
+        M::Scasd => (M::Scasb, 2),
+        M::Scasq => (M::Scasb, 3),
+        M::Cmpsb => (M::Scasb, 0),
+        M::Cmpsw => (M::Scasb, 1),
+        M::Cmpsd => (M::Scasb, 2),
+        M::Cmpsq => (M::Scasb, 3),
         _ => return None,
     };
     let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
-    if kind == M::Lodsb && repeated {
+    if matches!(kind, M::Lodsb | M::Scasb) && repeated {
         return None;
     }
     let flat = !matches!(instruction.segment_prefix(), Register::FS | Register::GS);
-    let wide = (0..instruction.op_count()).all(|i| {
-        !matches!(
-            instruction.op_kind(i),
-            OpKind::MemorySegESI | OpKind::MemorySegSI | OpKind::MemoryESEDI | OpKind::MemoryESDI | OpKind::Memory
-        )
+    let own_width = (0..instruction.op_count()).all(|i| match instruction.op_kind(i) {
+        OpKind::MemorySegRSI | OpKind::MemoryESRDI => bits == 64,
+        OpKind::MemorySegESI | OpKind::MemoryESEDI => bits == 32,
+        OpKind::MemorySegSI | OpKind::MemoryESDI | OpKind::Memory => false,
+        _ => true,
     });
-    (flat && wide).then_some(size)
+    (flat && own_width).then_some(size)
 }
 
 impl Builder<'_> {
     /// The accesses of a string instruction that is not repeated.
     pub(super) fn string_accesses(&self, instruction: &Instruction) -> [Option<Access>; 2] {
-        let Some(log) = translatable(instruction) else { return [None, None] };
+        let Some(log) = translatable(instruction, self.bits()) else { return [None, None] };
         if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
             return [None, None];
         }
         let size = 1 << log;
         let source = Some(Access { ea: self.at_register(6), size, write: false });
         let destination = Some(Access { ea: self.at_register(7), size, write: true });
+        let compared = Some(Access { ea: self.at_register(7), size, write: false });
         match instruction.mnemonic() {
             M::Movsb | M::Movsw | M::Movsd | M::Movsq => [source, destination],
             M::Stosb | M::Stosw | M::Stosd | M::Stosq => [destination, None],
+            M::Scasb | M::Scasw | M::Scasd | M::Scasq => [compared, None],
+            M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq => [source, compared],
             _ => [source, None],
         }
     }
 
     pub(super) fn string(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
-        let Some(log) = translatable(instruction) else { return false };
+        let Some(log) = translatable(instruction, self.bits()) else { return false };
         let moves = matches!(instruction.mnemonic(), M::Movsb | M::Movsw | M::Movsd | M::Movsq);
         let context = self.source.context.tlb;
         if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
@@ -76,18 +87,37 @@ impl Builder<'_> {
             let rm = self.access(&destination, size, true, flags, true);
             self.a.load(RDI, scratch(VALUE));
             self.a.store_sized(log, rm, RDI);
-            self.a.lea(R14, Rm::Base(R14, size as i32));
-            self.a.lea(R15, Rm::Base(R15, size as i32));
+            self.advance(R14, size);
+            self.advance(R15, size);
+        } else if matches!(instruction.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq) {
+            let rm = self.access(&source, size, false, flags, false);
+            self.a.load_sized(log, RDI, rm);
+            self.a.store(scratch(VALUE), RDI);
+            let rm = self.access(&destination, size, false, flags, true);
+            self.a.load(RDI, scratch(VALUE));
+            self.a.cmp_sized(log, RDI, rm);
+            self.advance(R14, size);
+            self.advance(R15, size);
+        } else if matches!(instruction.mnemonic(), M::Scasb | M::Scasw | M::Scasd | M::Scasq) {
+            let rm = self.access(&destination, size, false, flags, false);
+            self.a.cmp_sized(log, RAX, rm);
+            self.advance(R15, size);
         } else if matches!(instruction.mnemonic(), M::Stosb | M::Stosw | M::Stosd | M::Stosq) {
             let rm = self.access(&destination, size, true, flags, false);
             self.a.store_sized(log, rm, RAX);
-            self.a.lea(R15, Rm::Base(R15, size as i32));
+            self.advance(R15, size);
         } else {
             let rm = self.access(&source, size, false, flags, false);
             self.a.load_accumulator(log, rm);
-            self.a.lea(R14, Rm::Base(R14, size as i32));
+            self.advance(R14, size);
         }
         true
+    }
+
+    /// Moves a pointer behind the element it points to. Leaves flags alone.
+    fn advance(&mut self, pointer: u8, size: usize) {
+        let next = Rm::Base(pointer, size as i32);
+        if self.bits() == 64 { self.a.lea(pointer, next) } else { self.a.lea32(pointer, next) }
     }
 }
 
