@@ -14,6 +14,7 @@ const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// For PCs of all kinds; the cloud kernel has some of the architecture configured away, such as 16-bit segments.
 const PC_KERNEL_PACKAGE: &str = "linux-image-amd64";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
+const MEMTEST_PACKAGE: &str = "memtest86+";
 
 /// Files of one test process are called this, its id, and a name.
 const SCRATCH: &str = "scratch-";
@@ -43,7 +44,8 @@ pub fn kernel() -> Result<PathBuf> {
             std::fs::copy(&found, to).with_context(|| format!("copying {}", found.display()))?;
             return Ok(());
         }
-        let unpacked = fetch(&kernel_package(KERNEL_PACKAGE)?)?;
+        let archive = Archive::of_host();
+        let unpacked = archive.fetch(&archive.kernel_package(KERNEL_PACKAGE)?)?;
         let found = kernel_of(&unpacked)?;
         std::fs::copy(found, to)?;
         Ok(())
@@ -56,10 +58,51 @@ pub fn kernel() -> Result<PathBuf> {
 /// When it cannot be fetched.
 pub fn pc_kernel() -> Result<PathBuf> {
     cached("vmlinuz-pc", |to| {
-        let unpacked = fetch(&kernel_package(PC_KERNEL_PACKAGE)?)?;
+        let archive = Archive::of_host();
+        let unpacked = archive.fetch(&archive.kernel_package(PC_KERNEL_PACKAGE)?)?;
         std::fs::copy(kernel_of(&unpacked)?, to)?;
         // 400 MiB of modules.
         std::fs::remove_dir_all(unpacked)?;
+        Ok(())
+    })
+}
+
+/// Debian's 32-bit kernel of a `flavour`: `686` or `686-pae`.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn kernel_32(flavour: &str) -> Result<PathBuf> {
+    cached(&format!("vmlinuz-{flavour}"), |to| {
+        let archive = Archive::of("i386")?;
+        let unpacked = archive.fetch(&archive.kernel_package(&format!("linux-image-{flavour}"))?)?;
+        std::fs::copy(kernel_of(&unpacked)?, to)?;
+        // Its modules are large, and nobody needs them.
+        std::fs::remove_dir_all(unpacked)?;
+        Ok(())
+    })
+}
+
+/// A statically linked 32-bit busybox.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn busybox_32() -> Result<PathBuf> {
+    cached("busybox-i386", |to| {
+        let unpacked = Archive::of("i386")?.fetch(BUSYBOX_PACKAGE)?;
+        std::fs::copy(busybox_of(&unpacked)?, to)?;
+        std::fs::remove_dir_all(unpacked)?;
+        Ok(())
+    })
+}
+
+/// memtest86+ as a bzImage: `memtest86+x64.bin` or `memtest86+ia32.bin`.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn memtest(file: &str) -> Result<PathBuf> {
+    cached(file, |to| {
+        let unpacked = Archive::of_host().fetch(MEMTEST_PACKAGE)?;
+        std::fs::copy(unpacked.join("boot").join(file), to)?;
         Ok(())
     })
 }
@@ -70,9 +113,10 @@ pub fn pc_kernel() -> Result<PathBuf> {
 /// When it cannot be fetched.
 pub fn kernel_tree() -> Result<PathBuf> {
     let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);
-    let package = kernel_package(KERNEL_PACKAGE)?;
+    let archive = Archive::of_host();
+    let package = archive.kernel_package(KERNEL_PACKAGE)?;
     let tree = folder().join(&package);
-    if tree.join("lib/modules").exists() && kernel_of(&tree).is_ok() { Ok(tree) } else { fetch(&package) }
+    if tree.join("lib/modules").exists() && kernel_of(&tree).is_ok() { Ok(tree) } else { archive.fetch(&package) }
 }
 
 /// The kernel image in an unpacked package.
@@ -92,14 +136,48 @@ pub fn busybox() -> Result<PathBuf> {
         let of_host = ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(PathBuf::from);
         let found = match of_host.into_iter().find(|p| is_static(p)) {
             Some(path) => path,
-            None => {
-                let unpacked = fetch(BUSYBOX_PACKAGE)?;
-                let places = ["bin/busybox", "usr/bin/busybox"].map(|p| unpacked.join(p));
-                places.into_iter().find(|p| p.exists()).context("no busybox in its package")?
-            }
+            None => busybox_of(&Archive::of_host().fetch(BUSYBOX_PACKAGE)?)?,
         };
         std::fs::copy(found, to)?;
         Ok(())
+    })
+}
+
+fn busybox_of(unpacked: &Path) -> Result<PathBuf> {
+    let places = ["bin/busybox", "usr/bin/busybox"].map(|p| unpacked.join(p));
+    places.into_iter().find(|p| p.exists()).context("no busybox in its package")
+}
+
+/// `tests/guests/program32.c`, compiled.
+///
+/// # Errors
+/// When there is no C compiler.
+pub fn program_32() -> Result<PathBuf> {
+    // Without a C library, because most hosts have none for 32 bits.
+    let bare = ["-m32", "-O1", "-msse2", "-ffreestanding", "-fno-stack-protector", "-fno-pic", "-no-pie", "-nostdlib"];
+    compiled("program32", &bare)
+}
+
+/// `tests/guests/kexec.c`, compiled.
+///
+/// # Errors
+/// When there is no C compiler.
+pub fn kexec() -> Result<PathBuf> {
+    compiled("kexec", &["-O2"])
+}
+
+/// A program of `tests/guests`, linked statically; again whenever its source is newer.
+fn compiled(name: &str, options: &[&str]) -> Result<PathBuf> {
+    let source = root().join("tests/guests").join(format!("{name}.c"));
+    let made = folder().join(name);
+    let changed = |path: &Path| path.metadata().and_then(|m| m.modified());
+    if matches!((changed(&made), changed(&source)), (Ok(made), Ok(source)) if made < source) {
+        std::fs::remove_file(made)?;
+    }
+    cached(name, |to| {
+        let mut command = Command::new("gcc");
+        command.args(options).args(["-static", "-o"]).arg(to).arg(&source);
+        run(&mut command).with_context(|| format!("compiling {name}.c (is gcc installed?)"))
     })
 }
 
@@ -142,43 +220,82 @@ fn first_kernel(folder: &Path) -> Option<PathBuf> {
     found.pop()
 }
 
-/// The versioned package that a kernel's meta-package stands for.
-fn kernel_package(meta: &str) -> Result<String> {
-    for attempt in 0..2 {
-        let output = Command::new("apt-cache").args(["depends", meta]).output().context("running apt-cache")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let depends = text.lines().filter_map(|l| l.trim().strip_prefix("Depends: "));
-        if let Some(name) = depends.into_iter().find(|n| n.starts_with("linux-image-")) {
-            return Ok(name.to_owned());
-        }
-        if attempt == 0 {
-            // Package lists may be missing; this works for root only.
-            let _ = run(Command::new("apt-get").arg("update"));
-        }
+/// A distribution's archive, of the host's architecture or of another, without changing anything of the host's.
+struct Archive {
+    options: Vec<String>,
+    /// Where its packages go: those of other architectures apart.
+    place: PathBuf,
+}
+
+impl Archive {
+    fn of_host() -> Archive {
+        Archive { options: vec![], place: folder() }
     }
-    bail!("{meta} is not in this host's package lists; put a kernel at {}", folder().join("vmlinuz").display())
+
+    /// For packages of `architecture`, by apt's name.
+    fn of(architecture: &str) -> Result<Archive> {
+        let place = folder().join(architecture);
+        let (lists, cache) = (place.join("lists"), place.join("cache"));
+        std::fs::create_dir_all(lists.join("partial"))?;
+        std::fs::create_dir_all(cache.join("archives/partial"))?;
+        let settings = [
+            format!("APT::Architecture={architecture}"),
+            format!("APT::Architectures::={architecture}"),
+            format!("Dir::State::lists={}", lists.display()),
+            format!("Dir::Cache={}", cache.display()),
+            "Dir::State::status=/dev/null".to_owned(),
+            "Acquire::Languages=none".to_owned(),
+        ];
+        Ok(Archive { options: settings.into_iter().flat_map(|s| ["-o".to_owned(), s]).collect(), place })
+    }
+
+    fn apt(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.args(&self.options);
+        command
+    }
+
+    /// The versioned package that the meta-package `meta` of a kernel stands for.
+    fn kernel_package(&self, meta: &str) -> Result<String> {
+        for attempt in 0..2 {
+            let output = self.apt("apt-cache").args(["depends", meta]).output().context("running apt-cache")?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            let depends = text.lines().filter_map(|l| l.trim().strip_prefix("Depends: "));
+            if let Some(name) = depends.into_iter().find(|n| n.starts_with("linux-image-")) {
+                return Ok(name.to_owned());
+            }
+            if attempt == 0 {
+                // Package lists may be missing; the host's own are root's to fetch.
+                let _ = run(self.apt("apt-get").arg("update"));
+            }
+        }
+        bail!("{meta} is not in this host's package lists; put a kernel in {}", folder().display())
+    }
+
+    /// Downloads a package and unpacks it; the folder with its contents.
+    fn fetch(&self, package: &str) -> Result<PathBuf> {
+        let to = self.place.join(package);
+        std::fs::create_dir_all(&to)?;
+        let download = || run(self.apt("apt-get").args(["download", package]).current_dir(&to));
+        if download().is_err() {
+            let _ = run(self.apt("apt-get").arg("update"));
+            download().with_context(|| format!("downloading {package}"))?;
+        }
+        let archive = std::fs::read_dir(&to)?
+            .flatten()
+            .map(|e| e.path())
+            .find(|p| p.extension().is_some_and(|e| e == "deb"))
+            .with_context(|| format!("apt-get downloaded no {package}"))?;
+        run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&to)).context("unpacking")?;
+        std::fs::remove_file(archive)?;
+        Ok(to)
+    }
 }
 
 fn is_static(path: &Path) -> bool {
     // A dynamic executable names its loader in a PT_INTERP segment, within the first page.
     let Ok(bytes) = std::fs::read(path) else { return false };
     bytes.starts_with(b"\x7fELF") && !bytes[..bytes.len().min(4096)].windows(8).any(|w| w == b"/ld-linu")
-}
-
-/// Downloads a package and unpacks it; the folder with its contents.
-fn fetch(package: &str) -> Result<PathBuf> {
-    let to = folder().join(package);
-    std::fs::create_dir_all(&to)?;
-    run(Command::new("apt-get").args(["download", package]).current_dir(&to))
-        .with_context(|| format!("downloading {package}"))?;
-    let archive = std::fs::read_dir(&to)?
-        .flatten()
-        .map(|e| e.path())
-        .find(|p| p.extension().is_some_and(|e| e == "deb"))
-        .with_context(|| format!("apt-get downloaded no {package}"))?;
-    run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&to)).context("unpacking")?;
-    std::fs::remove_file(archive)?;
-    Ok(to)
 }
 
 /// Runs a command, quietly unless it fails.
@@ -260,10 +377,13 @@ pub fn initramfs(script: &str) -> Result<Vec<u8>> {
 /// # Errors
 /// As for [`busybox`].
 pub fn initramfs_with(script: &str, files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
-    let busybox = std::fs::read(busybox()?)?;
+    Ok(initramfs_of(&std::fs::read(busybox()?)?, script, files))
+}
+
+/// The same with this `busybox`.
+pub fn initramfs_of(busybox: &[u8], script: &str, files: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut archive = anyvisor_initramfs::Archive::new();
-    archive.program("bin/busybox", &busybox);
-    let mut folders = BTreeSet::new();
+    archive.program("bin/busybox", busybox);
     for (name, content) in files {
         let above = Path::new(name).ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty());
         let mut above: Vec<_> = above.map(|folder| folder.display().to_string()).collect();
@@ -274,7 +394,7 @@ pub fn initramfs_with(script: &str, files: &[(String, Vec<u8>)]) -> Result<Vec<u
         archive.program(name, content);
     }
     archive.program("init", format!("#!/bin/busybox sh\n{PRELUDE}\n{script}\n").as_bytes());
-    Ok(archive.finish())
+    archive.finish()
 }
 
 /// Mounts and applets that every script has.

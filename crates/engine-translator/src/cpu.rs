@@ -31,7 +31,7 @@ pub enum JumpContext {
     User = 2,
     /// 32-bit user code, in compatibility mode or in legacy protected mode.
     User32 = 3,
-    /// 32-bit kernel code in legacy protected mode, with or without paging.
+    /// 32-bit kernel code in either, with or without paging.
     Kernel32 = 4,
     /// With RFLAGS.AC set under SMAP.
     KernelAc32 = 5,

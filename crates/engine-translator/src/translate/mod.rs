@@ -1058,8 +1058,10 @@ fn translatable(core: &Core) -> Option<Context> {
         (Mode::Long64, 0) if tlb == TlbContext::KernelAc => JumpContext::KernelAc,
         (Mode::Long64, 0) => JumpContext::Kernel,
         (Mode::Compat32 | Mode::Protected32, 3) if flat(cpu) => JumpContext::User32,
-        (Mode::Protected32, 0) if flat(cpu) && tlb == TlbContext::KernelAc => JumpContext::KernelAc32,
-        (Mode::Protected32, 0) if flat(cpu) => JumpContext::Kernel32,
+        (Mode::Compat32 | Mode::Protected32, 0) if flat(cpu) => match tlb {
+            TlbContext::KernelAc => JumpContext::KernelAc32,
+            _ => JumpContext::Kernel32,
+        },
         _ => return None,
     };
     let fpu = cpu.cr0 & (cr0::TS | cr0::EM) == 0 && cpu.cr4 & cr4::OSFXSR != 0;

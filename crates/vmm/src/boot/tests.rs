@@ -150,6 +150,13 @@ fn entry_state_is_64_bit_mode_on_identity_tables() {
 }
 
 #[test]
+fn the_last_paragraph_of_a_payload_may_be_short() {
+    let (memory, image) = (memory(RAM), bzimage());
+    assert!(load_bytes(&memory, &image[..image.len() - 15], None, &boot(false)).is_ok());
+    assert!(refusal(&image[..image.len() - 16], &boot(false)).contains("damaged"));
+}
+
+#[test]
 fn a_32_bit_kernel_is_entered_in_protected_mode() {
     let memory = memory(RAM);
     let mut image = bzimage();
