@@ -46,6 +46,15 @@ impl JumpContext {
         }
     }
 
+    /// Calls and returns of contexts with the same number may share a return stack: their addresses tell them apart.
+    pub fn returns(self) -> u8 {
+        match self {
+            JumpContext::Kernel | JumpContext::KernelAc | JumpContext::User => 0,
+            JumpContext::Kernel32 | JumpContext::KernelAc32 => 1,
+            JumpContext::User32 => 2,
+        }
+    }
+
     /// The code segment's default size in bits.
     pub fn bits(self) -> u32 {
         match self {

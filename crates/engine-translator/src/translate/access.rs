@@ -428,10 +428,14 @@ impl Builder<'_> {
     /// RDI free if `keep_rdi`; then `register` is RSI.
     fn operand(&mut self, register: u8, ea: &Ea, keep_rdi: bool) -> Rm {
         let other = if register == RSI { RDI } else { RSI };
-        let mut displacement = ea.displacement as i32;
+        let mut ea = *ea;
         if ea.base == Some(gpr::RSP as u8) {
-            displacement += self.deferred;
+            ea.displacement += i64::from(self.deferred);
         }
+        if ea.narrow && ea.constant().is_none() {
+            return self.narrow_operand(register, &ea, keep_rdi);
+        }
+        let displacement = ea.displacement as i32;
         if let Some(address) = ea.constant() {
             if address as i64 == i64::from(displacement) {
                 return Rm::Base(register, displacement);
@@ -465,6 +469,24 @@ impl Builder<'_> {
             }
             (None, None) => unreachable!("constant or segment-relative"),
         }
+    }
+
+    /// The same in 32-bit code, whose addresses wrap at 2^32: the sum is made in the other scratch register, so that
+    /// it stays in the page that was checked whatever the registers hold.
+    fn narrow_operand(&mut self, register: u8, ea: &Ea, keep_rdi: bool) -> Rm {
+        let other = if register == RSI { RDI } else { RSI };
+        match ea.segment {
+            Some(segment) => {
+                self.a.load(other, segment_base(segment));
+                self.a.lea32(other, Rm::Base(other, ea.displacement as i32));
+            }
+            None => {
+                let sum = self.plain_address(ea).expect("registers of 32-bit code have host registers");
+                self.a.lea32(other, sum);
+            }
+        }
+        self.clobber(other);
+        self.sum(register, other, 0, 0, keep_rdi)
     }
 
     /// `[base + index × 2^scale + displacement]`, computed into `base` if the index must not be used.

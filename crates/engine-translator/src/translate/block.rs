@@ -569,9 +569,9 @@ impl<'a> Builder<'a> {
     }
 
     fn plan_accesses(&mut self, insns: &[Insn]) {
-        let mut coalescer = Coalescer::new(self.source.mix);
+        let mut coalescer = Coalescer::new(self.source.mix, self.bits());
         let mut accesses = Vec::new();
-        let share = self.source.coalesce && self.bits() == 64;
+        let share = self.source.coalesce;
         for insn in insns {
             for access in self.accesses(insn).into_iter().flatten() {
                 coalescer.access(&access);
@@ -612,6 +612,7 @@ impl<'a> Builder<'a> {
                 [ea.map(|ea| Access { ea, size, write }), None]
             }
             Kind::Push if instruction.op0_kind() == OpKind::Memory => [operand(), push],
+            Kind::PushSelector => [push.map(|access| Access { size: 2, ..access }), None],
             Kind::Push | Kind::CallDirect => [push, None],
             Kind::Pop | Kind::Return => [pop, None],
             Kind::Leave => [Some(Access { ea: Ea::register(RBP, bits), size: word, write: false }), None],
@@ -688,6 +689,10 @@ impl<'a> Builder<'a> {
             Kind::Lea => self.lea(insn),
             Kind::Memory => self.memory(insn),
             Kind::Push => self.push(insn),
+            Kind::PushSelector => {
+                self.push_selector(insn);
+                true
+            }
             Kind::Pop => self.pop(insn),
             Kind::Leave => self.leave(insn),
             Kind::CallDirect => {
@@ -775,10 +780,7 @@ impl<'a> Builder<'a> {
         let segment = instruction.op1_register() as usize - Register::ES as usize;
         let register = instruction.op0_register();
         let index = register.full_register() as usize - Register::RAX as usize;
-        let offset = offset_of!(Cpu, seg)
-            + segment * size_of::<anyvisor_x86::Segment>()
-            + offset_of!(anyvisor_x86::Segment, selector);
-        self.a.load_sized(1, RSI, Rm::Gs(offset as i32));
+        self.a.load_sized(1, RSI, super::stack::selector(segment));
         match (host_register(index), register.size()) {
             (Some(host), 2) => {
                 self.a.byte(0x66);

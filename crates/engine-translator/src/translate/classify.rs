@@ -20,6 +20,8 @@ pub enum Kind {
     /// Copied with its memory operand redirected to host memory.
     Memory,
     Push,
+    /// PUSH of a segment register in 32-bit code.
+    PushSelector,
     Pop,
     Leave,
     CallDirect,
@@ -183,6 +185,14 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
         && instruction.op1_register().is_segment_register()
     {
         return integer(ReadSelector);
+    }
+    if context.bits() == 32
+        && instruction.mnemonic() == M::Push
+        && wide_stack
+        && instruction.op0_kind() == OpKind::Register
+        && instruction.op0_register().is_segment_register()
+    {
+        return integer(PushSelector);
     }
     for operand in 0..instruction.op_count() {
         let kind = instruction.op_kind(operand);

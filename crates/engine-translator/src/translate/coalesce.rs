@@ -74,14 +74,17 @@ pub struct Coalescer {
     groups: Vec<Group>,
     /// Reads may lead writes.
     mix: bool,
+    /// Of the code: 32 or 64. Addresses and offsets in 32-bit code are meant modulo 2^32.
+    bits: u32,
     count: usize,
     info: InstructionInfoFactory,
 }
 
 impl Coalescer {
-    pub fn new(mix: bool) -> Coalescer {
+    pub fn new(mix: bool, bits: u32) -> Coalescer {
         Coalescer {
             mix,
+            bits,
             values: std::array::from_fn(|i| Value { origin: i as u32, offset: 0 }),
             next: 16,
             segments: 0,
@@ -119,7 +122,7 @@ impl Coalescer {
 
     /// The shared part of an address, and the distance from it.
     fn address(&self, ea: &Ea) -> Option<(Origin, i64)> {
-        if ea.narrow || ea.bit.is_some() {
+        if (ea.narrow && self.bits == 64) || ea.bit.is_some() {
             return None;
         }
         if let Some(segment) = ea.segment {
@@ -150,17 +153,23 @@ impl Coalescer {
         self.next += 1;
     }
 
-    /// Notes what `insn`, in 64-bit code, does to registers.
+    /// Notes what `insn` does to registers.
     pub fn execute(&mut self, insn: &Insn) {
         let instruction = &insn.instruction;
+        let word = i64::from(self.bits / 8);
         let wide = |i: u32| {
-            (instruction.op_kind(i) == OpKind::Register && instruction.op_register(i).is_gpr64())
-                .then(|| instruction.op_register(i) as usize - Register::RAX as usize)
+            let register = (instruction.op_kind(i) == OpKind::Register).then(|| instruction.op_register(i))?;
+            let whole = register.is_gpr() && register.size() as i64 == word;
+            whole.then(|| register.full_register() as usize - Register::RAX as usize)
+        };
+        let constant = || match word {
+            8 => instruction.immediate(1) as i64,
+            _ => i64::from(instruction.immediate(1) as i32),
         };
         match instruction.mnemonic() {
-            M::Push => return self.adjust(4, -8),
+            M::Push => return self.adjust(4, -word),
             M::Pop => {
-                self.adjust(4, 8);
+                self.adjust(4, word);
                 match wide(0) {
                     Some(r) => self.forget(r),
                     None => self.forget(4),
@@ -169,7 +178,7 @@ impl Coalescer {
             }
             M::Leave => {
                 self.values[4] = self.values[5];
-                self.adjust(4, 8);
+                self.adjust(4, word);
                 return self.forget(5);
             }
             M::Swapgs => self.segments += 1,
@@ -177,7 +186,7 @@ impl Coalescer {
                 if instruction.op1_kind() != OpKind::Register && instruction.op1_kind() != OpKind::Memory =>
             {
                 if let Some(r) = wide(0) {
-                    let by = instruction.immediate(1) as i64;
+                    let by = constant();
                     return self.adjust(r, if instruction.mnemonic() == M::Add { by } else { by.wrapping_neg() });
                 }
             }
@@ -205,11 +214,13 @@ impl Coalescer {
 
     fn lea(&self, instruction: &Instruction) -> Option<Value> {
         let base = instruction.memory_base();
-        if instruction.memory_index() != Register::None || !base.is_gpr64() {
+        if instruction.memory_index() != Register::None || !base.is_gpr() || base.size() as u32 * 8 != self.bits {
             return None;
         }
-        let value = self.values[base as usize - Register::RAX as usize];
-        Some(Value { offset: value.offset.wrapping_add(instruction.memory_displacement64() as i64), ..value })
+        let value = self.values[base.full_register() as usize - Register::RAX as usize];
+        let displacement = instruction.memory_displacement64();
+        let displacement = if self.bits == 64 { displacement as i64 } else { i64::from(displacement as i32) };
+        Some(Value { offset: value.offset.wrapping_add(displacement), ..value })
     }
 
     fn forget_written(&mut self, instruction: &Instruction) {

@@ -73,12 +73,15 @@ impl Builder<'_> {
     /// Whether calls and returns of this context use the return stack. Contexts whose addresses do not tell
     /// them apart from another's do not.
     fn uses_return_stack(&self) -> bool {
-        matches!(self.source.context.jumps, JumpContext::Kernel | JumpContext::User)
+        !matches!(self.source.context.jumps, JumpContext::KernelAc | JumpContext::KernelAc32)
     }
 
     /// Pushes the entry of a call that returns to `next`; may use RSI.
     fn push_entry(&mut self, next: u64) {
-        let key = next.wrapping_neg();
+        let mut key = next.wrapping_neg();
+        if self.bits() == 32 {
+            key = i64::from(key as i32) as u64; // only its low half is compared
+        }
         if key as i64 == i64::from(key as i32) {
             self.a.push_imm(key as i32);
         } else {
@@ -119,6 +122,16 @@ impl Builder<'_> {
         self.returned(next);
     }
 
+    /// Leaves zero in RDI, and the flags of that, if the entry whose key is at `key` is of a call that returns to RSI.
+    fn compare_return(&mut self, key: Rm) {
+        self.load_word(RDI, key);
+        if self.bits() == 64 {
+            self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
+        } else {
+            self.a.alu32(Alu::Add, RDI, Rm::Reg(RSI));
+        }
+    }
+
     /// Returns to the guest address in RSI.
     pub(super) fn return_to(&mut self, flags: bool) {
         if !self.uses_return_stack() {
@@ -128,16 +141,14 @@ impl Builder<'_> {
         let key = Rm::Base(RSP, 8);
         let unequal = if planted::is(Bug::ReturnUnchecked) { cc::O } else { cc::NE };
         if std::mem::take(&mut self.flags_held) {
-            self.a.load(RDI, key);
-            self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
+            self.compare_return(key);
             let miss = self.a.short(0x70 | unequal);
             self.restore_flags();
             self.a.ret();
             self.a.bind_short(miss);
             self.restore_flags();
         } else if flags && let Some(redo) = self.redo {
-            self.a.load(RDI, key);
-            self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
+            self.compare_return(key);
             let miss = self.a.jcc(unequal);
             self.emit_redo(&redo, RDI);
             self.a.ret();
@@ -145,8 +156,13 @@ impl Builder<'_> {
             self.destroyed = true;
         } else if flags {
             self.a.mov(RDI, RCX);
-            self.a.load(RCX, key);
-            self.a.lea(RCX, Rm::Indexed { base: RCX, index: RSI, scale: 0, displacement: 0 });
+            self.load_word(RCX, key);
+            let sum = Rm::Indexed { base: RCX, index: RSI, scale: 0, displacement: 0 };
+            if self.bits() == 64 {
+                self.a.lea(RCX, sum)
+            } else {
+                self.a.lea32(RCX, sum)
+            }
             let hit = self.a.short(0xe3);
             self.a.mov(RCX, RDI);
             let miss = self.a.jmp();
@@ -155,8 +171,7 @@ impl Builder<'_> {
             self.a.ret();
             self.a.bind(miss);
         } else {
-            self.a.load(RDI, key);
-            self.a.alu(Alu::Add, RDI, Rm::Reg(RSI));
+            self.compare_return(key);
             let miss = self.a.jcc(unequal);
             self.a.ret();
             self.a.bind(miss);

@@ -187,6 +187,8 @@ pub struct Translator {
     thunks: Thunks,
     thunk_bytes: usize,
     return_stack: ReturnStack,
+    /// Whose calls are on it: [`JumpContext::returns`].
+    returns: u8,
     features: Features,
     blocks: Vec<Block>,
     exits: Vec<Exit>,
@@ -238,6 +240,7 @@ impl Translator {
             thunks,
             thunk_bytes,
             return_stack: ReturnStack::new()?,
+            returns: 0,
             features: Features::new(cpuid),
             blocks: Vec::new(),
             exits: Vec::new(),
@@ -459,8 +462,13 @@ impl Translator {
     fn enter(&mut self, core: &mut Core, block: u32) -> u32 {
         core.cpu.translated[word::ENTER] = self.code.address(self.blocks[block as usize].start as usize);
         core.cpu.rflags &= !rflags::RF;
-        if self.blocks[block as usize].key.context.bits() == 32 {
+        let jumps = self.blocks[block as usize].key.context.jumps;
+        if jumps.bits() == 32 {
             prepare_32(&mut core.cpu);
+        }
+        if self.returns != jumps.returns() {
+            self.returns = jumps.returns();
+            core.cpu.return_stack = core.cpu.return_stack_base;
         }
         let upper = core.cpu.ymm.iter().fold(0, |all, r| all | u128::from_ne_bytes(r.0[16..].try_into().unwrap()));
         core.cpu.upper_halves = u8::from(upper != 0);

@@ -4,8 +4,17 @@ use super::access::Ea;
 use super::assembler::*;
 use super::block::*;
 use super::planted::{self, Bug};
+use crate::cpu::Cpu;
 use anyvisor_x86::bits::gpr;
+use anyvisor_x86::segment::Segment;
 use iced_x86::{OpKind, Register};
+use std::mem::offset_of;
+
+/// Where the vCPU block has the selector in a segment register, by encoding.
+pub(super) fn selector(segment: usize) -> Rm {
+    let offset = offset_of!(Cpu, seg) + segment * size_of::<Segment>() + offset_of!(Segment, selector);
+    Rm::Gs(offset as i32)
+}
 
 impl Builder<'_> {
     pub(super) fn push(&mut self, insn: &Insn) -> bool {
@@ -41,6 +50,15 @@ impl Builder<'_> {
         }
         self.defer_stack(-(self.word() as i32));
         true
+    }
+
+    /// Into the lower half of a 32-bit slot, as Intel's processors do (SDM vol. 2B, PUSH).
+    pub(super) fn push_selector(&mut self, insn: &Insn) {
+        let segment = insn.instruction.op0_register() as usize - Register::ES as usize;
+        let rm = self.access(&self.stack(-self.word()), 2, true, insn.live_in != 0, true);
+        self.a.load_sized(1, RDI, selector(segment));
+        self.a.store16(rm, RDI);
+        self.adjust_stack(-(self.word() as i32));
     }
 
     pub(super) fn pop(&mut self, insn: &Insn) -> bool {
