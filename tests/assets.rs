@@ -100,11 +100,7 @@ pub fn busybox_32() -> Result<PathBuf> {
 /// # Errors
 /// When it cannot be fetched.
 pub fn memtest(file: &str) -> Result<PathBuf> {
-    cached(file, |to| {
-        let unpacked = Archive::of_host().fetch(MEMTEST_PACKAGE)?;
-        std::fs::copy(unpacked.join("boot").join(file), to)?;
-        Ok(())
-    })
+    Ok(package(MEMTEST_PACKAGE)?.join("boot").join(file))
 }
 
 /// The unpacked package of the distribution's cloud kernel, with its modules.
@@ -384,6 +380,7 @@ pub fn initramfs_with(script: &str, files: &[(String, Vec<u8>)]) -> Result<Vec<u
 pub fn initramfs_of(busybox: &[u8], script: &str, files: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut archive = anyvisor_initramfs::Archive::new();
     archive.program("bin/busybox", busybox);
+    let mut folders = BTreeSet::new();
     for (name, content) in files {
         let above = Path::new(name).ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty());
         let mut above: Vec<_> = above.map(|folder| folder.display().to_string()).collect();
@@ -443,5 +440,5 @@ pub fn scratch(name: &str, bytes: &[u8]) -> Result<PathBuf> {
 pub fn package(name: &str) -> Result<PathBuf> {
     let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);
     let tree = folder().join(name);
-    if tree.join("usr").exists() { Ok(tree) } else { fetch(name) }
+    if tree.join("usr").exists() { Ok(tree) } else { Archive::of_host().fetch(name) }
 }
