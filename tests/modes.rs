@@ -4,7 +4,7 @@ use anyvisor_tests::{assets, vm};
 use std::path::Path;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 const CONSOLE: [&str; 2] = ["--cmdline", "console=ttyS0 quiet"];
 
 /// Checks that `program32.c` makes.
