@@ -19,6 +19,9 @@ const PARAVIRTUAL: u32 = 1 << 1 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 9 | 1
 /// CPUID.1:ECX.TSC_DEADLINE. KVM has it in its local APIC, and older kernels list it elsewhere.
 const TSC_DEADLINE: u32 = 1 << 24;
 
+/// CPUID.7:ECX.PKU, OSPKE and PKS. The state has no PKRU of the hardware's, whose place in XSAVE areas differs.
+const PROTECTION_KEYS: u32 = 1 << 3 | 1 << 4 | 1 << 31;
+
 /// Everything that this KVM can show to guests on this host. Empty if it does not tell, which no model
 /// accepts.
 pub(crate) fn supported(kvm: &Kvm) -> Cpuid {
@@ -40,6 +43,7 @@ pub(crate) fn supported(kvm: &Kvm) -> Cpuid {
                     result.ecx |= TSC_DEADLINE;
                 }
             }
+            7 if entry.index == 0 => result.ecx &= !PROTECTION_KEYS,
             KVM_FEATURES => result.eax &= PARAVIRTUAL,
             _ => {}
         }

@@ -17,7 +17,7 @@ use crate::vcpu::KvmVcpu;
 use crate::{host_error, state_error};
 use anyvisor_engine::{Error, Result};
 use anyvisor_x86::bits::{efer, gpr, rflags, xcr0};
-use anyvisor_x86::cpuid::{AVX, SPEC_CTRL, XSAVE};
+use anyvisor_x86::cpuid::{AVX, PKS, SPEC_CTRL, XSAVE};
 use anyvisor_x86::exception::vector;
 use anyvisor_x86::lapic::{self, LocalApic, Now, reg};
 use anyvisor_x86::segment::{attr, index};
@@ -341,6 +341,7 @@ fn shown(table: &Cpuid, number: u32) -> bool {
     let paravirtual = |bit: u32| table.get(0x4000_0001, 0).is_some_and(|leaf| leaf.eax >> bit & 1 != 0);
     match number {
         msr::IA32_SPEC_CTRL => table.has(&SPEC_CTRL),
+        msr::IA32_PKRS => table.has(&PKS),
         msr::KVM_WALL_CLOCK_NEW | msr::KVM_SYSTEM_TIME_NEW => paravirtual(3),
         msr::KVM_STEAL_TIME => paravirtual(5),
         msr::KVM_PV_EOI_EN => paravirtual(6),

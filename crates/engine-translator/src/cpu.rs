@@ -252,6 +252,8 @@ pub struct Cpu {
     pub misc_enable: u64,
     pub mtrr_def_type: u64,
     pub spec_ctrl: u64,
+    pub pkru: u32,
+    pub pkrs: u32,
     pub tsc_aux: u64,
     pub tsc_adjust: u64,
     /// Guest TSC minus host TSC.

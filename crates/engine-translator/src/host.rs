@@ -33,8 +33,8 @@ const LEAF7_EBX_HOST: u32 = bits(&[3, 5, 8, 18, 19, 23, 24, 29]);
 const LEAF7_EBX_OURS: u32 = bits(&[0, 1, 7, 9, 10, 20]);
 /// GFNI, VAES, VPCLMULQDQ, RDPID.
 const LEAF7_ECX_HOST: u32 = bits(&[8, 9, 10, 22]);
-/// UMIP.
-const LEAF7_ECX_OURS: u32 = bits(&[2]);
+/// UMIP, PKU, PKS.
+const LEAF7_ECX_OURS: u32 = bits(&[2, 3, 31]);
 /// FSRM, IBRS and IBPB, STIBP, ARCH_CAPABILITIES, SSBD.
 const LEAF7_EDX_OURS: u32 = bits(&[4, 26, 27, 29, 31]);
 /// BHI_DIS_S.

@@ -144,6 +144,8 @@ impl Core {
             efer: self.cpu.efer,
             ac,
             physical_bits: self.physical_bits,
+            pkru: self.cpu.pkru,
+            pkrs: self.cpu.pkrs,
         }
     }
 
@@ -260,6 +262,22 @@ impl Core {
 
     /// Drops every translation, global ones included.
     pub fn flush_all(&mut self) {
+        self.flush_data();
+        self.mmu.large.clear();
+        self.mmu.last_large = u64::MAX;
+        self.flush_jumps();
+    }
+
+    /// Changes what protection keys let data accesses do. They are no part of what code was fetched from.
+    pub fn set_protection_keys(&mut self, pkru: u32, pkrs: u32) {
+        if (pkru, pkrs) != (self.cpu.pkru, self.cpu.pkrs) {
+            (self.cpu.pkru, self.cpu.pkrs) = (pkru, pkrs);
+            self.flush_data();
+        }
+    }
+
+    /// Drops the entries of all TLBs, those of other PCIDs too.
+    fn flush_data(&mut self) {
         self.cpu.empty_micro();
         for context in 0..TLB_CONTEXTS {
             let mut journal = std::mem::take(&mut self.mmu.journal[context]);
@@ -271,9 +289,6 @@ impl Core {
         }
         self.mmu.kernel_local.clear();
         self.mmu.spaces.clear();
-        self.mmu.large.clear();
-        self.mmu.last_large = u64::MAX;
-        self.flush_jumps();
     }
 
     /// Drops all translations but global ones, those of all PCIDs.

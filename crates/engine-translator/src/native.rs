@@ -33,6 +33,7 @@ use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::exception::vector;
+use anyvisor_x86::state::{PKRU_OFFSET, PKRU_SIZE};
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
 pub use stub::Stubs;
 use stub::{MemoryOperand, Stub};
@@ -52,6 +53,9 @@ enum Unit {
 /// Bytes of the XSAVE area without and with the AVX component, standard format.
 const XSAVE_LEGACY: usize = 576;
 const XSAVE_AVX: usize = 832;
+/// With PKRU too.
+const XSAVE_ALL: usize = PKRU_OFFSET + PKRU_SIZE;
+const XSTATE_BV: std::ops::Range<usize> = 512..520;
 
 /// Executes a vector or floating-point instruction. RIP is already behind it.
 ///
@@ -372,18 +376,35 @@ fn with_components<R>(core: &mut Core, components: u64, f: impl FnOnce(&mut Core
 }
 
 fn area_size(components: u64) -> usize {
-    if components & xcr0::AVX != 0 { XSAVE_AVX } else { XSAVE_LEGACY }
+    match components {
+        components if components & xcr0::PKRU != 0 => XSAVE_ALL,
+        components if components & xcr0::AVX != 0 => XSAVE_AVX,
+        _ => XSAVE_LEGACY,
+    }
 }
 
-/// XSAVE, and XSAVEOPT without its optimization: the host would track the bounce buffer.
+/// XSTATE_BV of an XSAVE area.
+fn present(area: &[u8]) -> u64 {
+    u64::from_le_bytes(area[XSTATE_BV].try_into().expect("8 bytes"))
+}
+
+/// XSAVE, and XSAVEOPT without its optimization: the host would track the bounce buffer. The host knows nothing of the
+/// guest's PKRU, so that component is made here.
 fn xsave(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, stub: &Stub) -> Result<(), Exception> {
     let components = requested_components(core);
     let size = area_size(components);
     let memory = MemoryOperand { size, alignment: 64, read: true, write: true };
-    let mut copy = [0; XSAVE_AVX];
+    let mut copy = [0; XSAVE_ALL];
     let copy = &mut copy[..size];
     let address = open_area(core, io, insn, memory, copy)?;
-    with_components(core, components, |core| save_into(core, stub, copy))?;
+    let hosts = size.min(XSAVE_AVX);
+    with_components(core, components & !xcr0::PKRU, |core| save_into(core, stub, &mut copy[..hosts]))?;
+    if components & xcr0::PKRU != 0 {
+        let in_use = core.cpu.pkru != 0;
+        let header = present(copy) & !xcr0::PKRU | if in_use { xcr0::PKRU } else { 0 };
+        copy[XSTATE_BV].copy_from_slice(&header.to_le_bytes());
+        copy[PKRU_OFFSET..].copy_from_slice(&u64::from(core.cpu.pkru).to_le_bytes());
+    }
     if components & xcr0::X87 != 0 {
         copy[FXSAVE_POINTERS].fill(0);
     }
@@ -396,7 +417,7 @@ fn xrstor(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, stub: &Stub) ->
     let size = area_size(components);
     let memory = MemoryOperand { size, alignment: 64, read: true, write: false };
     let address = address_of(core, insn, memory, false)?;
-    let mut copy = [0; XSAVE_AVX];
+    let mut copy = [0; XSAVE_ALL];
     let copy = &mut copy[..size];
     core.read(io, address, copy, Rights::Current)?;
     let word = |at: usize| u64::from_le_bytes(copy[at..at + 8].try_into().expect("8 bytes"));
@@ -404,8 +425,15 @@ fn xrstor(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, stub: &Stub) ->
     if word(512) & !core.cpu.xcr0 != 0 || word(520) != 0 || word(528) != 0 {
         return Err(Exception::gp(0));
     }
+    let header = present(copy);
+    copy[XSTATE_BV].copy_from_slice(&(header & !xcr0::PKRU).to_le_bytes());
     core.bounce.0[..size].copy_from_slice(copy);
-    with_components(core, components, |core| stub.run(core, 0))
+    with_components(core, components & !xcr0::PKRU, |core| stub.run(core, 0))?;
+    if components & xcr0::PKRU != 0 {
+        let saved = u32::from_le_bytes(copy[PKRU_OFFSET..PKRU_OFFSET + 4].try_into().expect("4 bytes"));
+        core.set_protection_keys(if header & xcr0::PKRU != 0 { saved } else { 0 }, core.cpu.pkrs);
+    }
+    Ok(())
 }
 
 /// The exception behind a host trap number that a stub left with.

@@ -15,9 +15,10 @@ use crate::translate::Translator;
 use anyvisor_engine::tally::{Tally, event};
 use anyvisor_engine::{Error, Exit, GuestDebug, GuestIo, Kick, Kicker, Result, Vcpu};
 use anyvisor_x86::bits::{cr0, cr4, efer, rflags, xcr0};
+use anyvisor_x86::cpuid::PKU;
 use anyvisor_x86::lapic::{LocalApic, RestoreError};
 use anyvisor_x86::segment::index;
-use anyvisor_x86::state::{Activity, PendingEvents, Segments, XSAVE_SIZE};
+use anyvisor_x86::state::{Activity, PKRU_OFFSET, PKRU_SIZE, PendingEvents, Segments, XSAVE_SIZE};
 use anyvisor_x86::{Exception, VcpuState, msr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -36,6 +37,9 @@ mod area {
     pub const YMM_HIGH: usize = 576;
     pub const LEGACY_SIZE: usize = 512;
 }
+
+/// PKRU in XSTATE_BV.
+const PKRU: u32 = xcr0::PKRU as u32;
 
 /// Bits that MXCSR has.
 const MXCSR_DEFINED: u32 = 0xffff;
@@ -407,11 +411,16 @@ fn check(core: &Core, state: &VcpuState) -> Result<()> {
         return Err(bad(format!("CR3 {:#x} is wider than physical addresses", state.cr3)));
     }
     let (x87, avx) = (state.xcr0 & xcr0::X87 != 0, state.xcr0 & xcr0::AVX != 0);
-    if !x87 || state.xcr0 & !7 != 0 || avx && state.xcr0 & xcr0::SSE == 0 {
+    let pku = core.cpuid.has(&PKU);
+    let defined = 7 | if pku { xcr0::PKRU } else { 0 };
+    if !x87 || state.xcr0 & !defined != 0 || avx && state.xcr0 & xcr0::SSE == 0 {
         return Err(bad(format!("XCR0 {:#x}", state.xcr0)));
     }
     if state.xsave.len() < area::LEGACY_SIZE + 64 || avx && state.xsave.len() < XSAVE_SIZE {
         return Err(bad(format!("an XSAVE area of {} bytes", state.xsave.len())));
+    }
+    if pku && state.xsave.len() < PKRU_OFFSET + PKRU_SIZE && u32_at(&state.xsave, area::HEADER) & PKRU != 0 {
+        return Err(bad(format!("an XSAVE area of {} bytes with PKRU", state.xsave.len())));
     }
     if u32_at(&state.xsave, area::MXCSR) & !MXCSR_DEFINED != 0 {
         return Err(bad("reserved bits in MXCSR"));
@@ -467,6 +476,7 @@ impl TranslatorVcpu {
         cpu.tsc_offset = tsc_offset;
         cpu.tsc_adjust = value(msr::IA32_TSC_ADJUST, 0);
         cpu.spec_ctrl = value(msr::IA32_SPEC_CTRL, 0);
+        cpu.pkrs = value(msr::IA32_PKRS, 0) as u32;
         cpu.sysenter_cs = value(msr::SYSENTER_CS, 0);
         cpu.sysenter_esp = value(msr::SYSENTER_ESP, 0);
         cpu.sysenter_eip = value(msr::SYSENTER_EIP, 0);
@@ -512,7 +522,9 @@ impl TranslatorVcpu {
             self.x87.0[..area::MXCSR].copy_from_slice(&image[..area::MXCSR]);
             self.x87.0[area::X87_REGISTERS].copy_from_slice(&image[area::X87_REGISTERS]);
         }
+        let pkru = self.core.cpuid.has(&PKU) && has(xcr0::PKRU);
         let cpu = &mut self.core.cpu;
+        cpu.pkru = if pkru { u32_at(image, PKRU_OFFSET) } else { 0 };
         cpu.mxcsr = u32_at(image, area::MXCSR);
         for (n, register) in cpu.ymm.iter_mut().enumerate() {
             *register = Ymm([0; 32]);
@@ -538,7 +550,12 @@ impl TranslatorVcpu {
             image[low..low + 16].copy_from_slice(&register.0[..16]);
             image[high..high + 16].copy_from_slice(&register.0[16..]);
         }
-        image[area::HEADER] = (xcr0::X87 | xcr0::SSE | xcr0::AVX) as u8;
+        let mut present = (xcr0::X87 | xcr0::SSE | xcr0::AVX) as u32;
+        if self.core.cpuid.has(&PKU) {
+            present |= PKRU;
+            image.extend(u64::from(cpu.pkru).to_le_bytes());
+        }
+        image[area::HEADER..area::HEADER + 4].copy_from_slice(&present.to_le_bytes());
         image
     }
 }

@@ -25,7 +25,16 @@ impl PageTables for Untouched<'_> {
 /// where nothing is mapped. There need not be RAM.
 pub fn physical(memory: &GuestMemoryMmap, state: &VcpuState, gva: u64) -> Option<u64> {
     let efer = state.msr(msr::EFER).unwrap_or(0);
-    let mode = PagingMode { cr0: state.cr0, cr3: state.cr3, cr4: state.cr4, efer, ac: true, physical_bits: 52 };
+    let mode = PagingMode {
+        cr0: state.cr0,
+        cr3: state.cr3,
+        cr4: state.cr4,
+        efer,
+        ac: true,
+        physical_bits: 52,
+        pkru: 0,
+        pkrs: 0,
+    };
     let access = Access { kind: AccessKind::Read, user: false, implicit: false };
     walk(&Untouched(memory), &mode, gva, access).ok().map(|mapping| mapping.gpa)
 }

@@ -64,6 +64,7 @@ pub mod cr4 {
     pub const SMEP: u64 = 1 << 20;
     pub const SMAP: u64 = 1 << 21;
     pub const PKE: u64 = 1 << 22;
+    pub const PKS: u64 = 1 << 24;
 }
 
 /// IA32_EFER (SDM vol. 3A 2.2.1).
@@ -79,6 +80,7 @@ pub mod xcr0 {
     pub const X87: u64 = 1 << 0;
     pub const SSE: u64 = 1 << 1;
     pub const AVX: u64 = 1 << 2;
+    pub const PKRU: u64 = 1 << 9;
 }
 
 /// DR6 and DR7 (SDM vol. 3B 18.2).

@@ -13,6 +13,8 @@
 //! Left out of every model: 5-level paging, AVX-512, TSX, PKU, XSAVEC/XSAVES/XSAVEOPT, CET, MONITOR, the
 //! PMU, debug store, VMX and SGX. They need state or traps that the machine does not have.
 
+use crate::bits::xcr0;
+use crate::state::{PKRU_OFFSET, PKRU_SIZE};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -114,7 +116,7 @@ impl Cpuid {
 
 /// The name of a feature bit: Linux's, or where it is.
 fn name(leaf: u32, subleaf: u32, register: Register, bit: u32) -> String {
-    let known = [BASELINE, V2, V3, SYSTEM, HOST_EXTRAS].into_iter().flatten();
+    let known = [BASELINE, V2, V3, SYSTEM, HOST_EXTRAS, ON_REQUEST].into_iter().flatten();
     match known.into_iter().find(|f| (f.leaf, f.subleaf, f.register, f.bit) == (leaf, subleaf, register, bit)) {
         Some(feature) => feature.name.to_owned(),
         None => format!("CPUID {leaf:X}h.{subleaf}:{register:?} bit {bit}").replace(":E", ":e"),
@@ -251,6 +253,10 @@ pub const AVX: Feature = f1_ecx("avx", 28);
 pub const AVX2: Feature = f7_ebx("avx2", 5);
 pub const FSGSBASE: Feature = f7_ebx("fsgsbase", 0);
 pub const XSAVE: Feature = f1_ecx("xsave", 26);
+/// Protection keys of user pages: CR4.PKE, PKRU and component 9 of XSAVE areas.
+pub const PKU: Feature = f7_ecx("pku", 3);
+/// Protection keys of supervisor pages: CR4.PKS and IA32_PKRS.
+pub const PKS: Feature = f7_ecx("pks", 31);
 pub const HYPERVISOR: Feature = f1_ecx("hypervisor", 31);
 pub const VMX: Feature = f1_ecx("vmx", 5);
 pub const SVM: Feature = fx_ecx("svm", 2);
@@ -361,6 +367,10 @@ const HOST_EXTRAS: &[Feature] = &[
     f7_1_eax("avx_vnni", 4),
     fx_ecx("3dnowprefetch", 8),
 ];
+
+/// Features that no model shows by itself: an engine makes them whatever the host has, so that VMs with them cannot
+/// move to an engine that does not.
+const ON_REQUEST: &[Feature] = &[PKU, PKS];
 
 /// Vendor, signature and name that the named models show: family 6, model 8Fh. Linux knows no flaw of
 /// this model that [`ARCH_CAPABILITIES`] cannot deny, unlike those of the first x86-64-v3 processors.
@@ -555,9 +565,11 @@ impl fmt::Display for CpuModel {
     }
 }
 
-/// A model, without some of the features that it shows where they are: what a VM is to have on several hosts.
+/// A model, without some of the features that it shows where they are: what a VM is to have on several hosts; or with
+/// features on request.
 ///
-/// As text it is the model's name and the features' with a minus, for example `x86-64-v2,-pcid,-smap`; and
+/// As text it is the model's name and the features' with a minus, for example `x86-64-v2,-pcid,-smap`, or with a plus
+/// (`host,+pku`); and
 /// `phys-bits=40` for physical addresses of at most so many bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -565,6 +577,8 @@ pub struct CpuChoice {
     pub model: CpuModel,
     /// Bit n is feature n of [`CpuChoice::removable`].
     without: u64,
+    /// Bit n is feature n of [`ON_REQUEST`].
+    with: u8,
     /// Most bits of a physical address, if fewer than the model has.
     physical_bits: Option<u8>,
 }
@@ -579,7 +593,11 @@ impl CpuChoice {
         CpuChoice::removable().enumerate().filter(move |(n, _)| self.without >> n & 1 != 0).map(|(_, feature)| feature)
     }
 
-    /// As [`CpuModel::table`], without the features left out.
+    fn added(self) -> impl Iterator<Item = &'static Feature> {
+        ON_REQUEST.iter().enumerate().filter(move |(n, _)| self.with >> n & 1 != 0).map(|(_, feature)| feature)
+    }
+
+    /// As [`CpuModel::table`], without the features left out and with those asked for.
     ///
     /// # Errors
     /// The features that the model needs and `supported` lacks.
@@ -595,13 +613,26 @@ impl CpuChoice {
             widths.eax = widths.eax & !0xff | (widths.eax & 0xff).min(most.into());
             limited.replace(0x8000_0008, 0, widths);
         }
-        self.model.table(&limited, cpus, apic_id)
+        let mut table = self.model.table(&limited, cpus, apic_id)?;
+        let missing: Vec<_> = self.added().filter(|f| !limited.has(f)).map(|f| f.name).collect();
+        if !missing.is_empty() {
+            return Err(MissingFeatures { model: self.model, features: missing });
+        }
+        for feature in self.added() {
+            let mut result = table.get(feature.leaf, feature.subleaf).unwrap_or_default();
+            feature.register.set_bit(&mut result, feature.bit);
+            table.replace(feature.leaf, feature.subleaf, result);
+        }
+        if table.has(&PKU) && table.has(&XSAVE) {
+            xsave_leaf_with_keys(&mut table);
+        }
+        Ok(table)
     }
 }
 
 impl From<CpuModel> for CpuChoice {
     fn from(model: CpuModel) -> CpuChoice {
-        CpuChoice { model, without: 0, physical_bits: None }
+        CpuChoice { model, without: 0, with: 0, physical_bits: None }
     }
 }
 
@@ -615,6 +646,14 @@ impl FromStr for CpuChoice {
                 let bits = bits.parse().ok().filter(|bits| (36..=52).contains(bits));
                 choice.physical_bits =
                     Some(bits.ok_or_else(|| format!("'{part}' in CPU model '{text}' is not a number from 36 to 52"))?);
+                continue;
+            }
+            if let Some(name) = part.strip_prefix('+') {
+                let found = ON_REQUEST.iter().position(|feature| feature.name == name);
+                choice.with |= 1
+                    << found.ok_or_else(|| {
+                        format!("'{part}' in CPU model '{text}' is no feature to ask for; pku and pks are")
+                    })?;
                 continue;
             }
             let name = part.strip_prefix('-').ok_or_else(|| {
@@ -648,6 +687,7 @@ impl fmt::Display for CpuChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.model.name())?;
         self.removed().try_for_each(|feature| write!(f, ",-{}", feature.name))?;
+        self.added().try_for_each(|feature| write!(f, ",+{}", feature.name))?;
         self.physical_bits.map_or(Ok(()), |bits| write!(f, ",phys-bits={bits}"))
     }
 }
@@ -724,6 +764,16 @@ fn xsave_leaf(xsave: bool, avx: bool, table: &mut Cpuid) {
     let avx_component =
         if mask & 4 != 0 { CpuidResult { eax: 256, ebx: 576, ecx: 0, edx: 0 } } else { CpuidResult::default() };
     table.set(0xd, Some(2), avx_component);
+}
+
+/// Adds component 9, PKRU, behind AVX's place, which is where AMD's processors have it (SDM vol. 1 13.5.7).
+fn xsave_leaf_with_keys(table: &mut Cpuid) {
+    let mut sizes = table.get(0xd, 0).unwrap_or_default();
+    sizes.eax |= xcr0::PKRU as u32;
+    sizes.ecx = (PKRU_OFFSET + PKRU_SIZE) as u32;
+    table.replace(0xd, 0, sizes);
+    let component = CpuidResult { eax: PKRU_SIZE as u32, ebx: PKRU_OFFSET as u32, ecx: 0, edx: 0 };
+    table.set(0xd, Some(9), component);
 }
 
 #[cfg(test)]

@@ -29,6 +29,8 @@ pub mod pf {
     pub const USER: u32 = 1 << 2;
     pub const RSVD: u32 = 1 << 3;
     pub const FETCH: u32 = 1 << 4;
+    /// A protection key forbids it.
+    pub const KEY: u32 = 1 << 5;
 }
 
 /// An exception raised by a guest instruction, not yet delivered.

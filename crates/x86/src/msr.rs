@@ -19,6 +19,7 @@ pub const DEBUGCTL: u32 = 0x1d9;
 pub const IA32_PAT: u32 = 0x277;
 pub const MTRR_DEF_TYPE: u32 = 0x2ff;
 pub const TSC_DEADLINE: u32 = 0x6e0;
+pub const IA32_PKRS: u32 = 0x6e1;
 pub const X2APIC_FIRST: u32 = 0x800;
 pub const X2APIC_LAST: u32 = 0x8ff;
 pub const EFER: u32 = 0xc000_0080;
@@ -53,6 +54,7 @@ pub const SAVED: &[u32] = &[
     IA32_PAT,
     MTRR_DEF_TYPE,
     TSC_DEADLINE,
+    IA32_PKRS,
     EFER,
     STAR,
     LSTAR,

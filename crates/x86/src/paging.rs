@@ -14,6 +14,8 @@ pub mod pte {
     pub const PS: u64 = 1 << 7;
     pub const G: u64 = 1 << 8;
     pub const NX: u64 = 1 << 63;
+    /// The lowest bit of a page's protection key, which has four.
+    pub const KEY_SHIFT: u32 = 59;
 }
 
 /// Guest-physical memory as the walk sees it.
@@ -35,6 +37,9 @@ pub struct PagingMode {
     pub ac: bool,
     /// Width of physical addresses in bits (CPUID 8000_0008h), at most 52.
     pub physical_bits: u8,
+    /// Rights by protection key, two bits each, of user pages under CR4.PKE and of others under CR4.PKS.
+    pub pkru: u32,
+    pub pkrs: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +65,8 @@ pub struct Mapping {
     pub gpa: u64,
     /// log2 of the page size: 12, 21, 22 or 30.
     pub page_bits: u8,
-    /// The access rights of every level combined, for whoever made the access.
+    /// The access rights of every level combined, for whoever made the access, and whether the page's protection key
+    /// lets it be written to.
     pub writable: bool,
     pub user: bool,
     pub executable: bool,
@@ -167,9 +173,12 @@ fn walk_levels<T: PageTables>(
                 table = if entry_size == 8 { entry & 0x000f_ffff_ffff_f000 } else { entry & 0xffff_f000 };
                 continue;
             }
-            if !allowed(mode, access, writable, user, executable) {
-                return Err(fault(mode, gva, access, pf::PRESENT));
+            let key = if levels >= 4 { KeyRights::of(mode, entry, user) } else { KeyRights::ALL };
+            let forbidden = key.forbids(mode, access);
+            if forbidden || !allowed(mode, access, writable, user, executable) {
+                return Err(fault(mode, gva, access, pf::PRESENT | if forbidden { pf::KEY } else { 0 }));
             }
+            writable &= !key.no_write;
             for &(gpa, entry) in &not_accessed[..count] {
                 if !tables.compare_exchange(gpa, entry_size, entry, entry | pte::A) {
                     continue 'restart;
@@ -200,6 +209,37 @@ fn walk_levels<T: PageTables>(
                 global: entry & pte::G != 0 && mode.cr4 & cr4::PGE != 0,
                 dirty: updated & pte::D != 0,
             });
+        }
+    }
+}
+
+/// What a page's protection key takes away (SDM vol. 3A 4.6.2).
+#[derive(Clone, Copy)]
+struct KeyRights {
+    no_access: bool,
+    /// By user code, and by other code under CR0.WP.
+    no_write: bool,
+}
+
+impl KeyRights {
+    const ALL: KeyRights = KeyRights { no_access: false, no_write: false };
+
+    /// Of the page of the final `entry`, which is for user code or not.
+    fn of(mode: &PagingMode, entry: u64, user: bool) -> KeyRights {
+        let (enabled, rights) = if user { (cr4::PKE, mode.pkru) } else { (cr4::PKS, mode.pkrs) };
+        if mode.cr4 & enabled == 0 {
+            return KeyRights::ALL;
+        }
+        let own = rights >> (2 * (entry >> pte::KEY_SHIFT & 15));
+        KeyRights { no_access: own & 1 != 0, no_write: own & 2 != 0 }
+    }
+
+    /// Keys are about data, not about code.
+    fn forbids(self, mode: &PagingMode, access: Access) -> bool {
+        match access.kind {
+            AccessKind::Fetch => false,
+            AccessKind::Read => self.no_access,
+            AccessKind::Write => self.no_access || self.no_write && (access.user || mode.cr0 & cr0::WP != 0),
         }
     }
 }
@@ -283,6 +323,8 @@ mod tests {
         efer: efer::LMA,
         ac: false,
         physical_bits: 40,
+        pkru: 0,
+        pkrs: 0,
     };
     const LOAD: Access = Access { kind: AccessKind::Read, user: false, implicit: false };
 
@@ -303,6 +345,36 @@ mod tests {
             let accessed: Vec<bool> = memory.0.borrow().values().map(|entry| entry & pte::A != 0).collect();
             assert_eq!(accessed, [!fails; 4], "{last:x} {access:?}");
         }
+    }
+
+    /// A page of key 1 may not be accessed, one of key 2 not be written to; which register counts is up to the page.
+    #[test]
+    fn protection_keys_take_rights_away() {
+        let keys = PagingMode { cr4: MODE.cr4 | cr4::PKE | cr4::PKS, ..MODE };
+        let (user, other) = (PagingMode { pkru: 0x24, ..keys }, PagingMode { pkrs: 0x24, ..keys });
+        let (yes, no) = (None, Some(pf::PRESENT | pf::KEY));
+        for (mode, key, [read, write, fetch, write_without_wp]) in [
+            (user, 0, [yes; 4]),
+            (user, 1, [no, no, yes, no]),
+            (user, 2, [yes, no, yes, yes]),
+            (other, 1, [yes; 4]),
+            (PagingMode { cr4: MODE.cr4 | cr4::PKS, ..user }, 1, [yes; 4]),
+        ] {
+            // All levels are for user code.
+            let entries = [(0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007), (0x4000, 0x5007 | key << 59)];
+            let memory = || Memory(RefCell::new(entries.into()));
+            let code =
+                |mode: &PagingMode, kind| walk(&memory(), mode, 0, Access { kind, ..LOAD }).err().map(|e| e.error_code);
+            let expect = |expected: Option<u32>, bits| expected.map(|code| Some(code | bits));
+            assert_eq!(code(&mode, AccessKind::Read), expect(read, 0), "key {key}");
+            assert_eq!(code(&mode, AccessKind::Write), expect(write, pf::WRITE), "key {key}");
+            assert_eq!(code(&mode, AccessKind::Fetch), expect(fetch, 0), "key {key}");
+            let unprotected = PagingMode { cr0: cr0::PG, ..mode };
+            assert_eq!(code(&unprotected, AccessKind::Write), expect(write_without_wp, pf::WRITE), "key {key}");
+        }
+        let memory = tables(0x5003 | 2 << 59);
+        assert!(walk(&memory, &user, 0, LOAD).unwrap().writable, "a supervisor page");
+        assert!(!walk(&memory, &other, 0, LOAD).unwrap().writable, "it has a key of its own kind");
     }
 
     /// An entry that points to its own table is met at several levels.

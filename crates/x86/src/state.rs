@@ -62,7 +62,7 @@ pub struct VcpuState {
     pub xcr0: u64,
     /// MSRs by number, those of [`crate::msr::SAVED`] and no others. FS and GS bases live in `segments`.
     pub msrs: Vec<(u32, u64)>,
-    /// XSAVE area in the standard format (SDM vol. 1 13.4), components by `xcr0`.
+    /// XSAVE area in the standard format (SDM vol. 1 13.4), components by `xcr0`; PKRU whatever `xcr0` says.
     pub xsave: Vec<u8>,
     /// The local APIC's register page, a u32 at each multiple of 16 bytes (SDM vol. 3A table 10-1), 1 KiB.
     pub lapic: Vec<u8>,
@@ -116,6 +116,10 @@ impl VcpuState {
 
 /// Size of the XSAVE area for x87, SSE and AVX in bytes.
 pub const XSAVE_SIZE: usize = 832;
+
+/// Where vCPUs with protection keys have PKRU in the XSAVE area, and the size of that component, in bytes.
+pub const PKRU_OFFSET: usize = XSAVE_SIZE;
+pub const PKRU_SIZE: usize = 8;
 
 /// An XSAVE area in its initial configuration (SDM vol. 1 13.6): FCW 0x37f, MXCSR 0x1f80.
 pub fn initial_xsave() -> Vec<u8> {

@@ -115,6 +115,7 @@ pub(crate) fn is_system(insn: &Instruction) -> bool {
         M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd => true,
         M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdmsr | M::Wrmsr | M::Rdpmc => true,
         M::Invlpg | M::Invpcid | M::Wbinvd | M::Wbnoinvd | M::Invd | M::Xsetbv | M::Xgetbv | M::Swapgs => true,
+        M::Rdpkru | M::Wrpkru => true,
         M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase | M::Clac | M::Stac | M::Clts | M::Rsm => true,
         M::Int | M::Int1 | M::Int3 | M::Into | M::Syscall | M::Sysret | M::Sysretq => true,
         M::Sysenter | M::Sysexit | M::Sysexitq | M::Vmcall | M::Vmmcall => true,

@@ -156,6 +156,8 @@ fn cr4_defined(core: &Core) -> u64 {
         (has(core, 7, |r| r.ebx, 7), cr4::SMEP),
         (has(core, 7, |r| r.ebx, 20), cr4::SMAP),
         (has(core, 7, |r| r.ecx, 2), cr4::UMIP),
+        (has(core, 7, |r| r.ecx, 3), cr4::PKE),
+        (has(core, 7, |r| r.ecx, 31), cr4::PKS),
     ] {
         if present {
             bits |= bit;
@@ -185,7 +187,8 @@ fn write_cr4(core: &mut Core, _io: &dyn GuestIo, value: u64) -> Result<(), Excep
         check_pdptes(core, core.cpu.cr3)?;
     }
     core.cpu.cr4 = value;
-    if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP) != 0 {
+    let paging = cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP | cr4::PKE | cr4::PKS;
+    if changed & paging != 0 {
         core.flush_all();
     }
     Ok(())
@@ -283,6 +286,25 @@ pub(super) fn xsetbv(core: &mut Core) -> Result<(), Exception> {
         return Err(Exception::gp(0));
     }
     core.cpu.xcr0 = value;
+    Ok(())
+}
+
+/// RDPKRU and WRPKRU (SDM vol. 2B, 2D).
+pub(super) fn protection_keys(core: &mut Core, instruction: &Instruction) -> Result<(), Exception> {
+    if core.cpu.cr4 & cr4::PKE == 0 {
+        return Err(Exception::ud());
+    }
+    let [rax, rcx, rdx] = [gpr::RAX, gpr::RCX, gpr::RDX].map(|register| core.cpu.gpr[register] as u32);
+    let write = instruction.mnemonic() == Mnemonic::Wrpkru;
+    if rcx != 0 || write && rdx != 0 {
+        return Err(Exception::gp(0));
+    }
+    if write {
+        core.set_protection_keys(rax, core.cpu.pkrs);
+    } else {
+        core.cpu.gpr[gpr::RAX] = core.cpu.pkru.into();
+        core.cpu.gpr[gpr::RDX] = 0;
+    }
     Ok(())
 }
 

@@ -7,11 +7,13 @@ use crate::cpu::Mode;
 use anyvisor_x86::bits::{cr0, cr4, gpr, xcr0};
 use anyvisor_x86::lapic::{Destination, Message, base};
 use anyvisor_x86::msi::DeliveryMode;
+use anyvisor_x86::state::{PKRU_OFFSET, PKRU_SIZE};
 use anyvisor_x86::{CpuidResult, Exception};
 use iced_x86::Instruction;
 
 const OSXSAVE: u32 = 1 << 27;
 const APIC: u32 = 1 << 9;
+const OSPKE: u32 = 1 << 4;
 
 /// What CPUID returns now: the table, with the bits that follow the processor's state.
 pub fn cpuid_now(core: &Core, leaf: u32, subleaf: u32) -> CpuidResult {
@@ -27,8 +29,15 @@ pub fn cpuid_now(core: &Core, leaf: u32, subleaf: u32) -> CpuidResult {
                 result.edx &= !APIC;
             }
         }
-        // The standard format: legacy area and header, then AVX at a fixed place (SDM vol. 1 13.4).
-        (0xd, 0) if result.ebx != 0 => result.ebx = if core.cpu.xcr0 & xcr0::AVX != 0 { 832 } else { 576 },
+        (7, 0) if core.cpu.cr4 & cr4::PKE != 0 => result.ecx |= OSPKE,
+        // The standard format: legacy area and header, then AVX and PKRU at fixed places (SDM vol. 1 13.4).
+        (0xd, 0) if result.ebx != 0 => {
+            result.ebx = match core.cpu.xcr0 {
+                xcr0 if xcr0 & xcr0::PKRU != 0 => (PKRU_OFFSET + PKRU_SIZE) as u32,
+                xcr0 if xcr0 & xcr0::AVX != 0 => 832,
+                _ => 576,
+            };
+        }
         _ => {}
     }
     result

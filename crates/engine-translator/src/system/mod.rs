@@ -142,6 +142,7 @@ fn execute_control(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction)
         Invd | Wbinvd | Wbnoinvd => control::cache_control(core),
         Xgetbv => control::xgetbv(core),
         Xsetbv => control::xsetbv(core),
+        Rdpkru | Wrpkru => control::protection_keys(core, instruction),
         Rdmsr => msr::rdmsr(core),
         Wrmsr => msr::wrmsr(core, io),
         Cpuid => {

@@ -82,6 +82,10 @@ pub fn read(core: &mut Core, number: u32) -> Result<u64, Exception> {
             require(core, &cpuid::SPEC_CTRL)?;
             core.cpu.spec_ctrl
         }
+        msr::IA32_PKRS => {
+            require(core, &cpuid::PKS)?;
+            core.cpu.pkrs.into()
+        }
         msr::IA32_ARCH_CAPABILITIES => {
             require(core, &cpuid::ARCH_CAPABILITIES_PRESENT)?;
             cpuid::ARCH_CAPABILITIES
@@ -148,6 +152,11 @@ pub fn write(core: &mut Core, io: &dyn GuestIo, number: u32, value: u64) -> Resu
         msr::IA32_SPEC_CTRL => {
             require(core, &cpuid::SPEC_CTRL)?;
             core.cpu.spec_ctrl = within(value, SPEC_CTRL_DEFINED)?;
+        }
+        msr::IA32_PKRS => {
+            require(core, &cpuid::PKS)?;
+            let value = within(value, u32::MAX.into())?;
+            core.set_protection_keys(core.cpu.pkru, value as u32);
         }
         msr::IA32_PRED_CMD => {
             require(core, &cpuid::SPEC_CTRL)?;

@@ -42,7 +42,7 @@ pub use tables::{Mode, flags, page, place, selector};
 
 use crate::Engine;
 use anyvisor_x86::Cpuid;
-use anyvisor_x86::cpuid::{CpuModel, Feature, Register};
+use anyvisor_x86::cpuid::{CpuChoice, CpuModel, Feature, Register};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -105,6 +105,8 @@ impl Need {
     pub const RDTSCP: Need = Need::new("rdtscp", 0x8000_0001, Register::Edx, 27);
     pub const RDPID: Need = Need::new("rdpid", 7, Register::Ecx, 22);
     pub const SYSENTER: Need = Need::new("sep", 1, Register::Edx, 11);
+    pub const PKU: Need = Need(anyvisor_x86::cpuid::PKU);
+    pub const PKS: Need = Need(anyvisor_x86::cpuid::PKS);
     pub const MOVBE: Need = Need::new("movbe", 1, Register::Ecx, 22);
     pub const CX16: Need = Need::new("cx16", 1, Register::Ecx, 13);
 }
@@ -138,9 +140,12 @@ pub struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    /// Cases run on vCPUs of the `host` model with all that `engine` supports.
+    /// Cases run on vCPUs of the `host` model with all that `engine` supports, protection keys too.
     pub fn new(engine: &'a dyn Engine, patience: Duration) -> Bench<'a> {
-        let cpuid = CpuModel::Host.table(&engine.supported_cpuid(), 1, 0).expect("the host model needs only x86-64");
+        let supported = engine.supported_cpuid();
+        let keys: CpuChoice = "host,+pku,+pks".parse().expect("a CPU model");
+        let cpuid = keys.table(&supported, 1, 0).or_else(|_| CpuModel::Host.table(&supported, 1, 0));
+        let cpuid = cpuid.expect("the host model needs only x86-64");
         Bench { engine, cpuid, patience }
     }
 

@@ -9,6 +9,7 @@ mod exceptions;
 mod fpu;
 mod identity;
 mod interrupts;
+mod keys;
 mod kicks;
 mod machine;
 mod mmio;
@@ -54,6 +55,7 @@ pub fn cases() -> Vec<Case> {
     port_io::add(&mut suite);
     mmio::add(&mut suite);
     paging::add(&mut suite);
+    keys::add(&mut suite);
     events::add(&mut suite);
     interrupts::add(&mut suite);
     apic::add(&mut suite);
