@@ -93,7 +93,7 @@ pub struct RunOptions {
     /// What executes guest code: auto, translator or kvm
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub engine: EngineChoice,
-    /// x86-64-v3, x86-64-v2 or host, and features to leave out (x86-64-v2,-pcid) [default: x86-64-v3]
+    /// x86-64-v3, x86-64-v2 or host, and features to leave out (x86-64-v2,-pcid) or ask for (host,+pku,+pks) [default: x86-64-v3]
     #[arg(long, value_name = "MODEL")]
     pub cpu_model: Option<CpuChoice>,
     /// Serial console: stdio, file:PATH or null [default: stdio; with --detach null]

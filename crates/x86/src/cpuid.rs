@@ -3,14 +3,15 @@
 //! A vCPU's table is a pure function of a model, of what the engine supports on this host and of the
 //! vCPU's place in the topology: [`CpuModel::table`]. The named models are a psABI level plus the system
 //! features a kernel wants, with one fixed identity, so that a VM can move between hosts; `host` is
-//! everything the engine supports. No table ever shows a feature that the engine does not list, and what
-//! a model needs and the host lacks is an error that names it.
+//! everything the engine supports, but for what has to be asked for ([`CpuChoice`]: `host,+pku`) because VMs with it
+//! cannot move to every engine. No table ever shows a feature that the engine does not list, and what a model needs
+//! and the host lacks is an error that names it.
 //!
-//! Three things in a table change while the vCPU runs and are the engine's business: 1.ECX.OSXSAVE
-//! (CR4.OSXSAVE), 1.EDX.APIC (IA32_APIC_BASE) and Dh.0.EBX (the XSAVE size for the current XCR0; the
+//! Four things in a table change while the vCPU runs and are the engine's business: 1.ECX.OSXSAVE
+//! (CR4.OSXSAVE), 7.ECX.OSPKE (CR4.PKE), 1.EDX.APIC (IA32_APIC_BASE) and Dh.0.EBX (the XSAVE size for the current XCR0; the
 //! table holds the size for all components).
 //!
-//! Left out of every model: 5-level paging, AVX-512, TSX, PKU, XSAVEC/XSAVES/XSAVEOPT, CET, MONITOR, the
+//! Left out of every model: 5-level paging, AVX-512, TSX, XSAVEC/XSAVES/XSAVEOPT, CET, MONITOR, the
 //! PMU, debug store, VMX and SGX. They need state or traps that the machine does not have.
 
 use crate::bits::xcr0;
@@ -702,6 +703,9 @@ pub struct MissingFeatures {
 impl fmt::Display for MissingFeatures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "this host cannot run CPU model {}: it lacks {}", self.model, self.features.join(", "))?;
+        if self.features.iter().all(|name| ON_REQUEST.iter().any(|feature| feature.name == *name)) {
+            return write!(f, ", which only some engines make; leave it out or choose another --engine");
+        }
         match self.model {
             CpuModel::V3 => write!(f, "; try --cpu-model x86-64-v2 or host"),
             CpuModel::V2 => write!(f, "; try --cpu-model host"),
@@ -909,5 +913,21 @@ mod tests {
             assert_eq!(model.name().parse(), Ok(model));
         }
         assert!("pentium".parse::<CpuModel>().unwrap_err().contains("pentium"));
+    }
+
+    #[test]
+    fn protection_keys_are_shown_on_request() {
+        let keyed: CpuChoice = "host,-smap,+pku,+pks".parse().unwrap();
+        assert_eq!(keyed.to_string(), "host,-smap,+pku,+pks");
+        let table = keyed.table(&rich_host(), 1, 0).unwrap();
+        assert!(table.has(&PKU) && table.has(&PKS) && !CpuModel::Host.table(&rich_host(), 1, 0).unwrap().has(&PKU));
+        assert_eq!(table.get(0xd, 0).map(|leaf| (leaf.eax, leaf.ecx)), Some((0x207, 840)));
+        assert_eq!(table.get(0xd, 9).map(|leaf| (leaf.eax, leaf.ebx)), Some((8, 832)));
+        let mut without = rich_host();
+        without.replace(7, 0, CpuidResult { ecx: !(1 << 3), ..without.get(7, 0).unwrap() });
+        let error = keyed.table(&without, 1, 0).unwrap_err().to_string();
+        assert!(error.contains("lacks pku, which only some engines make"), "{error}");
+        assert_eq!(table.differences(&without), ["pku"]);
+        assert!("host,+smap".parse::<CpuChoice>().unwrap_err().contains("pku and pks are"));
     }
 }

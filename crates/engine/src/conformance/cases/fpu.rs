@@ -230,7 +230,8 @@ fn state(suite: &mut Suite) {
         .add("YMM comes from the state and goes to it", WIDE, |g| {
             g.state.cr4 |= cr4::OSXSAVE;
             g.state.xcr0 = 7;
-            g.state.xsave.resize(XSAVE_SIZE, 0);
+            let size = g.state.xsave.len().max(XSAVE_SIZE);
+            g.state.xsave.resize(size, 0);
             g.state.xsave[160 + 16 * 2..160 + 16 * 3].copy_from_slice(&[0x11; 16]);
             g.state.xsave[576 + 16 * 2..576 + 16 * 3].copy_from_slice(&[0x22; 16]);
             g.state.xsave[512] = 7;
