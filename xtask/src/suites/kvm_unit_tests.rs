@@ -54,6 +54,8 @@ const ASIDE: &[(&str, &str)] = &[
 
 /// Why a test does not pass, or what to know about it.
 const REMARKS: &[(&str, &str)] = &[
+    ("pku", "protection keys are shown on request: `--cpu-model host,+pku,+pks`"),
+    ("pks", "protection keys are shown on request: `--cpu-model host,+pku,+pks`"),
     ("asyncpf", "KVM's asynchronous page faults are not offered: guest memory is not paged out by the hypervisor"),
     ("s3", "sleeping to RAM is not offered: the ACPI tables have no \\_S3, and the test does not ask them"),
     ("syscall", "but for SYSCALL in 32-bit code, which AMD's CPUs have and Intel's, as here, have not"),

@@ -140,6 +140,8 @@ fn entry_state_is_64_bit_mode_on_identity_tables() {
         efer: state.msr(msr::EFER).unwrap(),
         ac: false,
         physical_bits: 46,
+        pkru: 0,
+        pkrs: 0,
     };
     let access = Access { kind: AccessKind::Fetch, user: false, implicit: false };
     for gva in [0, 0x7123, 0x100_0200, 0xbfff_ffff, 0xffff_ffff] {
