@@ -36,10 +36,23 @@ use vm_memory::GuestMemoryMmap;
 /// reference when translated code is in doubt.
 const INTERPRET_VARIABLE: &str = "ANYVISOR_INTERPRET";
 
+/// The environment variable that, when set, makes the engine translate everything as if it were hot.
+const EAGER_VARIABLE: &str = "ANYVISOR_EAGER";
+
+/// What becomes of guest code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Execution {
+    /// It is translated, again if it turns out to be hot.
+    Translate,
+    /// It is translated as hot code from the start.
+    TranslateEagerly,
+    Interpret,
+}
+
 /// The engine.
 pub struct Translator {
     tsc_khz: u64,
-    interpret_only: bool,
+    execution: Execution,
 }
 
 impl Translator {
@@ -50,7 +63,13 @@ impl Translator {
     pub fn new() -> Result<Translator> {
         native::install_signal_handlers();
         code_memory::CodeMemory::new(4096)?;
-        Ok(Translator { tsc_khz: host::tsc_khz(), interpret_only: std::env::var_os(INTERPRET_VARIABLE).is_some() })
+        let wants = |variable: &str| std::env::var_os(variable).is_some();
+        let execution = match (wants(INTERPRET_VARIABLE), wants(EAGER_VARIABLE)) {
+            (true, _) => Execution::Interpret,
+            (false, true) => Execution::TranslateEagerly,
+            (false, false) => Execution::Translate,
+        };
+        Ok(Translator { tsc_khz: host::tsc_khz(), execution })
     }
 
     /// As [`Translator::new`], but vCPUs interpret every instruction.
@@ -58,7 +77,15 @@ impl Translator {
     /// # Errors
     /// As for `new`.
     pub fn interpreting() -> Result<Translator> {
-        Ok(Translator { interpret_only: true, ..Translator::new()? })
+        Ok(Translator { execution: Execution::Interpret, ..Translator::new()? })
+    }
+
+    /// As [`Translator::new`], but all code is translated as hot code: for tests.
+    ///
+    /// # Errors
+    /// As for `new`.
+    pub fn eager() -> Result<Translator> {
+        Ok(Translator { execution: Execution::TranslateEagerly, ..Translator::new()? })
     }
 }
 
@@ -73,14 +100,14 @@ impl Engine for Translator {
 
     fn create_vm(&self, memory: GuestMemoryMmap) -> Result<Arc<dyn Vm>> {
         let shared = Arc::new(VmShared::new(Arc::new(Ram::new(memory)), self.tsc_khz));
-        Ok(Arc::new(TranslatorVm { shared, interpret_only: self.interpret_only }))
+        Ok(Arc::new(TranslatorVm { shared, execution: self.execution }))
     }
 }
 
 /// One VM.
 struct TranslatorVm {
     shared: Arc<VmShared>,
-    interpret_only: bool,
+    execution: Execution,
 }
 
 impl TranslatorVm {
@@ -92,7 +119,7 @@ impl TranslatorVm {
 
 impl Vm for TranslatorVm {
     fn create_vcpu(&self, id: VcpuId, cpuid: &Cpuid) -> Result<Box<dyn Vcpu>> {
-        if id.0 > 0 && !self.interpret_only {
+        if id.0 > 0 && self.execution != Execution::Interpret {
             // Translations of one vCPU do not see another's writes to the code they were made from yet.
             let why = "the translator engine runs one vCPU for now; use --cpus 1".to_owned();
             return Err(Error::Unsupported(why));
@@ -106,7 +133,13 @@ impl Vm for TranslatorVm {
             vcpus.push(shared.clone());
         }
         let core = Core::new(self.shared.clone(), shared, cpu, cpuid.clone());
-        let translator = if self.interpret_only { None } else { Some(translate::Translator::new(cpuid)?) };
+        let translator = if self.execution == Execution::Interpret {
+            None
+        } else {
+            let mut translator = translate::Translator::new(cpuid)?;
+            translator.translate_eagerly(self.execution == Execution::TranslateEagerly);
+            Some(translator)
+        };
         Ok(Box::new(TranslatorVcpu::new(core, translator)?))
     }
 

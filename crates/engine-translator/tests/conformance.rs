@@ -28,6 +28,12 @@ fn translating() {
     all_pass(&Translator::new().expect("the host supports the engine"));
 }
 
+/// Every block with micro-TLB entries and every loop with its probes before it, which else only hot code gets.
+#[test]
+fn translating_eagerly() {
+    all_pass(&Translator::eager().expect("the host supports the engine"));
+}
+
 #[test]
 fn interpreting() {
     all_pass(&Translator::interpreting().expect("the host supports the engine"));

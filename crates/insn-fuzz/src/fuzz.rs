@@ -84,7 +84,7 @@ impl Bench {
                 Executor::Interpreter => &[false],
             };
             for &eager in runs {
-                guest.hoist_eagerly(eager);
+                guest.translate_eagerly(eager);
                 let faults = fault::page_faults();
                 let outcome = guest.run(case, &self.image.1);
                 let faults = fault::page_faults() - faults;

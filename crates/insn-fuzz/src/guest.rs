@@ -134,11 +134,11 @@ impl Guest {
     }
 
     /// Whether the translator hoists probes out of every loop from now on.
-    pub fn hoist_eagerly(&mut self, eager: bool) {
+    pub fn translate_eagerly(&mut self, eager: bool) {
         if let Some(translator) = &mut self.translator
             && self.eager != eager
         {
-            translator.hoist_eagerly(eager);
+            translator.translate_eagerly(eager);
             translator.flush(&mut self.core);
             self.eager = eager;
         }

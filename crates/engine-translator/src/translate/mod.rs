@@ -265,8 +265,8 @@ impl Translator {
         })
     }
 
-    /// Whether to hoist the probes of every loop from now on, not just of those that samples meet: for tests.
-    pub fn hoist_eagerly(&mut self, eager: bool) {
+    /// Whether to translate everything as hot code from now on, not just what samples meet: for tests.
+    pub fn translate_eagerly(&mut self, eager: bool) {
         self.eager = eager;
     }
 
