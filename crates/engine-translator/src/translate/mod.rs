@@ -73,6 +73,8 @@ const SAMPLES: i8 = 4;
 
 /// Micro-TLB entries that a block can have.
 const BLOCK_MICROS: usize = 24;
+/// Translations after which eager translation takes all micro-TLB entries away.
+const EAGER_RECYCLE: u64 = 512;
 /// Blocks that a hot one's jumps lead to, and that are hot with it.
 const HOT_NEIGHBOURS: usize = 32;
 
@@ -206,6 +208,8 @@ pub struct Translator {
     /// should not.
     hot: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     cold: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    /// When all micro-TLB entries were taken away last.
+    recycled: u64,
     /// Whose each micro-TLB entry is.
     micro_owners: Vec<Key>,
     /// Treat every block as a hot one, and hoist the probes of every loop.
@@ -253,6 +257,7 @@ impl Translator {
             short_loops: HashSet::default(),
             hot: HashSet::default(),
             cold: HashSet::default(),
+            recycled: 0,
             micro_owners: Vec::new(),
             eager: false,
             generation: 0,
@@ -543,10 +548,11 @@ impl Translator {
             self.flush(core);
             core.protect_code_page(key.gpa);
         }
-        let hot = !key.alone && !self.cold.contains(&key) && (self.eager || self.hot.contains(&key));
-        if hot && self.micro_owners.len() + BLOCK_MICROS > MICRO_ENTRIES {
+        if self.eager && self.statistics.blocks % EAGER_RECYCLE == 0 {
             self.recycle_micro(core);
         }
+        let wanted = self.eager || self.hot.contains(&key);
+        let hot = wanted && !key.alone && !self.cold.contains(&key) && !self.is_micro_full();
         let first_micro = self.micro_owners.len();
         let first_exit = self.exits.len() as u32;
         let mut source = Source {
@@ -789,7 +795,7 @@ impl Translator {
         let key = block.key;
         // Kernels run the same code for many stacks and objects: their accesses don't stay on a page.
         let user = matches!(key.context.jumps, JumpContext::User | JumpContext::User32);
-        if user && block.alive && !block.hot && !self.cold.contains(&key) {
+        if user && block.alive && !block.hot && !self.cold.contains(&key) && self.may_heat(core) {
             self.heat(core, id as u32);
             core.sample_period = Core::SAMPLE_PERIODS.start;
         } else {
@@ -858,7 +864,24 @@ impl Translator {
             }
         }
         self.hot.clear();
+        self.recycled = core.tsc();
         core.cpu.micro = [MicroEntry::EMPTY; MICRO_ENTRIES];
+    }
+
+    fn is_micro_full(&self) -> bool {
+        self.micro_owners.len() + BLOCK_MICROS > MICRO_ENTRIES
+    }
+
+    /// Whether there are micro-TLB entries for another hot block. Where very much is hot, a second's first
+    /// get them: translating again costs more than they save.
+    fn may_heat(&mut self, core: &mut Core) -> bool {
+        if self.is_micro_full() {
+            if core.tsc().wrapping_sub(self.recycled) < core.vm.tsc_khz * 1000 {
+                return false;
+            }
+            self.recycle_micro(core);
+        }
+        true
     }
 
     /// The block and the guest address of the instruction that host address `at` belongs to.
