@@ -548,7 +548,7 @@ impl Translator {
             self.flush(core);
             core.protect_code_page(key.gpa);
         }
-        if self.eager && self.statistics.blocks % EAGER_RECYCLE == 0 {
+        if self.eager && self.statistics.blocks.is_multiple_of(EAGER_RECYCLE) {
             self.recycle_micro(core);
         }
         let wanted = self.eager || self.hot.contains(&key);
