@@ -60,12 +60,18 @@ fn overhead(smaps: &str) -> u64 {
     total
 }
 
-/// CPU time of a process, user and system, all threads.
-fn cpu_seconds(process: u32) -> Result<f64> {
+/// CPU time of a process, user and system, all threads, and of those of its children that it has waited for.
+///
+/// # Errors
+/// There is no such process.
+pub fn cpu_seconds(process: u32) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).context("reading stat")?;
     // The name in parentheses may hold spaces; the fields counted here follow it.
     let fields: Vec<_> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+    let mut ticks = 0.0;
+    for field in &fields[11..15] {
+        ticks += field.parse::<f64>()?;
+    }
     // USER_HZ is 100 on x86.
     Ok(ticks / 100.0)
 }

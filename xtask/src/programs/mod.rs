@@ -3,14 +3,15 @@
 //!
 //! All three run the same files with the same driver (`guest/drive.py`), the guests from an initramfs with as
 //! much RAM. Everything a program made has a checksum: one that differs from the native one fails the command.
-//! Times are medians, of the guest's clock and of the host's.
+//! Times are medians: of the guest's clock, of the host's, and of the CPU time that the host spent, which other work
+//! on the host does not count in.
 
 mod root;
 mod source;
 mod table;
 
 use crate::bench::Runner;
-use crate::{cargo, install, run};
+use crate::{cargo, install, measure, run};
 use anyhow::{Context, Result, bail, ensure};
 use anyvisor_tests::{assets, vm};
 use std::collections::BTreeMap;
@@ -56,6 +57,8 @@ struct Sample {
     seconds: f64,
     /// Between the lines that say that it began and ended, on the host's clock.
     wall: f64,
+    /// CPU time that the host spent in between.
+    cpu: f64,
     /// Of what it made; `-` if that is a speed.
     checksum: String,
 }
@@ -66,6 +69,7 @@ struct Program {
     name: String,
     seconds: BTreeMap<Runner, Vec<f64>>,
     wall: BTreeMap<Runner, Vec<f64>>,
+    cpu: BTreeMap<Runner, Vec<f64>>,
 }
 
 /// Measures, compares what was made, prints, writes.
@@ -139,6 +143,7 @@ fn add(programs: &mut Vec<Program>, samples: Vec<Sample>, runner: Runner) {
         });
         programs[at].seconds.entry(runner).or_default().push(sample.seconds);
         programs[at].wall.entry(runner).or_default().push(sample.wall);
+        programs[at].cpu.entry(runner).or_default().push(sample.cpu);
     }
 }
 
@@ -165,7 +170,19 @@ fn qemu(initramfs: &Path, options: &Options) -> Result<Command> {
 fn anyvisor(initramfs: &Path, options: &Options) -> Result<Command> {
     let initramfs = initramfs.display().to_string();
     let line = command_line(options);
-    let more = ["--engine", "translator", "--initrd", &initramfs, "--memory", MEMORY, "--cmdline", &line];
+    // As QEMU's `max`: all that there is.
+    let more = [
+        "--engine",
+        "translator",
+        "--cpu-model",
+        "host",
+        "--initrd",
+        &initramfs,
+        "--memory",
+        MEMORY,
+        "--cmdline",
+        &line,
+    ];
     let mut command = vm::command();
     command.args(vm::arguments(&assets::kernel()?, &more));
     Ok(command)
@@ -177,9 +194,12 @@ fn listen(command: &mut Command) -> Result<Vec<Sample>> {
     let mut child = spawned.with_context(|| format!("starting {}", command.get_program().to_string_lossy()))?;
     let output = BufReader::new(child.stdout.take().context("no output")?);
     let (to, from) = mpsc::channel();
+    let process = child.id();
     let reader = std::thread::spawn(move || {
         for line in output.split(b'\n').map_while(Result::ok) {
-            if to.send((Instant::now(), String::from_utf8_lossy(&line).trim_end().to_owned())).is_err() {
+            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            let cpu = measure::cpu_seconds(process).unwrap_or_default();
+            if to.send(Line { at: Instant::now(), cpu, text }).is_err() {
                 break;
             }
         }
@@ -203,21 +223,32 @@ fn listen(command: &mut Command) -> Result<Vec<Sample>> {
     Ok(samples)
 }
 
+/// A line of output, and when it came: on the host's clock, and by the CPU time spent until then.
+struct Line {
+    at: Instant,
+    cpu: f64,
+    text: String,
+}
+
 /// Reads the lines that `guest/drive.py` prints.
-fn parse(lines: &[(Instant, String)]) -> Result<Vec<Sample>> {
+fn parse(lines: &[Line]) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
     let mut began = None;
-    for (at, line) in lines {
-        let words: Vec<_> = line.split_whitespace().collect();
+    for Line { at, cpu, text } in lines {
+        let words: Vec<_> = text.split_whitespace().collect();
         match words[..] {
-            ["START", ..] => began = Some(*at),
-            ["PROGRAM", name, seconds, checksum] => samples.push(Sample {
-                name: name.replace('_', " "),
-                seconds: seconds.parse().with_context(|| format!("a time in {line:?}"))?,
-                wall: at.duration_since(began.take().context("a program ended that did not start")?).as_secs_f64(),
-                checksum: checksum.to_owned(),
-            }),
-            ["FAILED", ..] => bail!("{line}"),
+            ["START", ..] => began = Some((*at, *cpu)),
+            ["PROGRAM", name, seconds, checksum] => {
+                let (start, before) = began.take().context("a program ended that did not start")?;
+                samples.push(Sample {
+                    name: name.replace('_', " "),
+                    seconds: seconds.parse().with_context(|| format!("a time in {text:?}"))?,
+                    wall: at.duration_since(start).as_secs_f64(),
+                    cpu: cpu - before,
+                    checksum: checksum.to_owned(),
+                });
+            }
+            ["FAILED", ..] => bail!("{text}"),
             ["PROGRAMS-DONE"] => return Ok(samples),
             _ => (),
         }
@@ -225,8 +256,8 @@ fn parse(lines: &[(Instant, String)]) -> Result<Vec<Sample>> {
     bail!("the programs did not finish; {}", last(lines))
 }
 
-fn last(lines: &[(Instant, String)]) -> String {
-    let last: Vec<_> = lines.iter().rev().take(8).rev().map(|(_, line)| line.as_str()).collect();
+fn last(lines: &[Line]) -> String {
+    let last: Vec<_> = lines.iter().rev().take(8).rev().map(|line| line.text.as_str()).collect();
     format!("the output ends: {}", last.join(" / "))
 }
 
@@ -234,8 +265,8 @@ fn last(lines: &[(Instant, String)]) -> String {
 mod tests {
     use super::*;
 
-    fn lines(text: &str) -> Vec<(Instant, String)> {
-        text.lines().map(|line| (Instant::now(), line.to_owned())).collect()
+    fn lines(text: &str) -> Vec<Line> {
+        text.lines().map(|line| Line { at: Instant::now(), cpu: 1.0, text: line.to_owned() }).collect()
     }
 
     #[test]
@@ -250,7 +281,13 @@ mod tests {
 
     #[test]
     fn a_wrong_result_is_an_error() {
-        let sample = |checksum: &str| Sample { name: "gcc".into(), seconds: 1.0, wall: 1.0, checksum: checksum.into() };
+        let sample = |checksum: &str| Sample {
+            name: "gcc".into(),
+            seconds: 1.0,
+            wall: 1.0,
+            cpu: 1.0,
+            checksum: checksum.into(),
+        };
         let mut checksums = BTreeMap::new();
         compare(&mut checksums, &[sample("abc")], Runner::Native).unwrap();
         compare(&mut checksums, &[sample("abc")], Runner::Anyvisor).unwrap();
