@@ -94,11 +94,20 @@ pub struct MicroEntry {
 }
 
 impl MicroEntry {
-    /// An address that is not canonical, and whose page is not there in the host.
-    const NOWHERE: u64 = 1 << 62;
-    /// Holds a page that no guest can have. An address in it hits, and the host faults at what it says.
-    pub const EMPTY: MicroEntry =
-        MicroEntry { tag: 0u64.wrapping_sub(Self::NOWHERE), host: 0, delta: 0u64.wrapping_sub(Self::NOWHERE), low: 0 };
+    /// Holds the page `nowhere`, which no guest can have. An address in it hits, and the host faults at what it
+    /// says: in its first pages, which are never there.
+    pub fn empty(nowhere: u64, low: u64) -> MicroEntry {
+        let tag = 0u64.wrapping_sub(nowhere);
+        MicroEntry { tag: tag.wrapping_add(low), host: 0, delta: tag, low }
+    }
+
+    /// A page for [`Self::empty`] whose addresses are not canonical. Nobody knows which: an access there raises its #GP
+    /// with status flags that may be wrong.
+    fn nowhere() -> u64 {
+        use std::hash::{BuildHasher, Hasher};
+        let random = std::collections::hash_map::RandomState::new().build_hasher().finish();
+        1 << 62 | (random >> 2 & !0xfff)
+    }
 }
 
 /// Whose rights a TLB holds: a block knows statically which one its accesses use.
@@ -220,6 +229,8 @@ pub struct Cpu {
     pub deltas: [u64; DELTAS],
     /// What hot code has found in the TLB.
     pub micro: [MicroEntry; MICRO_ENTRIES],
+    /// The page that empty ones hold.
+    pub micro_nowhere: u64,
     /// Entries of `micro` that are in use, and whether any has been filled since they were emptied.
     pub micro_used: u32,
     pub micro_filled: u32,
@@ -330,7 +341,8 @@ impl Cpu {
         for jumps in &mut cpu.jump_cache {
             jumps[0] = JumpEntry::empty(0);
         }
-        cpu.micro = [MicroEntry::EMPTY; MICRO_ENTRIES];
+        cpu.micro_nowhere = MicroEntry::nowhere();
+        cpu.micro = [MicroEntry::empty(cpu.micro_nowhere, 0); MICRO_ENTRIES];
         cpu.mxcsr = 0x1f80;
         cpu
     }
@@ -339,7 +351,7 @@ impl Cpu {
     pub fn empty_micro(&mut self) {
         if std::mem::take(&mut self.micro_filled) != 0 {
             for entry in &mut self.micro[..self.micro_used as usize] {
-                *entry = MicroEntry { low: entry.low, ..MicroEntry::EMPTY };
+                *entry = MicroEntry::empty(self.micro_nowhere, entry.low);
             }
         }
     }

@@ -43,7 +43,7 @@ thread_local! {
     static TABLES: Cell<Tables> = const { Cell::new(Tables::NONE) };
 }
 
-/// No further than this from 0 is where an empty micro-TLB entry (`MicroEntry::EMPTY`) sends an access of a page, or of a
+/// No further than this from 0 is where an empty micro-TLB entry (`MicroEntry::empty`) sends an access of a page, or of a
 /// group that begins in it.
 const EMPTY_ENTRY: u64 = 2 * 4096;
 

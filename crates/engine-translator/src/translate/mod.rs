@@ -583,7 +583,7 @@ impl Translator {
         }
         self.micro_owners.resize(usize::from(translation.micro), key);
         for &(entry, low) in &translation.lows {
-            core.cpu.micro[usize::from(entry)] = MicroEntry { low: low as u64, ..MicroEntry::EMPTY };
+            core.cpu.micro[usize::from(entry)] = MicroEntry::empty(core.cpu.micro_nowhere, low as u64);
         }
         core.cpu.micro_used = self.micro_owners.len() as u32;
         self.install(core, key, translation, next_page, hot)
@@ -865,7 +865,7 @@ impl Translator {
         }
         self.hot.clear();
         self.recycled = core.tsc();
-        core.cpu.micro = [MicroEntry::EMPTY; MICRO_ENTRIES];
+        core.cpu.micro = [MicroEntry::empty(core.cpu.micro_nowhere, 0); MICRO_ENTRIES];
     }
 
     fn is_micro_full(&self) -> bool {
@@ -1000,7 +1000,7 @@ impl Translator {
         self.hot.clear();
         self.cold.clear();
         self.micro_owners.clear();
-        core.cpu.micro = [MicroEntry::EMPTY; MICRO_ENTRIES];
+        core.cpu.micro = [MicroEntry::empty(core.cpu.micro_nowhere, 0); MICRO_ENTRIES];
         for page in std::mem::take(&mut self.pages).into_keys() {
             core.unprotect_code_page(page << 12);
         }
