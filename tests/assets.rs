@@ -4,6 +4,7 @@
 //! They are kept in `target/guests`, so that everything but the first run works offline.
 
 use anyhow::{Context, Result, bail};
+use sha2::Digest;
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -162,15 +163,12 @@ pub fn kexec() -> Result<PathBuf> {
     compiled("kexec", &["-O2"])
 }
 
-/// A program of `tests/guests`, linked statically; again whenever its source is newer.
+/// A program of `tests/guests`, linked statically. Its name says which source it was made of.
 fn compiled(name: &str, options: &[&str]) -> Result<PathBuf> {
     let source = root().join("tests/guests").join(format!("{name}.c"));
-    let made = folder().join(name);
-    let changed = |path: &Path| path.metadata().and_then(|m| m.modified());
-    if matches!((changed(&made), changed(&source)), (Ok(made), Ok(source)) if made < source) {
-        std::fs::remove_file(made)?;
-    }
-    cached(name, |to| {
+    let digest = sha2::Sha256::digest(std::fs::read(&source)?);
+    let made = format!("{name}-{:08x}", u32::from_be_bytes(digest[..4].try_into()?));
+    cached(&made, |to| {
         let mut command = Command::new("gcc");
         command.args(options).args(["-static", "-o"]).arg(to).arg(&source);
         run(&mut command).with_context(|| format!("compiling {name}.c (is gcc installed?)"))
