@@ -8,12 +8,11 @@ use super::process::{self, Ended};
 use super::table::{Row, Suite, Verdict};
 use super::{Place, commit, qemu_version, read_kept, write_kept};
 use anyhow::{Context, Result, bail};
-use anyvisor_tests::{assets, vm};
+use anyvisor_tests::vm;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-const URL: &str = "https://gitlab.com/kvm-unit-tests/kvm-unit-tests.git";
 /// The suite's own default (`scripts/runtime.bash`).
 const TIMEOUT: Duration = Duration::from_secs(90);
 
@@ -86,7 +85,7 @@ impl Entry {
 /// Builds the suite and runs its list in QEMU, for later tables.
 ///
 /// # Errors
-/// It cannot be had, built or started.
+/// It cannot be had or started.
 pub fn run_in_tcg(place: &Place, bits: Bits, only: Option<&str>) -> Result<()> {
     let (folder, entries) = prepare(place, bits, only)?;
     let kept = place.kept(bits.name());
@@ -104,20 +103,17 @@ pub fn run_in_tcg(place: &Place, bits: Bits, only: Option<&str>) -> Result<()> {
 
 /// The built suite's folder and the entries of its list.
 fn prepare(place: &Place, bits: Bits, only: Option<&str>) -> Result<(PathBuf, Vec<Entry>)> {
-    let folder = match bits {
-        Bits::Of32 => built(place)?,
-        Bits::Of64 => build(place)?,
-    };
+    let folder = built(place, bits)?;
     let list = folder.join("x86/unittests.cfg");
     let text = std::fs::read_to_string(&list).with_context(|| format!("reading {}", list.display()))?;
     let entries = parse(&text).into_iter().filter(|entry| only.is_none_or(|only| entry.name.contains(only)));
     Ok((folder, entries.collect()))
 }
 
-/// Builds the suite and runs its list.
+/// Runs the suite's list.
 ///
 /// # Errors
-/// It cannot be had, built or started.
+/// It cannot be had or started.
 pub fn run(place: &Place, bits: Bits, only: Option<&str>) -> Result<Suite> {
     let (folder, mut entries) = prepare(place, bits, only)?;
     if bits == Bits::Of32 {
@@ -152,32 +148,20 @@ pub fn run(place: &Place, bits: Bits, only: Option<&str>) -> Result<Suite> {
     Ok(Suite { name: bits.name(), about, rows })
 }
 
-/// The suite's images for 32-bit kernels, which are taken as built.
-fn built(place: &Place) -> Result<PathBuf> {
-    let folder = place.obtain(Bits::Of32.name(), super::copy_whole, |_| {
-        bail!("the images for 32-bit kernels are taken as built; give the folder of a kvm-unit-tests for i386: --source FOLDER")
+/// The suite's images, which are taken as its own build leaves them.
+fn built(place: &Place, bits: Bits) -> Result<PathBuf> {
+    let folder = place.obtain(bits.name(), super::copy_whole, |_| {
+        bail!(
+            "kvm-unit-tests are taken as built; give the folder of one that is built for {}: --source FOLDER",
+            bits.arch()
+        )
     })?;
     let configuration = folder.join("config.mak");
     let text = std::fs::read_to_string(&configuration)
         .with_context(|| format!("reading {}: is kvm-unit-tests built there?", configuration.display()))?;
-    if !text.lines().any(|line| line == "ARCH=i386") {
-        bail!("{}: not built for i386", folder.display());
+    if !text.lines().any(|line| line.strip_prefix("ARCH=") == Some(bits.arch())) {
+        bail!("{}: not built for {}", folder.display(), bits.arch());
     }
-    Ok(folder)
-}
-
-/// The suite, built.
-fn build(place: &Place) -> Result<PathBuf> {
-    crate::install("gcc", &["gcc", "libc6-dev"])?;
-    crate::install("make", &["make"])?;
-    let folder = place.fetch(Bits::Of64.name(), URL)?;
-    if folder.join("x86/setjmp.flat").exists() {
-        return Ok(folder);
-    }
-    eprintln!("xtask: building {}", folder.display());
-    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    assets::run(Command::new("./configure").arg("--arch=x86_64").current_dir(&folder))?;
-    assets::run(Command::new("make").arg(format!("-j{jobs}")).current_dir(&folder))?;
     Ok(folder)
 }
 

@@ -1,7 +1,7 @@
 //! `cargo xtask suites`: CPU tests written by others, on anyvisor and, for comparison, in QEMU's TCG.
 //!
-//! None of their code is kept here: each suite is taken from a folder that the user names, or fetched, and built
-//! in a folder of its own outside of the repository. Results go test by test into docs/conformance.md, each
+//! None of their code is kept here: each suite is taken, built, from a folder that the user names; Linux' selftests are built from
+//! Debian's sources, outside of the repository. Results go test by test into docs/conformance.md, each
 //! suite's between its markers; a test that does not pass needs a reason, which stands beside the suite's runner.
 
 mod fex;
@@ -24,10 +24,10 @@ use table::Verdict;
 pub struct Options {
     /// Which suite
     suite: Name,
-    /// Its sources, instead of a fetched copy; they are copied and not changed
+    /// Where it is, built; it is copied and not changed
     #[arg(long, value_name = "FOLDER")]
     source: Option<PathBuf>,
-    /// Where sources, builds and QEMU's results are kept [default: the user's cache folder]
+    /// Where copies, builds and QEMU's results are kept [default: the user's cache folder]
     #[arg(long, value_name = "FOLDER")]
     cache: Option<PathBuf>,
     /// Runs the suite in QEMU's TCG and keeps the results, which later runs without this show beside anyvisor's
@@ -43,12 +43,12 @@ pub struct Options {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Name {
-    /// kvm-unit-tests for 64-bit kernels
+    /// kvm-unit-tests for 64-bit kernels, built (--source)
     KvmUnitTests,
     /// kvm-unit-tests for 32-bit kernels, built (--source)
     #[value(name = "kvm-unit-tests-i386")]
     KvmUnitTests32,
-    /// test386.asm
+    /// test386.asm, built (--source)
     Test386,
     /// Linux' tools/testing/selftests/x86
     SelftestsX86,
@@ -59,7 +59,7 @@ enum Name {
 /// Runs a suite, prints its table and writes it to docs/conformance.md.
 ///
 /// # Errors
-/// The suite cannot be fetched, built or run; or a test does not pass and has no reason.
+/// The suite cannot be had or run; or a test does not pass and has no reason.
 pub fn suites(options: &Options) -> Result<()> {
     let cache = match &options.cache {
         Some(folder) => folder.clone(),
@@ -107,16 +107,6 @@ struct Place {
 }
 
 impl Place {
-    /// A fresh copy of the suite's sources, to build in: `name` in the cache, from the user's folder or from `url`.
-    fn fetch(&self, name: &str, url: &str) -> Result<PathBuf> {
-        self.obtain(name, copy_whole, |to| {
-            eprintln!("xtask: fetching {url}");
-            let clone = ["clone", "--quiet", "--depth", "1", url];
-            assets::run(Command::new("git").args(clone).arg(to))
-                .with_context(|| format!("fetching {name} from {url}; or give --source FOLDER"))
-        })
-    }
-
     /// The suite in the cache, made by `copy` of the user's folder, or by `get`, at the path that they are given.
     fn obtain(
         &self,

@@ -2,32 +2,32 @@
 //! by a POST code, and stops in the first that fails. The group EE checks nothing itself: it prints what arithmetic
 //! came to, for comparison with a file.
 //!
-//! It is assembled twice: with its POST port on the serial port, for the codes, and with its printing there.
+//! Its ROMs are taken as built, in the folder of its sources: `post-64K.bin` and `post-128K.bin`, whose POST port is the serial
+//! port's (0x3f8), with ROM128 off and on, and `print.bin`, which prints to COM1.
 
 use super::process;
 use super::table::{Row, Suite, Verdict};
 use super::{Place, commit, qemu_version, read_kept, write_kept};
-use anyhow::{Context, Result};
-use anyvisor_tests::{assets, vm};
+use anyhow::{Context, Result, bail};
+use anyvisor_tests::vm;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 const NAME: &str = "test386";
-const URL: &str = "https://github.com/barotto/test386.asm.git";
 const TIMEOUT: Duration = Duration::from_secs(120);
 /// The code behind the last group.
 const DONE: u8 = 0xff;
 /// The group whose results are compared, as the row is called.
 const RESULTS: &str = "results of EE";
 
-/// ROMs: the name of a row's prefix, and the setting of ROM128.
-const ROMS: [(&str, u8); 2] = [("64K", 0), ("128K", 1)];
+/// ROMs, as their rows are prefixed.
+const ROMS: [&str; 2] = ["64K", "128K"];
 
 /// Runs the ROMs in anyvisor.
 ///
 /// # Errors
-/// The suite cannot be had, assembled or started.
+/// The suite cannot be had or started.
 pub fn run(place: &Place) -> Result<Suite> {
     let folder = fetch(place)?;
     let qemu = read_kept(&place.kept(NAME));
@@ -52,7 +52,7 @@ pub fn run(place: &Place) -> Result<Suite> {
 /// Runs the ROMs in QEMU, for later tables.
 ///
 /// # Errors
-/// The suite cannot be had, assembled or started.
+/// The suite cannot be had or started.
 pub fn run_in_tcg(place: &Place) -> Result<()> {
     crate::install("qemu-system-x86_64", &["qemu-system-x86"])?;
     let verdicts = results(&fetch(place)?, qemu)?;
@@ -61,8 +61,15 @@ pub fn run_in_tcg(place: &Place) -> Result<()> {
 }
 
 fn fetch(place: &Place) -> Result<PathBuf> {
-    crate::install("nasm", &["nasm"])?;
-    place.fetch(NAME, URL)
+    place.obtain(NAME, super::copy_whole, |_| {
+        bail!("test386.asm is taken as built; give the folder of its sources and ROMs (post-64K.bin, post-128K.bin, print.bin): --source FOLDER")
+    })
+}
+
+/// The ROM `name`.
+fn rom(folder: &Path, name: &str) -> Result<PathBuf> {
+    let rom = folder.join(format!("{name}.bin"));
+    rom.exists().then_some(rom).with_context(|| format!("{} has no {name}.bin", folder.display()))
 }
 
 fn anyvisor(rom: &Path) -> Command {
@@ -82,8 +89,8 @@ fn results(folder: &Path, runner: impl Fn(&Path) -> Command) -> Result<Vec<(Stri
     let source = folder.join("src/test386.asm");
     let source = std::fs::read_to_string(&source).with_context(|| format!("reading {}", source.display()))?;
     let mut all = Vec::new();
-    for (name, large) in ROMS {
-        let rom = assemble(folder, "post", &[("POST_PORT", "0x3f8"), ("ROM128", &large.to_string())])?;
+    for name in ROMS {
+        let rom = rom(folder, &format!("post-{name}"))?;
         let seen = process::run(&mut runner(&rom), TIMEOUT, |output| output.last() == Some(&DONE))?.output;
         let groups = codes(&source).into_iter().filter(|code| *code != DONE);
         // A group has passed when the next one has begun.
@@ -98,7 +105,7 @@ fn results(folder: &Path, runner: impl Fn(&Path) -> Command) -> Result<Vec<(Stri
     }
     let reference = folder.join("test386-EE-reference.txt");
     let reference = std::fs::read_to_string(&reference).with_context(|| format!("reading {}", reference.display()))?;
-    let rom = assemble(folder, "print", &[("COM_PORT", "1")])?;
+    let rom = rom(folder, "print")?;
     let lines = reference.lines().count();
     let enough = |output: &[u8]| output.iter().filter(|byte| **byte == b'\n').count() >= lines;
     let printed = process::run(&mut runner(&rom), TIMEOUT, enough)?.text();
@@ -110,25 +117,6 @@ fn results(folder: &Path, runner: impl Fn(&Path) -> Command) -> Result<Vec<(Stri
 fn codes(source: &str) -> Vec<u8> {
     let code = |line: &str| u8::from_str_radix(line.trim().strip_prefix("POST ")?.split(' ').next()?, 16).ok();
     source.lines().filter_map(code).collect()
-}
-
-/// The ROM `name` with some of its configuration set.
-fn assemble(folder: &Path, name: &str, settings: &[(&str, &str)]) -> Result<PathBuf> {
-    let original = folder.join("src/configuration.asm");
-    let text = std::fs::read_to_string(&original).with_context(|| format!("reading {}", original.display()))?;
-    let line = |line: &str| match settings.iter().find(|(key, _)| line.starts_with(&format!("{key} equ"))) {
-        Some((key, value)) => format!("{key} equ {value}\n"),
-        None => format!("{line}\n"),
-    };
-    let build = folder.join(format!("build-{name}"));
-    std::fs::create_dir_all(&build).with_context(|| format!("making {}", build.display()))?;
-    std::fs::write(build.join("configuration.asm"), text.lines().map(line).collect::<String>())?;
-    let rom = build.join("test386.bin");
-    // The folder that is named first wins.
-    let mut nasm = Command::new("nasm");
-    nasm.arg("-i").arg(format!("{}/", build.display())).args(["-i", "src/", "-f", "bin", "-w-all", "src/test386.asm"]);
-    assets::run(nasm.arg("-o").arg(&rom).current_dir(folder))?;
-    Ok(rom)
 }
 
 /// Compares line by line. Of a rotation by more than 1, OF is undefined (SDM vol. 2B, RCL/RCR/ROL/ROR).
