@@ -1,4 +1,4 @@
-//! Firmware that finds its system on a disk: SeaBIOS, GRUB, and what GRUB loads.
+//! Firmware that finds its system on a disk: SeaBIOS and OVMF, GRUB, and what GRUB loads.
 
 use anyvisor_tests::{assets, grub, vm};
 use std::path::Path;
@@ -9,9 +9,17 @@ const PATIENCE: Duration = Duration::from_secs(400);
 
 /// Starts SeaBIOS with `disk`.
 fn boot(disk: &Path, more: &[&str]) -> vm::Vm {
-    let bios = grub::seabios().expect("SeaBIOS").display().to_string();
+    boot_with(&grub::seabios().expect("SeaBIOS").display().to_string(), disk, more)
+}
+
+/// Starts OVMF, the image called `firmware`, with `disk`.
+fn boot_ovmf(firmware: &str, disk: &Path, more: &[&str]) -> vm::Vm {
+    boot_with(&grub::ovmf(firmware).expect("OVMF").display().to_string(), disk, more)
+}
+
+fn boot_with(firmware: &str, disk: &Path, more: &[&str]) -> vm::Vm {
     let disk = disk.display().to_string();
-    vm::Vm::start(&[&["run", "--firmware", &bios, "--disk", &disk], more].concat()).expect("anyvisor starts")
+    vm::Vm::start(&[&["run", "--firmware", firmware, "--disk", &disk], more].concat()).expect("anyvisor starts")
 }
 
 /// What Linux needs to have virtio disks, in the order of loading.
@@ -82,4 +90,65 @@ fn a_disk_without_a_boot_sector_is_told() {
     vm.wait_for("not a bootable disk", PATIENCE);
     vm.signal(libc::SIGTERM);
     vm.end(PATIENCE);
+}
+
+/// From the reset vector to a shell by UEFI: GRUB is a file on the disk's EFI system partition, and reads kernel and
+/// initramfs through the firmware. Then the VM is saved and goes on.
+#[test]
+fn ovmf_and_grub_boot_linux_from_a_disk() {
+    let folder = assets::scratch_folder();
+    let (disk, snapshot) = (folder.path().join("disk"), folder.path().join("snapshot").display().to_string());
+    let script = format!(
+        r#"for m in {}; do [ -e /$m.ko ] && insmod /$m.ko; done
+echo "partition $(cat /sys/block/vda/vda1/size) uefi $(cat /sys/firmware/efi/fw_platform_size)"
+dmesg | grep -E 'ACPI: PM: .supports|efi: EFI v'
+echo "reserved $(grep -c 'PCI MMCONFIG 0000' /proc/iomem)"
+dmesg | grep -E 'BUG:|Oops|WARNING:|Call Trace|ACPI.*[Ee]rror|ACPI Warning'
+exec setsid cttyhack sh -i"#,
+        MODULES.join(" ")
+    );
+    let modules = assets::modules(&MODULES).expect("the kernel's modules");
+    let initramfs = assets::initramfs_with(&script, &modules).expect("busybox");
+    let kernel = std::fs::read(assets::kernel().expect("a kernel")).unwrap();
+    let configuration = "echo GRUB loads Linux\nlinux /boot/vmlinuz console=ttyS0 quiet\ninitrd /boot/initrd\nboot";
+    let files = [("boot/vmlinuz", kernel.as_slice()), ("boot/initrd", initramfs.as_slice())];
+    grub::efi_image(&disk, 64, configuration, &files).expect("an image");
+    let id = format!("ovmf-{}", std::process::id());
+    let mut vm = boot_ovmf("OVMF_CODE.fd", &disk, &["--memory", "256M", "--id", &id]);
+    vm.wait_for("GRUB loads Linux", PATIENCE);
+    vm.wait_for("partition 129024 uefi 64", PATIENCE);
+    vm.wait_for("reserved 1", PATIENCE);
+    vm.type_in("echo $((6 * 7)) is the answer\n").unwrap();
+    vm.wait_for("42 is the answer", PATIENCE);
+    let saved = vm::run(&["snapshot", &id, &snapshot], PATIENCE);
+    assert_eq!(saved.code(), 0, "{saved:?}");
+    vm.signal(libc::SIGKILL);
+    let ended = vm.end(PATIENCE);
+    for expected in ["efi: EFI v2", "(supports S0 S5)"] {
+        assert!(ended.output.contains(expected), "{ended:?}");
+    }
+    for complaint in ["BUG:", "Oops", "Call Trace", "Error", "Warning"] {
+        assert!(!ended.output.contains(complaint), "{ended:?}");
+    }
+    let mut vm = vm::Vm::start(&["run", "--restore", &snapshot]).expect("anyvisor starts");
+    // By ACPI's S5, whose tables OVMF has placed.
+    vm.type_in("echo $((7 * 8)) is another; poweroff -f\n").unwrap();
+    vm.wait_for("56 is another", PATIENCE);
+    assert_eq!(vm.end(PATIENCE).code(), 0);
+}
+
+/// The larger build of OVMF, whose shell sees a disk without a file system.
+#[test]
+fn the_shell_of_ovmf_sees_a_disk() {
+    let folder = assets::scratch_folder();
+    let disk = folder.path().join("empty");
+    std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let mut vm = boot_ovmf("OVMF_CODE_4M.fd", &disk, &["--memory", "256M"]);
+    vm.wait_for("BLK0:", PATIENCE);
+    vm.wait_for("PciRoot(0x0)/Pci(0x2,0x0)", PATIENCE);
+    vm.type_in("\x1b").unwrap();
+    vm.wait_for("Shell> ", PATIENCE);
+    vm.type_in("reset -s\r").unwrap();
+    let ended = vm.end(PATIENCE);
+    assert_eq!(ended.code(), 0, "{ended:?}");
 }

@@ -61,7 +61,7 @@ pub struct RunOptions {
     /// Linux bzImage (vmlinuz), ELF vmlinux with a PVH note, or a Multiboot kernel
     #[arg(long, value_name = "FILE", required_unless_present_any = ["restore", "firmware"])]
     pub kernel: Option<PathBuf>,
-    /// BIOS image of at most 256K, to start instead of a kernel
+    /// BIOS image of at most 256K, or UEFI firmware of at most 16M, to start instead of a kernel
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "module", "cmdline"])]
     pub firmware: Option<PathBuf>,
     /// Go on from a snapshot; of the machine's options, only those that agree with it can be given

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 /// Where the block is, unless the machine chooses another place (it tells the guest in the FADT).
 pub const PORT: u16 = 0x600;
+/// Where a PIIX4's is as firmware sets it up, and where OVMF takes it to be when it powers off.
+pub const PIIX_PORT: u16 = 0xb000;
 /// Ports in the block.
 pub const LENGTH: u16 = 0x10;
 /// Offsets of the register blocks, for the FADT.
@@ -103,6 +105,18 @@ impl AcpiPm {
             }
         }
         event
+    }
+
+    /// As [`AcpiPm::write`], but SLP_TYP 0 powers off too, as with the PIIX4 that QEMU makes: OVMF writes that without
+    /// having looked into the DSDT.
+    pub fn write_as_piix(&mut self, offset: u16, data: &[u8], now_ns: u64) -> Option<PowerEvent> {
+        let event = self.write(offset, data, now_ns);
+        let control = match (offset, data) {
+            (PM1_CONTROL, &[low, high, ..]) => u16::from_le_bytes([low, high]),
+            _ => return event,
+        };
+        let soft_off = control & SLEEP_ENABLE != 0 && control >> 10 & 7 == 0;
+        event.or(soft_off.then_some(PowerEvent::PowerOff))
     }
 
     fn write_control(&mut self, lane: u16, bits: u16) -> Option<PowerEvent> {
@@ -207,6 +221,17 @@ mod tests {
         let mut data = [0; 4];
         pm.read(14, &mut data, 0);
         assert_eq!(data, [0, 0, 0xff, 0xff]);
+    }
+
+    #[test]
+    fn ovmf_powers_off() {
+        // ResetSystemLib clears bits 10 to 13 and then sets the last.
+        let mut pm = AcpiPm::new();
+        assert_eq!(pm.write_as_piix(4, &[1, 0], 0), None);
+        assert_eq!(pm.write_as_piix(4, &[1, 0x20], 0), Some(PowerEvent::PowerOff));
+        assert_eq!(pm.write_as_piix(4, &[1, 0x24], 0), None);
+        assert_eq!(pm.write_as_piix(4, &[1, SLEEP_TYPE_S5 << 2 | 0x20], 0), Some(PowerEvent::PowerOff));
+        assert_eq!(pm.write_as_piix(2, &[0, 0x20], 0), None);
     }
 
     #[test]

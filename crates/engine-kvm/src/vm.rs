@@ -20,9 +20,9 @@ use vmm_sys_util::ioctl_iow_nr;
 ioctl_iow_nr!(KVM_IOEVENTFD, kvm::KVMIO, 0x79, kvm::kvm_ioeventfd);
 
 /// Three pages below 4 GiB that VT-x without "unrestricted guest" uses for real mode, and one for its identity
-/// page table; no RAM or chip of a machine is there.
-const TSS: u64 = 0xfffb_d000;
-const IDENTITY_MAP: u64 = 0xfffb_c000;
+/// page table; no memory or chip of a machine is there. QEMU has them there too: firmware knows, and stays away.
+const TSS: u64 = 0xfeff_d000;
+const IDENTITY_MAP: u64 = 0xfeff_c000;
 const RESERVED_END: u64 = TSS + 3 * 4096;
 
 /// Attempts to create a VM while signals interrupt it.

@@ -32,14 +32,17 @@ pub const PCI_PINS: [u32; 4] = [16, 17, 18, 19];
 const FADT_FACS: u32 = 36;
 const FADT_DSDT: u32 = 40;
 const FADT_X_DSDT: u32 = 140;
+/// Offsets of the RSDP's checksums: of its first 20 bytes, and of all.
+pub const RSDP_CHECKSUM: usize = 8;
+pub const RSDP_LONG_CHECKSUM: usize = 32;
 const PCI_BUSES: u16 = (layout::ECAM_SIZE >> 20) as u16;
 
-/// Writes the tables for a machine with `cpus` processors; returns the RSDP's address.
-pub fn write(memory: &GuestMemoryMmap, cpus: u32) -> u64 {
+/// Writes the tables for a machine with `cpus` processors and `ram` bytes; returns the RSDP's address.
+pub fn write(memory: &GuestMemoryMmap, cpus: u32, ram: u64) -> u64 {
     let put = |gpa: u64, bytes: &[u8]| {
         memory.write_slice(bytes, GuestAddress(gpa)).expect("RAM below 1 MiB exists in every machine");
     };
-    let set = tables(cpus, FIRST_TABLE);
+    let set = tables(cpus, ram, FIRST_TABLE);
     assert!(FIRST_TABLE + set.bytes.len() as u64 <= layout::ACPI_END, "the ACPI tables outgrew their area");
     put(FIRST_TABLE, &set.bytes);
     put(layout::ACPI, &bytes_of(&Rsdp::new(OEM_ID, set.xsdt)));
@@ -55,13 +58,14 @@ pub struct Relocatable {
     pub rsdp: Vec<u8>,
     /// Where in `tables` pointers are, and how many bytes they have.
     pub pointers: Vec<(u32, u8)>,
-    /// Where tables with such pointers begin, and their lengths: their checksums, at byte 9, change with the place.
+    /// Where tables with such pointers begin, and their lengths: their checksums, at byte 9, depend on the place and
+    /// are 0 here, as is the RSDP's. (OVMF counts what it finds there in, SeaBIOS does not.)
     pub checksums: Vec<(u32, u32)>,
 }
 
-/// The tables for a machine with `cpus` processors, to be placed at a multiple of 64.
-pub fn relocatable(cpus: u32) -> Relocatable {
-    let set = tables(cpus, 0);
+/// The tables for a machine with `cpus` processors and `ram` bytes, to be placed at a multiple of 64.
+pub fn relocatable(cpus: u32, ram: u64) -> Relocatable {
+    let set = tables(cpus, ram, 0);
     let (fadt, xsdt) = (set.fadt as u32, set.xsdt as u32);
     let mut pointers = vec![(fadt + FADT_FACS, 4), (fadt + FADT_DSDT, 4), (fadt + FADT_X_DSDT, 8)];
     let length = |at: u32| {
@@ -70,8 +74,11 @@ pub fn relocatable(cpus: u32) -> Relocatable {
     };
     pointers.extend((36..length(xsdt)).step_by(8).map(|at| (xsdt + at, 8)));
     let checksums = [fadt, xsdt].map(|at| (at, length(at))).to_vec();
-    let rsdp = bytes_of(&Rsdp::new(OEM_ID, set.xsdt));
-    Relocatable { tables: set.bytes, rsdp, pointers, checksums }
+    let mut bytes = set.bytes;
+    checksums.iter().for_each(|(at, _)| bytes[*at as usize + 9] = 0);
+    let mut rsdp = bytes_of(&Rsdp::new(OEM_ID, set.xsdt));
+    [RSDP_CHECKSUM, RSDP_LONG_CHECKSUM].iter().for_each(|at| rsdp[*at] = 0);
+    Relocatable { tables: bytes, rsdp, pointers, checksums }
 }
 
 /// Every table but the RSDP, one behind the other.
@@ -83,7 +90,7 @@ struct Set {
 }
 
 /// The tables for `base`, a multiple of 64.
-fn tables(cpus: u32, base: u64) -> Set {
+fn tables(cpus: u32, ram: u64, base: u64) -> Set {
     let mut bytes: Vec<u8> = Vec::new();
     let mut place = |table: Vec<u8>| {
         let gpa = base + bytes.len() as u64;
@@ -93,7 +100,7 @@ fn tables(cpus: u32, base: u64) -> Set {
         gpa
     };
     let facs = place(bytes_of(&FACS::new()));
-    let dsdt = place(dsdt(cpus));
+    let dsdt = place(dsdt(cpus, ram));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE, OEM_REVISION);
     let [fadt, _, _] = [fadt(facs, dsdt), madt(cpus), mcfg()].map(|table| {
         let gpa = place(table);
@@ -192,10 +199,10 @@ fn mcfg() -> Vec<u8> {
 }
 
 /// Differentiated system description: the name space.
-fn dsdt(cpus: u32) -> Vec<u8> {
+fn dsdt(cpus: u32, ram: u64) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE, OEM_REVISION);
     let mut code = processors(cpus);
-    code.extend(pci_root());
+    code.extend(pci_root(ram));
     code.extend(isa_devices());
     let s5: [&dyn Aml; 4] = [&acpi_pm::SLEEP_TYPE_S5, &acpi_pm::SLEEP_TYPE_S5, &aml::ZERO, &aml::ZERO];
     Name::new("_S5_".into(), &aml::Package::new(s5.to_vec())).to_aml_bytes(&mut code);
@@ -219,12 +226,12 @@ fn processors(cpus: u32) -> Vec<u8> {
 }
 
 /// PCI host bridge with its windows and interrupt routing.
-fn pci_root() -> Vec<u8> {
+fn pci_root(ram: u64) -> Vec<u8> {
     let buses = AddressSpace::new_bus_number(0u16, PCI_BUSES - 1);
     let config_ports = IO::new(pci::CONFIG_PORT, pci::CONFIG_PORT, 1, pci::CONFIG_PORTS as u8);
     let low_ports = AddressSpace::new_io(0u16, pci::CONFIG_PORT - 1, None);
     let high_ports = AddressSpace::new_io(layout::PCI_PORTS, 0xffff, None);
-    let [low, high] = layout::PCI_WINDOWS.map(|(start, end)| {
+    let [low, high] = layout::pci_windows(ram).map(|(start, end)| {
         let (first, last) = (start as u32, (end - 1) as u32);
         AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None)
     });
@@ -286,7 +293,7 @@ mod tests {
     #[test]
     fn tables_are_found_from_the_rsdp() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let rsdp = write(&memory, 3);
+        let rsdp = write(&memory, 3, 1 << 30);
         let read = |gpa: u64, size: usize| {
             let mut bytes = vec![0; size];
             memory.read_slice(&mut bytes, GuestAddress(gpa)).unwrap();
@@ -319,7 +326,7 @@ mod tests {
 
     #[test]
     fn the_largest_machine_fits() {
-        let size = tables(crate::config::CPUS_MAX, FIRST_TABLE).bytes.len() as u64;
+        let size = tables(crate::config::CPUS_MAX, 1 << 30, FIRST_TABLE).bytes.len() as u64;
         assert!(FIRST_TABLE + size < layout::ACPI_END);
     }
 }

@@ -22,7 +22,7 @@ pub const DISKS_MAX: usize = 16;
 pub struct Config {
     /// Name in messages.
     pub id: String,
-    /// A BIOS image to boot instead of a kernel.
+    /// A BIOS image or UEFI firmware to boot instead of a kernel.
     pub firmware: Option<PathBuf>,
     /// bzImage, ELF with a PVH note, or an image with a Multiboot header.
     pub kernel: PathBuf,

@@ -22,7 +22,7 @@ const BELOW_1_MIB: u8 = 2;
 /// The device of the machine that `config` describes.
 pub fn device(config: &Config) -> FwCfg {
     let cpus = (config.cpus as u16).to_le_bytes().to_vec();
-    let acpi = acpi::relocatable(config.cpus);
+    let acpi = acpi::relocatable(config.cpus, config.memory);
     let items = [
         (item::CPUS, cpus.clone()),
         (item::MAX_CPUS, cpus),
@@ -59,8 +59,8 @@ fn script(acpi: &acpi::Relocatable) -> Vec<u8> {
     script.extend(acpi.checksums.iter().map(|&(start, length)| add_checksum(TABLES, start + 9, start, length)));
     // The RSDP names the XSDT at byte 24, and has a checksum of its old and one of its whole length (ACPI 6.5, 5.2.5.3).
     script.push(add_pointer(RSDP, 24, 8));
-    script.push(add_checksum(RSDP, 8, 0, 20));
-    script.push(add_checksum(RSDP, 32, 0, acpi.rsdp.len() as u32));
+    script.push(add_checksum(RSDP, acpi::RSDP_CHECKSUM as u32, 0, 20));
+    script.push(add_checksum(RSDP, acpi::RSDP_LONG_CHECKSUM as u32, 0, acpi.rsdp.len() as u32));
     script.concat()
 }
 
@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn placed_tables_are_whole() {
         const AT: u64 = 0x7fe_0040;
-        let acpi = acpi::relocatable(2);
+        let acpi = acpi::relocatable(2, 1 << 30);
         let (mut tables, mut rsdp) = (acpi.tables.clone(), acpi.rsdp.clone());
         for step in script(&acpi).chunks(COMMAND) {
             let to = if step[4..].starts_with(RSDP.as_bytes()) { &mut rsdp } else { &mut tables };
@@ -117,7 +117,9 @@ mod tests {
                 3 => {
                     let (at, start, length) = (u32_at(step, 60), u32_at(step, 64), u32_at(step, 68));
                     let sum = to[start..start + length].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
-                    to[at] = to[at].wrapping_sub(sum);
+                    // SeaBIOS subtracts the sum, OVMF puts its negative there.
+                    assert_eq!(to[at], 0);
+                    to[at] = sum.wrapping_neg();
                 }
                 other => panic!("command {other}"),
             }
@@ -144,7 +146,7 @@ mod tests {
     fn the_memory_map_has_all_ram() {
         let map = memory_map(4 << 30);
         let entries: Vec<_> = map.chunks(20).map(|entry| (u32_at(entry, 16), u32_at(entry, 0))).collect();
-        assert_eq!(entries, [(1, 0), (1, 0), (2, 0xe000_0000), (2, 0xfffb_c000)]);
+        assert_eq!(entries, [(1, 0), (1, 0), (2, 0xe000_0000), (2, 0xfeff_c000)]);
         assert_eq!(u32_at(&map, 8), 0xc000_0000);
         assert_eq!(map[24], 1, "4 GiB");
     }

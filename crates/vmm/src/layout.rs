@@ -30,23 +30,38 @@ pub const ACPI_END: u64 = 0x10_0000;
 pub const HIGH_START: u64 = 0x10_0000;
 /// RAM below 4 GiB ends here at the latest.
 pub const LOW_RAM_LIMIT: u64 = 0xc000_0000;
-/// PCI's window for 32-bit BARs, and another behind ECAM, where firmware that was made for other chipsets puts them.
+/// Where PCI's 32-bit BARs are unless firmware places them.
 pub const PCI_WINDOW: u64 = LOW_RAM_LIMIT;
 pub const PCI_WINDOW_END: u64 = ECAM;
-pub const PCI_WINDOWS: [(u64, u64); 2] = [(PCI_WINDOW, PCI_WINDOW_END), (ECAM + ECAM_SIZE, IO_APIC)];
 /// PCI configuration space by memory access: of bus 0, the only one.
 pub const ECAM: u64 = 0xe000_0000;
 pub const ECAM_SIZE: u64 = anyvisor_devices::pci::ECAM_LENGTH;
 /// I/O ports for PCI BARs, behind all that is anywhere fixed.
 pub const PCI_PORTS: u16 = 0x1000;
 pub const IO_APIC: u64 = anyvisor_devices::ioapic::DEFAULT_BASE;
-/// Start and size of pages that KVM keeps for itself on processors without "unrestricted guest" (engine-kvm's `vm.rs`).
-pub const KVM_PAGES: (u64, u64) = (0xfffb_c000, 0x4000);
+/// Start and size of pages that KVM keeps for itself on processors without "unrestricted guest" (engine-kvm's `vm.rs`):
+/// where QEMU has them, between the chips and flash memory.
+pub const KVM_PAGES: (u64, u64) = (0xfeff_c000, 0x4000);
+/// Most flash memory, which ends at 4 GiB: above all chips.
+pub const FLASH_MAX: u64 = 16 << 20;
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Memory of the test device, where a machine has one.
 pub const TEST_MEMORY: u64 = anyvisor_devices::test_device::MEMORY;
 /// RAM beyond [`LOW_RAM_LIMIT`] continues here.
 pub const HIGH_RAM: u64 = 1 << 32;
+
+/// PCI's windows for 32-bit BARs, as (start, end), in a machine with `ram` bytes. Firmware that was made for other
+/// chipsets puts them behind RAM, from 2 GiB on (OVMF), or behind ECAM (SeaBIOS).
+pub fn pci_windows(ram: u64) -> [(u64, u64); 2] {
+    [(ram.clamp(2 << 30, LOW_RAM_LIMIT), PCI_WINDOW_END), (ECAM + ECAM_SIZE, IO_APIC)]
+}
+
+/// Width of physical addresses that is enough for a machine with `ram` bytes and UEFI firmware. That makes page tables
+/// for all of it, in pages of 2 MiB where it is 32-bit code: of 46 bits they were 256 MiB.
+pub fn physical_bits_for_firmware(ram: u64) -> u8 {
+    let end = HIGH_RAM + ram.saturating_sub(LOW_RAM_LIMIT);
+    40.max(end.next_power_of_two().ilog2() as u8)
+}
 
 /// What a piece of guest-physical memory is for; the numbers are e820's types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +89,15 @@ pub fn ram_pieces(ram: u64) -> Vec<(u64, u64)> {
     pieces
 }
 
+/// The pieces of memory in ascending order: of RAM, and of `flash` bytes of flash memory.
+pub fn memory_pieces(ram: u64, flash: u64) -> Vec<(u64, u64)> {
+    let mut pieces = ram_pieces(ram);
+    if flash > 0 {
+        pieces.insert(1, (HIGH_RAM - flash, flash));
+    }
+    pieces
+}
+
 /// The memory map that a guest is told, in ascending order.
 pub fn memory_map(ram: u64) -> Vec<MapEntry> {
     let low = ram.min(LOW_RAM_LIMIT);
@@ -97,6 +121,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn physical_addresses_reach_all_memory() {
+        let bits = [8 << 20, 3 << 30, (1 << 40) - (1 << 30), 1 << 40].map(physical_bits_for_firmware);
+        assert_eq!(bits, [40, 40, 40, 41]);
+    }
+
+    #[test]
     fn the_map_is_sorted_and_covers_the_ram() {
         for ram in [32 << 20, 3 << 30, (3 << 30) + 4096, 8 << 30] {
             let map = memory_map(ram);
@@ -104,6 +134,8 @@ mod tests {
             let usable: u64 = map.iter().filter(|e| e.kind == MapKind::Ram).map(|e| e.size).sum();
             assert_eq!(usable, ram - (HIGH_START - LOW_END));
             assert_eq!(ram_pieces(ram).iter().map(|p| p.1).sum::<u64>(), ram);
+            let [low, high] = pci_windows(ram);
+            assert!(map[3].start + map[3].size <= low.0 && low.0 <= PCI_WINDOW && low.1 <= high.0, "{low:x?}");
         }
     }
 }

@@ -116,6 +116,23 @@ impl Drop for Filler {
     }
 }
 
+/// `memory` and flash memory of `size` bytes that ends at 4 GiB: erased, and RAM as far as an engine knows.
+///
+/// # Errors
+/// [`Error::User`] if the host cannot give it.
+pub fn with_flash(memory: &GuestMemoryMmap, size: u64) -> Result<GuestMemoryMmap> {
+    let trouble = |error: String| Error::user(format!("the host cannot give {} of memory: {error}", show_size(size)));
+    let mapping = MmapRegion::new(size as usize).map_err(|error| trouble(error.to_string()))?;
+    let region = GuestRegionMmap::new(mapping, GuestAddress(layout::HIGH_RAM - size));
+    let region = region.ok_or_else(|| trouble("it does not fit below 4 GiB".into()))?;
+    memory.insert_region(region.into()).map_err(|error| trouble(error.to_string()))
+}
+
+/// How many bytes of flash memory are in `memory`.
+pub fn flash_size(memory: &GuestMemoryMmap) -> u64 {
+    memory.find_region(GuestAddress(layout::HIGH_RAM - 1)).map_or(0, |region| region.len())
+}
+
 /// Reads from `offset` of `file` into `pieces`, which are RAM. Their bytes are the guest's to change meanwhile.
 ///
 /// # Errors

@@ -598,6 +598,11 @@ impl CpuChoice {
         ON_REQUEST.iter().enumerate().filter(move |(n, _)| self.with >> n & 1 != 0).map(|(_, feature)| feature)
     }
 
+    /// The same with physical addresses of at most `bits`, or fewer.
+    pub fn with_physical_bits_at_most(self, bits: u8) -> CpuChoice {
+        CpuChoice { physical_bits: Some(self.physical_bits.map_or(bits, |most| most.min(bits))), ..self }
+    }
+
     /// As [`CpuModel::table`], without the features left out and with those asked for.
     ///
     /// # Errors

@@ -108,15 +108,23 @@ pub struct PciRoot {
 impl PciRoot {
     /// A bus with a generic host bridge at 00:00.0.
     pub fn new() -> PciRoot {
-        PciRoot::with_bridge(HostBridge::generic())
+        PciRoot::with_bridge(ChipsetFunction::generic())
     }
 
     /// A bus with a host bridge that firmware made for QEMU's older machine knows.
     pub fn new_for_firmware() -> PciRoot {
-        PciRoot::with_bridge(HostBridge::i440fx())
+        PciRoot::with_bridge(ChipsetFunction::i440fx())
     }
 
-    fn with_bridge(bridge: HostBridge) -> PciRoot {
+    /// Adds what OVMF looks for beside an 82441FX: an ISA bridge, on which it finds the serial port, and a PIIX4's power
+    /// management, which says where it has its `ports` for ACPI: there OVMF reads its timer.
+    pub fn add_piix(&mut self, ports: u16) {
+        for (function, chip) in [(0, ChipsetFunction::piix_isa()), (3, ChipsetFunction::piix_power(ports))] {
+            self.add(Slot { device: 1, function }, Arc::new(chip)).expect("the slot is the chipset's");
+        }
+    }
+
+    fn with_bridge(bridge: ChipsetFunction) -> PciRoot {
         let mut root = PciRoot::default();
         root.functions.insert(Slot { device: 0, function: 0 }, Arc::new(bridge));
         root
@@ -282,26 +290,47 @@ fn ecam(offset: u64) -> Option<(Slot, u16)> {
     (offset < ECAM_LENGTH).then_some((slot, (offset & 0xfff) as u16))
 }
 
-/// The host bridge: a function that exists, so that guests believe in the bus, and does nothing.
-struct HostBridge {
+/// A function of the chipset, which exists, so that guests believe in the bus or know the machine, and does nothing.
+struct ChipsetFunction {
     config: Mutex<ConfigSpace>,
 }
 
-impl HostBridge {
+impl ChipsetFunction {
     /// The generic PCI Express host bridge, for which no guest has quirks.
-    fn generic() -> HostBridge {
-        HostBridge { config: Mutex::new(ConfigSpace::new(bridge_identity(0x1b36, 0x0008))) }
+    fn generic() -> ChipsetFunction {
+        ChipsetFunction { config: Mutex::new(ConfigSpace::new(bridge_identity(0x1b36, 0x0008))) }
     }
 
     /// An Intel 82441FX, by which SeaBIOS and OVMF know QEMU's machine, with its seven registers for the memory from
     /// C0000h to FFFFFh (82441FX data sheet, 3.2.19): RAM that can be read and written, whatever is written to them.
-    fn i440fx() -> HostBridge {
+    fn i440fx() -> ChipsetFunction {
         let mut config = ConfigSpace::new(bridge_identity(0x8086, 0x1237));
         config.put_window(PAM, &[0x30, 0x33, 0x33, 0x33, 0x33, 0x33, 0x33]);
-        HostBridge { config: Mutex::new(config) }
+        ChipsetFunction { config: Mutex::new(config) }
+    }
+
+    /// An 82371SB's ISA bridge, as QEMU's machine has it.
+    fn piix_isa() -> ChipsetFunction {
+        let mut config = ConfigSpace::new(Identity { class: 0x06_0100, ..bridge_identity(0x8086, 0x7000) });
+        config.set_multifunction();
+        ChipsetFunction { config: Mutex::new(config) }
+    }
+
+    /// An 82371AB's power management, whose ports are on and stay where they are (82371AB data sheet, 7.2.1 and 7.2.9),
+    /// and which has no system management interrupt that somebody would have to set up (7.2.5).
+    fn piix_power(ports: u16) -> ChipsetFunction {
+        let mut config = ConfigSpace::new(Identity { class: 0x06_8000, ..bridge_identity(0x8086, 0x7113) });
+        config.put_window(PMBA, &(u32::from(ports) | 1).to_le_bytes());
+        config.put_window(DEVACTB, &[2]);
+        config.put_window(PMREGMISC, &[1]);
+        ChipsetFunction { config: Mutex::new(config) }
     }
 }
 
+/// Registers of the 82371AB's power management: where its ports are, an enable bit of APM's, and whether ports are decoded.
+const PMBA: u16 = 0x40;
+const DEVACTB: u16 = 0x5b;
+const PMREGMISC: u16 = 0x80;
 /// First of the 82441FX' programmable attribute map registers.
 const PAM: u16 = 0x59;
 
@@ -310,7 +339,7 @@ fn bridge_identity(vendor: u16, device: u16) -> Identity {
     Identity { vendor, device, class: 0x06_0000, revision: 0, subsystem_vendor: 0x1af4, subsystem: 0x1100 }
 }
 
-impl PciFunction for HostBridge {
+impl PciFunction for ChipsetFunction {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         self.config.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
     }
@@ -435,6 +464,21 @@ mod tests {
         assert_eq!((get(&root, bridge, 0), get(&root, bridge, 0x2c)), (0x1237_8086, 0x1100_1af4));
         put(&root, bridge, 0x58, 0);
         assert_eq!((get(&root, bridge, 0x58), get(&root, bridge, 0x5c)), (0x3333_3000, 0x3333_3333));
+    }
+
+    #[test]
+    fn ovmf_finds_the_timer() {
+        let mut root = PciRoot::new_for_firmware();
+        root.add_piix(0x600);
+        let (isa, power) = (Slot { device: 1, function: 0 }, Slot { device: 1, function: 3 });
+        assert_eq!((get(&root, isa, 0), get(&root, isa, 8) >> 8), (0x7000_8086, 0x06_0100));
+        assert_eq!(get(&root, isa, 0xc) >> 16, 0x80, "there are other functions");
+        for value in [0, !0] {
+            put(&root, power, PMBA.into(), value);
+            put(&root, power, PMREGMISC.into(), value);
+        }
+        assert_eq!((get(&root, power, PMBA.into()), get(&root, power, PMREGMISC.into()) & 1), (0x601, 1));
+        assert_eq!(get(&root, power, 0) >> 16, 0x7113);
     }
 
     #[test]

@@ -57,7 +57,9 @@ pub enum Entry {
     /// (Multiboot 0.6.96, 3.2; Multiboot 2.0, 3.3).
     Multiboot { rip: u32, magic: u32, info: u32 },
     /// As after reset, but in the copy of the firmware below 1 MiB.
-    Firmware,
+    Bios,
+    /// As after reset.
+    Flash,
 }
 
 /// Loads kernel and initrd into `memory` and writes what the protocol wants beside them.
@@ -78,6 +80,14 @@ pub fn load(memory: &GuestMemoryMmap, boot: &Boot) -> Result<Entry> {
 /// [`Error::User`] if it cannot be read or is too large.
 pub fn load_firmware(memory: &GuestMemoryMmap, path: &Path) -> Result<Entry> {
     firmware::load(memory, path, &mut open(path, "firmware")?)
+}
+
+/// `memory`, and flash memory in it if the firmware at `path` is too large for the space below 1 MiB.
+///
+/// # Errors
+/// As for [`load_firmware`].
+pub fn with_flash(memory: GuestMemoryMmap, path: &Path) -> Result<GuestMemoryMmap> {
+    firmware::with_flash(memory, path, &mut open(path, "firmware")?)
 }
 
 /// [`load`] for images that need not be files.
@@ -123,7 +133,10 @@ impl<T: Read + ReadVolatile + Seek> Image for T {}
 impl Entry {
     /// Changes a bootstrap processor's state after reset into the state at the kernel's entry.
     pub fn apply(self, state: &mut VcpuState) {
-        if self == Entry::Firmware {
+        if self == Entry::Flash {
+            return;
+        }
+        if self == Entry::Bios {
             state.segments.seg[CS].base = u64::from(state.segments.seg[CS].selector) << 4;
             return;
         }
@@ -140,7 +153,7 @@ impl Entry {
             state.segments.seg[i] = data;
         }
         match self {
-            Entry::Firmware => {}
+            Entry::Bios | Entry::Flash => {}
             Entry::Linux64 { rip } => {
                 state.segments.seg[CS] = segment(CODE);
                 state.rip = rip;

@@ -19,7 +19,7 @@ use super::{End, Notify, lock};
 use crate::acpi::{PCI_PINS, SCI};
 use crate::console::{Input, Output};
 use crate::disk::Image;
-use crate::{Config, firmware, layout};
+use crate::{Config, firmware, layout, memory};
 use anyvisor_devices::acpi_pm::{self, AcpiPm};
 use anyvisor_devices::fw_cfg::{self, FwCfg};
 use anyvisor_devices::i8042::{self, I8042};
@@ -68,6 +68,8 @@ pub(super) struct Wired {
     i8042: Mutex<I8042>,
     acpi_pm: Mutex<AcpiPm>,
     pci: PciRoot,
+    /// OVMF is to find a PIIX4.
+    piix: bool,
     disks: Vec<Arc<Disk>>,
     /// In machines that start firmware.
     fw_cfg: Option<Mutex<FwCfg>>,
@@ -121,6 +123,7 @@ impl Board {
         let Outside { output, input, notify } = *outside;
         let utc = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let low = config.memory.min(layout::LOW_RAM_LIMIT);
+        let piix = memory::flash_size(memory) > 0;
         let disk =
             |(n, image), wired: &Weak<Wired>| Arc::new(Disk::new(n, image, memory.clone(), vm.clone(), wired.clone()));
         let chips = Arc::new_cyclic(|wired| {
@@ -139,14 +142,15 @@ impl Board {
                 rtc: Mutex::new(Rtc::new(utc, start, low, config.memory - low)),
                 i8042: Mutex::new(I8042::new()),
                 acpi_pm: Mutex::new(AcpiPm::new()),
-                pci: pci_bus(&disks, config.firmware.is_some()),
+                pci: pci_bus(&disks, config.firmware.is_some(), piix),
+                piix,
                 disks,
                 fw_cfg: config.firmware.as_ref().map(|_| Mutex::new(firmware::device(config))),
                 test_device: config.test_device.then(Mutex::default),
                 interrupts: Mutex::new(Interrupts { pic: Pic::new(), io_apic: IoApic::new(), lines: 0, pci: [0; 4] }),
             }
         });
-        let (ports, memory) = buses(&chips, config.debug_exit);
+        let (ports, memory) = buses(&chips, config);
         Board { ports, memory, chips }
     }
 
@@ -231,8 +235,11 @@ impl Board {
 }
 
 /// The PCI bus with its devices, which have addresses unless firmware gives them some.
-fn pci_bus(disks: &[Arc<Disk>], firmware: bool) -> PciRoot {
+fn pci_bus(disks: &[Arc<Disk>], firmware: bool, piix: bool) -> PciRoot {
     let mut root = if firmware { PciRoot::new_for_firmware() } else { PciRoot::new() };
+    if piix {
+        root.add_piix(acpi_pm::PIIX_PORT);
+    }
     let mut base = layout::PCI_WINDOW;
     for disk in disks {
         if !firmware {
@@ -244,7 +251,7 @@ fn pci_bus(disks: &[Arc<Disk>], firmware: bool) -> PciRoot {
 }
 
 /// Who answers which address.
-fn buses(chips: &Arc<Wired>, debug_exit: bool) -> (Bus, Bus) {
+fn buses(chips: &Arc<Wired>, config: &Config) -> (Bus, Bus) {
     let device = |chip: Chip, base: u64| Arc::new(OnBus { chips: chips.clone(), chip, base });
     let mut ports = Bus::new();
     let mut add = |base: u16, length: u64, width: Width, chip: Chip| {
@@ -266,19 +273,25 @@ fn buses(chips: &Arc<Wired>, debug_exit: bool) -> (Bus, Bus) {
         add(fw_cfg::PORT, fw_cfg::LENGTH, Width::Word, Chip::FwCfg);
     }
     let test_device = chips.test_device.is_some();
-    let mut pci_ports = layout::PCI_PORTS;
+    // What lies amid PCI's ports, in ascending order.
+    let mut amid = vec![];
     if test_device {
         add(test_device::LATCH_PORT, 4, Width::Dword, Chip::TestLatch);
         add(test_device::FLUSH_PORT, 4, Width::Dword, Chip::TestFlush);
         add(test_device::BYTES_PORT, 4, Width::Byte, Chip::TestLatch);
-        // The lines' ports lie amid PCI's.
-        let (lines, length) = (test_device::LINES_PORT, test_device::LINES);
-        add(pci_ports, (lines - pci_ports).into(), Width::Dword, Chip::PciPorts);
-        add(lines, length.into(), Width::Dword, Chip::TestLines);
-        pci_ports = lines + length;
+        amid.push((test_device::LINES_PORT, test_device::LINES, Chip::TestLines));
+    }
+    if chips.piix {
+        amid.push((acpi_pm::PIIX_PORT, acpi_pm::LENGTH, Chip::PiixPm));
+    }
+    let mut pci_ports = layout::PCI_PORTS;
+    for (base, length, chip) in amid {
+        add(pci_ports, (base - pci_ports).into(), Width::Dword, Chip::PciPorts);
+        add(base, length.into(), Width::Dword, chip);
+        pci_ports = base + length;
     }
     add(pci_ports, 0x1_0000 - u64::from(pci_ports), Width::Dword, Chip::PciPorts);
-    if debug_exit {
+    if config.debug_exit {
         add(power::DEBUG_EXIT_PORT, 4, Width::Dword, Chip::DebugExit);
     }
     let mut memory = Bus::new();
@@ -290,7 +303,7 @@ fn buses(chips: &Arc<Wired>, debug_exit: bool) -> (Bus, Bus) {
     if test_device {
         add(layout::TEST_MEMORY, test_device::MEMORY_SIZE, Width::Qword, Chip::TestMemory);
     }
-    for (base, end) in layout::PCI_WINDOWS {
+    for (base, end) in layout::pci_windows(config.memory) {
         memory
             .add(base, end - base, Width::Qword, Arc::new(OnBus { chips: chips.clone(), chip: Chip::PciMemory, base }))
             .expect("memory ranges are disjoint");
@@ -306,6 +319,7 @@ enum Chip {
     Rtc,
     I8042,
     AcpiPm,
+    PiixPm,
     DebugExit,
     IoApic,
     PciConfig,
@@ -333,7 +347,7 @@ impl BusDevice for OnBus {
         let now = chips.now();
         let port = (self.base + offset) as u16;
         match self.chip {
-            Chip::AcpiPm => lock(&chips.acpi_pm).read(offset as u16, data, now),
+            Chip::AcpiPm | Chip::PiixPm => lock(&chips.acpi_pm).read(offset as u16, data, now),
             Chip::IoApic => {
                 let value = lock(&chips.interrupts).io_apic.read(offset & !3);
                 copy_lanes(offset, value, data);
@@ -372,9 +386,12 @@ impl BusDevice for OnBus {
         let now = chips.now();
         let port = (self.base + offset) as u16;
         match self.chip {
-            Chip::AcpiPm => {
+            Chip::AcpiPm | Chip::PiixPm => {
                 let mut pm = lock(&chips.acpi_pm);
-                let event = pm.write(offset as u16, data, now);
+                let event = match self.chip {
+                    Chip::PiixPm => pm.write_as_piix(offset as u16, data, now),
+                    _ => pm.write(offset as u16, data, now),
+                };
                 chips.alarm.set(chips.settle_acpi_pm(&mut pm));
                 chips.power(event);
             }

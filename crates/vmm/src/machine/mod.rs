@@ -33,7 +33,7 @@ mod vcpu;
 use crate::config::{OnReboot, show_size};
 use crate::console::{Input, Output};
 use crate::snapshot::{History, Snapshot};
-use crate::{Config, Error, Result, acpi, boot, disk, memory};
+use crate::{Config, Error, Result, acpi, boot, disk, layout, memory};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
 use anyvisor_x86::Cpuid;
@@ -264,13 +264,21 @@ impl Machine {
         notify: Arc<Notify>,
     ) -> Result<Machine> {
         let supported = engine.supported_cpuid();
-        let table = |cpu| config.cpu.table(&supported, config.cpus, cpu).map_err(|e| Error::user(e.to_string()));
         let memory = memory::allocate(config.memory, config.huge_pages)?;
+        let memory = match &config.firmware {
+            Some(firmware) => boot::with_flash(memory, firmware)?,
+            None => memory,
+        };
         let entry = load(config, &memory)?;
         let vm = engine.create_vm(memory.clone())?;
         let images = disk::open(&config.disks)?;
         let outside = Outside { output, input, notify: &notify };
         let board = Arc::new(Board::new(config, vm.clone(), &memory, images, &outside, 0));
+        let choice = match memory::flash_size(&memory) {
+            0 => config.cpu,
+            _ => config.cpu.with_physical_bits_at_most(layout::physical_bits_for_firmware(config.memory)),
+        };
+        let table = |cpu| choice.table(&supported, config.cpus, cpu).map_err(|e| Error::user(e.to_string()));
         let tables = (0..config.cpus).map(table).collect::<Result<Vec<_>>>()?;
         let mut vcpus = Vec::new();
         for (cpu, table) in (0..).zip(&tables) {
@@ -283,7 +291,7 @@ impl Machine {
             lock(&notify.kickers).push(vcpu.kicker());
             vcpus.push(vcpu);
         }
-        let history = History::new(config.memory);
+        let history = History::new(&memory);
         Ok(Machine { memory, vm, board, vcpus, tables, history, unverified: None, notify })
     }
 
@@ -355,7 +363,7 @@ fn load(config: &Config, memory: &GuestMemoryMmap) -> Result<boot::Entry> {
     if let Some(firmware) = &config.firmware {
         return boot::load_firmware(memory, firmware);
     }
-    let rsdp = acpi::write(memory, config.cpus);
+    let rsdp = acpi::write(memory, config.cpus, config.memory);
     let boot = boot::Boot {
         kernel: &config.kernel,
         initrd: config.initrd.as_deref(),

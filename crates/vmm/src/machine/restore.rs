@@ -69,7 +69,7 @@ impl Machine {
         {
             tracing::warn!(id = config.id, "{} cannot set the guest's TSC, which {jump}", engine.name());
         }
-        let history = History::since(config.memory, snapshot.checksum(), &*vm)?;
+        let history = History::since(&memory, snapshot.checksum(), &*vm)?;
         let tables = saved.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
         Ok(Machine { memory, vm, board, vcpus, tables, history, unverified: Some(snapshot.clone()), notify })
     }

@@ -5,9 +5,9 @@
 //! each stretch of time between two snapshots. What was written since a snapshot is in its bitmap or a later one.
 
 use super::Checksum;
-use crate::layout;
 use anyvisor_engine::{DirtyPages, Vm};
 use std::collections::VecDeque;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Snapshots that can be a parent: the latest ones.
 const KEPT: usize = 16;
@@ -52,31 +52,33 @@ pub(super) struct Mark(u64);
 
 /// The stretches of a VM's life since its first snapshot.
 pub struct History {
-    ram: u64,
+    /// Where its memory is: starts and sizes, ascending.
+    places: Vec<(u64, u64)>,
     stretches: VecDeque<Stretch>,
     /// Number of the first stretch in the list.
     first: u64,
 }
 
 impl History {
-    /// For a VM with `ram` bytes that has not been saved.
-    pub fn new(ram: u64) -> History {
-        History { ram, stretches: VecDeque::new(), first: 0 }
+    /// For a VM with this memory that has not been saved.
+    pub fn new(memory: &GuestMemoryMmap) -> History {
+        let places = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
+        History { places, stretches: VecDeque::new(), first: 0 }
     }
 
-    /// For a VM with `ram` bytes that goes on from snapshot `since`. Starts the log.
+    /// For a VM with this memory that goes on from snapshot `since`. Starts the log.
     ///
     /// # Errors
     /// The engine's.
-    pub fn since(ram: u64, since: Checksum, vm: &dyn Vm) -> anyvisor_engine::Result<History> {
+    pub fn since(memory: &GuestMemoryMmap, since: Checksum, vm: &dyn Vm) -> anyvisor_engine::Result<History> {
         vm.log_dirty(true)?;
-        let mut history = History::new(ram);
+        let mut history = History::new(memory);
         history.stretches.push_back(Stretch { since: Some(since), written: PageSet::new(history.pages()) });
         Ok(history)
     }
 
     fn pages(&self) -> u64 {
-        self.ram / super::PAGE
+        self.places.iter().map(|(_, size)| size / super::PAGE).sum()
     }
 
     /// Closes the stretch that ends now, for a snapshot that is to be written, and begins the next. The first
@@ -107,10 +109,9 @@ impl History {
     }
 
     fn add(&mut self, dirty: &DirtyPages) {
-        let ram = self.ram;
         let Some(last) = self.stretches.back_mut() else { return };
         for gpa in dirty.addresses() {
-            if let Some(page) = page_number(ram, gpa) {
+            if let Some(page) = page_number(&self.places, gpa) {
                 last.written.insert(page);
             }
         }
@@ -134,10 +135,10 @@ impl History {
     }
 }
 
-/// Number of the page at guest-physical address `gpa` in a machine with `ram` bytes.
-fn page_number(ram: u64, gpa: u64) -> Option<u64> {
+/// Number of the page at guest-physical address `gpa` in a machine with memory in `places`.
+fn page_number(places: &[(u64, u64)], gpa: u64) -> Option<u64> {
     let mut before = 0;
-    for (start, size) in layout::ram_pieces(ram) {
+    for &(start, size) in places {
         if (start..start + size).contains(&gpa) {
             return Some((before + gpa - start) / super::PAGE);
         }
@@ -149,14 +150,18 @@ fn page_number(ram: u64, gpa: u64) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout;
 
     #[test]
     fn pages_are_numbered_through_all_ram() {
         let ram = (3 << 30) + (1 << 20);
-        assert_eq!(page_number(ram, 0xfff), Some(0));
-        assert_eq!(page_number(ram, 0xbfff_f000), Some((3 << 18) - 1));
-        assert_eq!(page_number(ram, 0xc000_0000), None);
-        assert_eq!(page_number(ram, 1 << 32), Some(3 << 18));
-        assert_eq!(page_number(ram, (1 << 32) + (1 << 20)), None);
+        let number = |flash, gpa| page_number(&layout::memory_pieces(ram, flash), gpa);
+        assert_eq!(number(0, 0xfff), Some(0));
+        assert_eq!(number(0, 0xbfff_f000), Some((3 << 18) - 1));
+        assert_eq!(number(0, 0xc000_0000), None);
+        assert_eq!(number(0, 1 << 32), Some(3 << 18));
+        assert_eq!(number(0, (1 << 32) + (1 << 20)), None);
+        assert_eq!(number(8192, 0xffff_f000), Some((3 << 18) + 1));
+        assert_eq!(number(8192, 1 << 32), Some((3 << 18) + 2));
     }
 }

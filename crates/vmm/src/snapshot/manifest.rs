@@ -3,7 +3,9 @@
 use super::{PAGE, pages};
 use crate::Config;
 use crate::config::{Disk, HugePages, Module, OnReboot, Serial};
+use crate::layout;
 use crate::machine::BoardState;
+use crate::memory::flash_size;
 use anyvisor_devices::state::LATEST;
 use anyvisor_x86::cpuid::CpuChoice;
 use anyvisor_x86::{Cpuid, VcpuState};
@@ -11,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::path::{Path, PathBuf};
+use vm_memory::GuestMemoryMmap;
 
 /// Version of the format that this build writes, and the only one it reads.
 pub const FORMAT: u32 = 1;
@@ -109,6 +112,9 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// RAM in bytes.
     pub memory: u64,
+    /// Flash memory in bytes.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub flash: u64,
     pub cpus: u32,
     pub cpu: CpuChoice,
     pub debug_exit: bool,
@@ -116,8 +122,13 @@ pub struct Machine {
     pub test_device: bool,
 }
 
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
 impl Machine {
-    pub fn of(config: &Config) -> Machine {
+    /// Of a machine that `config` made and that has this memory.
+    pub fn of(config: &Config, memory: &GuestMemoryMmap) -> Machine {
         Machine {
             id: config.id.clone(),
             firmware: config.firmware.as_deref().map(absolute),
@@ -127,11 +138,22 @@ impl Machine {
             command_line: config.command_line.clone(),
             disks: config.disks.iter().map(|disk| Disk { path: absolute(&disk.path), ..disk.clone() }).collect(),
             memory: config.memory,
+            flash: flash_size(memory),
             cpus: config.cpus,
             cpu: config.cpu,
             debug_exit: config.debug_exit,
             test_device: config.test_device,
         }
+    }
+
+    /// Bytes of all its memory.
+    pub fn memory_size(&self) -> u64 {
+        self.memory + self.flash
+    }
+
+    /// Whether `other`'s memory is where this one's is.
+    pub fn has_memory_of(&self, other: &Machine) -> bool {
+        (self.memory, self.flash) == (other.memory, other.flash)
     }
 
     /// The VM to run, with what this run decides.
@@ -225,7 +247,10 @@ impl Manifest {
         require(self.board.disks.len() == self.machine.disks.len(), "not as many disks as it says")?;
         require((1_000..=1 << 32).contains(&self.tsc_khz), "an impossible TSC frequency")?;
         require(self.clock <= LATEST, "an impossible time")?;
-        require(self.memory.extents <= self.machine.memory / PAGE, "more pieces of memory than pages")?;
+        let flash = self.machine.flash;
+        let possible = flash <= layout::FLASH_MAX && (flash == 0 || self.machine.firmware.is_some());
+        require(possible && flash.is_multiple_of(PAGE), "impossible flash memory")?;
+        require(self.memory.extents <= self.machine.memory_size() / PAGE, "more pieces of memory than pages")?;
         for vcpu in &self.vcpus {
             let state = &vcpu.state;
             require(vcpu.cpuid.leaves.len() <= LEAVES_MAX, "too many CPUID leaves")?;
@@ -236,9 +261,9 @@ impl Manifest {
         self.board.check().map_err(|error| error.to_string())
     }
 
-    /// Pages of RAM.
+    /// Pages of memory.
     pub(super) fn page_count(&self) -> u64 {
-        self.machine.memory / PAGE
+        self.machine.memory_size() / PAGE
     }
 
     /// Bytes that `pages` must have.

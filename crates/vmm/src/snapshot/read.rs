@@ -4,7 +4,7 @@
 //! comes from the file when the guest touches it, and belongs to the guest when it writes it. Its checksums
 //! are another pass ([`Snapshot::verify`]), which the machine makes while the guest already runs.
 
-use super::manifest::{Checksum, Manifest, SIZE_MAX};
+use super::manifest::{Checksum, Machine, Manifest, SIZE_MAX};
 use super::pages::{self, EXTENT_MAX, Extent};
 use super::{CHAIN_MAX, MANIFEST, MEMORY, PAGE, PAGES};
 use crate::config::HugePages;
@@ -61,7 +61,7 @@ impl Snapshot {
                 let what = format!("builds on snapshot {}, and '{}' has {found}", wanted.checksum, at.display());
                 return Err(bad(&folder, &what));
             }
-            if older.machine.memory != manifest.machine.memory {
+            if !older.machine.has_memory_of(&manifest.machine) {
                 return Err(bad(&folder, "makes no sense: it builds on a machine with another size of memory"));
             }
             layers.push(Layer::open(&at, &older)?);
@@ -90,15 +90,19 @@ impl Snapshot {
         &self.layers.last().expect("at least one").folder
     }
 
-    /// RAM with the saved contents, of which nothing is read before it is touched, but for scattered pages of
+    /// Memory with the saved contents, of which nothing is read before it is touched, but for scattered pages of
     /// incremental snapshots. The files must stay as they are while it is in use. If `pages` are to be huge ones, which
     /// no file is mapped with, all of it is read here instead.
     ///
     /// # Errors
     /// The host cannot give the memory, or not read the files.
     pub fn map_memory(&self, pages: HugePages) -> Result<GuestMemoryMmap> {
-        let ram = self.manifest.machine.memory;
-        let memory = memory::allocate(ram, pages)?;
+        let Machine { memory: ram, flash, .. } = self.manifest.machine;
+        let mut memory = memory::allocate(ram, pages)?;
+        if flash > 0 {
+            memory = memory::with_flash(&memory, flash)?;
+        }
+        let places = layout::memory_pieces(ram, flash);
         let lazy = pages == HugePages::IfThere;
         let mut mappings = 0;
         for (n, layer) in self.layers.iter().enumerate() {
@@ -106,7 +110,7 @@ impl Snapshot {
             let mut buffer = vec![0; (EXTENT_MAX * PAGE) as usize];
             for extent in plan {
                 let trouble = |error| Error::host(format!("cannot read snapshot '{}'", layer.folder.display()), error);
-                for (gpa, offset, length) in pieces(ram, &extent) {
+                for (gpa, offset, length) in pieces(&places, &extent) {
                     if lazy && mappings < MAPPINGS_MAX && (n == 0 || extent.count >= MAP_MIN) {
                         memory::map_file(&memory, gpa, length, &layer.memory, offset).map_err(trouble)?;
                         mappings += 1;
@@ -171,8 +175,9 @@ impl Layer {
         }
         let memory = open_file(folder, MEMORY)?;
         let length = memory.metadata().map_err(|error| trouble(folder, error))?.len();
-        if length != manifest.machine.memory {
-            let what = format!("is damaged: its memory has {length} bytes, not {}", manifest.machine.memory);
+        let right = manifest.machine.memory_size();
+        if length != right {
+            let what = format!("is damaged: its memory has {length} bytes, not {right}");
             return Err(bad(folder, &what));
         }
         Ok(Layer { folder: folder.to_owned(), memory, extents })
@@ -258,12 +263,12 @@ fn merge(extents: &[Extent]) -> Vec<Extent> {
     merged
 }
 
-/// Where an extent's pages are: guest-physical address, byte of the file, bytes; two where RAM has its hole.
-fn pieces(ram: u64, extent: &Extent) -> impl Iterator<Item = (u64, u64, u64)> {
+/// Where an extent's pages are in the `places` of memory: guest-physical address, byte of the file, bytes.
+fn pieces(places: &[(u64, u64)], extent: &Extent) -> impl Iterator<Item = (u64, u64, u64)> {
     let begin = extent.first * PAGE;
     let end = begin + u64::from(extent.count) * PAGE;
     let mut before = 0;
-    layout::ram_pieces(ram).into_iter().filter_map(move |(start, size)| {
+    places.iter().filter_map(move |&(start, size)| {
         let (low, high) = (begin.max(before), end.min(before + size));
         let piece = (low < high).then(|| (start + low - before, low, high - low));
         before += size;
@@ -290,8 +295,11 @@ mod tests {
         let low = layout::LOW_RAM_LIMIT;
         let ram = low + (1 << 20);
         let last = low / PAGE - 1;
-        let found: Vec<_> = pieces(ram, &extent(last, 3)).collect();
-        assert_eq!(found, [(low - PAGE, low - PAGE, PAGE), (layout::HIGH_RAM, low, 2 * PAGE)]);
-        assert_eq!(pieces(ram, &extent(5, 2)).collect::<Vec<_>>(), [(5 * PAGE, 5 * PAGE, 2 * PAGE)]);
+        let found = |flash, extent| pieces(&layout::memory_pieces(ram, flash), &extent).collect::<Vec<_>>();
+        assert_eq!(found(0, extent(last, 3)), [(low - PAGE, low - PAGE, PAGE), (layout::HIGH_RAM, low, 2 * PAGE)]);
+        assert_eq!(found(0, extent(5, 2)), [(5 * PAGE, 5 * PAGE, 2 * PAGE)]);
+        let [below, flash, above] = [low - PAGE, layout::HIGH_RAM - PAGE, layout::HIGH_RAM];
+        let three = [(below, below, PAGE), (flash, low, PAGE), (above, low + PAGE, PAGE)];
+        assert_eq!(found(PAGE, extent(last, 3)), three);
     }
 }

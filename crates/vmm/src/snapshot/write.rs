@@ -48,7 +48,8 @@ pub struct Unfinished {
 /// # Errors
 /// The folder or the parent will not do, or the host failed: its disk may be full. The VM can go on.
 pub fn save(paused: &mut Paused, folder: &Path, parent: Option<&Path>) -> Result<Unfinished> {
-    let parent = parent.map(|path| open_parent(path, paused.config.memory)).transpose()?;
+    let machine = Machine::of(paused.config, paused.memory);
+    let parent = parent.map(|path| open_parent(path, &machine)).transpose()?;
     let target = Folder::prepare(folder)?;
     let history = paused.history.clone();
     let mut known = history.lock().unwrap_or_else(PoisonError::into_inner);
@@ -80,7 +81,7 @@ pub fn save(paused: &mut Paused, folder: &Path, parent: Option<&Path>) -> Result
         None => None,
     };
     let memory_file = Memory { extents: extents.len() as u64, checksum: Checksum::of(&table) };
-    let (manifest, checksum) = describe(paused, parent, memory_file)?.encode().map_err(|error| {
+    let (manifest, checksum) = describe(paused, machine, parent, memory_file)?.encode().map_err(|error| {
         Error::user(format!("cannot save to '{}': {error}; use paths in UTF-8 only", folder.display()))
     })?;
     let summary = Summary {
@@ -122,9 +123,9 @@ impl Unfinished {
     }
 }
 
-fn open_parent(path: &Path, memory: u64) -> Result<(PathBuf, Snapshot)> {
+fn open_parent(path: &Path, machine: &Machine) -> Result<(PathBuf, Snapshot)> {
     let parent = Snapshot::open(path)?;
-    if parent.manifest().machine.memory != memory {
+    if !parent.manifest().machine.has_memory_of(machine) {
         return Err(Error::user(format!("snapshot '{}' is another VM's; save without a parent", path.display())));
     }
     if parent.depth() >= CHAIN_MAX {
@@ -225,7 +226,7 @@ fn cannot_save(path: &Path, error: std::io::Error) -> Error {
 }
 
 /// Everything but the memory.
-fn describe(paused: &mut Paused, parent: Option<Parent>, memory: Memory) -> Result<Manifest> {
+fn describe(paused: &mut Paused, machine: Machine, parent: Option<Parent>, memory: Memory) -> Result<Manifest> {
     let clock = paused.vm.clock()?;
     let tsc_khz = paused.vm.tsc_khz()?;
     let mut vcpus: Vec<Vcpu> = Vec::new();
@@ -241,7 +242,7 @@ fn describe(paused: &mut Paused, parent: Option<Parent>, memory: Memory) -> Resu
         engine: paused.engine.to_owned(),
         saved_at,
         parent,
-        machine: Machine::of(paused.config),
+        machine,
         tsc_khz,
         clock,
         vcpus,

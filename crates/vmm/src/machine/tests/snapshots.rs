@@ -38,7 +38,14 @@ fn with_vm<T>(
     outside: impl FnOnce(&Remote) -> T,
 ) -> T {
     let kernel = KernelFile::new();
-    let config = Config { memory: 20 << 20, ..config(&kernel) };
+    with_machine(Config { memory: 20 << 20, ..config(&kernel) }, guest, outside)
+}
+
+fn with_machine<T>(
+    config: Config,
+    guest: impl Fn(&FakeVm, u32, &dyn GuestIo) -> Exit + Send + Sync + 'static,
+    outside: impl FnOnce(&Remote) -> T,
+) -> T {
     let output = Arc::new(Output::new(Box::new(std::io::sink())).unwrap());
     let engine = FakeEngine { guest: Arc::new(guest), states: Arc::default() };
     let (control, remote) = control();
@@ -186,6 +193,38 @@ fn check_read_memory(folder: &Path) {
         mapped.read_slice(&mut one, GuestAddress(at)).unwrap();
         read.read_slice(&mut other, GuestAddress(at)).unwrap();
         assert!(one == other, "at {at:#x}");
+    }
+}
+
+#[test]
+fn flash_memory_is_in_snapshots() {
+    let scratch = tempfile::tempdir().unwrap();
+    let [firmware, full, more] = ["firmware", "full", "more"].map(|name| scratch.path().join(name));
+    std::fs::write(&firmware, vec![0x55; 512 << 10]).unwrap();
+    const WORD: u64 = layout::HIGH_RAM - 4096;
+    let config = Config { memory: 20 << 20, firmware: Some(firmware.clone()), ..config(&KernelFile::new()) };
+    with_machine(
+        config,
+        |vm, _, io| {
+            vm.store(WORD, vm.load(COUNT) + 1);
+            counting(vm, io)
+        },
+        |remote| {
+            counted(remote);
+            save(remote, &full, None).unwrap();
+            counted(remote);
+            assert!(save(remote, &more, Some(&full)).unwrap().memory < 64 << 10);
+        },
+    );
+    std::fs::remove_file(firmware).unwrap();
+    for folder in [full, more] {
+        let count = read_count(&folder);
+        let (end, _) = restore(&folder, move |vm, cpu, io| {
+            assert_eq!((vm.load(WORD), vm.load(WORD + 8)), (count, 0x5555_5555_5555_5555));
+            assert_eq!(vm.load(layout::HIGH_RAM - (512 << 10)), 0x5555_5555_5555_5555);
+            finds(count)(vm, cpu, io)
+        });
+        assert_eq!(end.unwrap(), End::DebugExit(count as u32), "{}", folder.display());
     }
 }
 
