@@ -152,3 +152,32 @@ fn the_shell_of_ovmf_sees_a_disk() {
     let ended = vm.end(PATIENCE);
     assert_eq!(ended.code(), 0, "{ended:?}");
 }
+
+/// Linux sets a variable, and finds it after a reboot.
+#[test]
+fn uefi_variables_are_kept() {
+    let folder = assets::scratch_folder();
+    let (disk, variables) = (folder.path().join("disk"), folder.path().join("variables"));
+    let script = format!(
+        r#"for m in {} efivarfs; do [ -e /$m.ko ] && insmod /$m.ko; done
+mount -t efivarfs efivarfs /sys/firmware/efi/efivars
+f=/sys/firmware/efi/efivars/Answer-5b4d1d0e-93d4-4d5e-8c0b-0f6f0a4a7c11
+if [ -e $f ]; then echo "kept $(tail -c 4 $f)"; poweroff -f; fi
+printf '\007\000\000\000x=42' >$f && echo "set $(tail -c 4 $f)"
+reboot -f"#,
+        MODULES.join(" ")
+    );
+    let modules = assets::modules(&[&MODULES[..], &["efivarfs"]].concat()).expect("the kernel's modules");
+    let initramfs = assets::initramfs_with(&script, &modules).expect("busybox");
+    let kernel = std::fs::read(assets::kernel().expect("a kernel")).unwrap();
+    let configuration = "linux /boot/vmlinuz console=ttyS0 quiet\ninitrd /boot/initrd\nboot";
+    let files = [("boot/vmlinuz", kernel.as_slice()), ("boot/initrd", initramfs.as_slice())];
+    grub::efi_image(&disk, 64, configuration, &files).expect("an image");
+    std::fs::copy(grub::ovmf("OVMF_VARS_4M.fd").expect("OVMF"), &variables).unwrap();
+    let firmware = format!("{},vars={}", grub::ovmf("OVMF_CODE_4M.fd").unwrap().display(), variables.display());
+    let ended = boot_with(&firmware, &disk, &["--memory", "256M", "--on-reboot", "restart"]).end(PATIENCE);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    assert!(ended.output.contains("set x=42") && ended.output.contains("kept x=42"), "{ended:?}");
+    let bytes = std::fs::read(variables).unwrap();
+    assert!(bytes.windows(4).any(|window| window == b"x=42"), "it is in the file");
+}

@@ -2,7 +2,7 @@
 
 use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
-use anyvisor_vmm::config::{Config, Disk, HugePages, Memory, Module, OnReboot, Serial, show_size};
+use anyvisor_vmm::config::{Config, Disk, Firmware, HugePages, Memory, Module, OnReboot, Serial, show_size};
 use anyvisor_vmm::{Error, Result, gdb, snapshot};
 use anyvisor_x86::cpuid::{CpuChoice, CpuModel};
 use clap::error::ErrorKind;
@@ -61,9 +61,10 @@ pub struct RunOptions {
     /// Linux bzImage (vmlinuz), ELF vmlinux with a PVH note, or a Multiboot kernel
     #[arg(long, value_name = "FILE", required_unless_present_any = ["restore", "firmware"])]
     pub kernel: Option<PathBuf>,
-    /// BIOS image of at most 256K, or UEFI firmware of at most 16M, to start instead of a kernel
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "module", "cmdline"])]
-    pub firmware: Option<PathBuf>,
+    /// BIOS image of at most 256K, or UEFI firmware of at most 16M, to start instead of a kernel; and the file that keeps
+    /// its variables
+    #[arg(long, value_name = "FILE[,vars=FILE]", conflicts_with_all = ["kernel", "initrd", "module", "cmdline"])]
+    pub firmware: Option<Firmware>,
     /// Go on from a snapshot; of the machine's options, only those that agree with it can be given
     #[arg(long, value_name = "FOLDER")]
     pub restore: Option<PathBuf>,
@@ -177,13 +178,16 @@ impl RunOptions {
             return contradicts("cmdline", format!("'{given}'"), format!("'{}'", machine.command_line.escape_debug()));
         }
         let shown = |path: Option<&PathBuf>| path.map_or("none".into(), |path| format!("'{}'", path.display()));
+        let firmware = self.firmware.as_ref().map(|firmware| &firmware.image);
+        let variables = self.firmware.as_ref().and_then(|firmware| firmware.variables.as_ref());
         for (option, given, saved) in [
-            ("kernel", &self.kernel, Some(&machine.kernel)),
-            ("initrd", &self.initrd, machine.initrd.as_ref()),
-            ("firmware", &self.firmware, machine.firmware.as_ref()),
+            ("kernel", self.kernel.as_ref(), Some(&machine.kernel)),
+            ("initrd", self.initrd.as_ref(), machine.initrd.as_ref()),
+            ("firmware", firmware, machine.firmware.as_ref()),
+            ("firmware FILE,vars", variables, machine.variables.as_ref()),
         ] {
-            if given.as_ref().is_some_and(|given| Some(&snapshot::absolute(given)) != saved) {
-                return contradicts(option, shown(given.as_ref()), shown(saved));
+            if given.is_some_and(|given| Some(&snapshot::absolute(given)) != saved) {
+                return contradicts(option, shown(given), shown(saved));
             }
         }
         if self.debug_exit && !machine.debug_exit {

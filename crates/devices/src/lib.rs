@@ -19,6 +19,7 @@
 //! | [`virtio::pci::Transport`] | `config_*`, `bar_*`, writes `-> Work` | `pin()` level; `interrupt_queue -> Option<Msi>` |
 //! | [`virtio::block::serve`] | one request of a queue on a [`virtio::block::Storage`] | what it wrote, told as it goes |
 //! | [`test_device::TestDevice`] | `read_latch`, `write_latch`, `read_memory`, `write_memory` | none: its lines are the machine's |
+//! | [`flash::Flash`] | `read`, `write` | what of its contents changed |
 //! | [`power`] | the debug-exit port and the reset control register | `PowerEvent` |
 //!
 //! Interrupt levels (`interrupt()`, `interrupts()`, `sci()`) are looked at by the machine after each access
@@ -30,6 +31,7 @@
 
 pub mod acpi_pm;
 pub mod bus;
+pub mod flash;
 pub mod fw_cfg;
 pub mod i8042;
 pub mod ioapic;

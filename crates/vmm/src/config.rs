@@ -23,7 +23,7 @@ pub struct Config {
     /// Name in messages.
     pub id: String,
     /// A BIOS image or UEFI firmware to boot instead of a kernel.
-    pub firmware: Option<PathBuf>,
+    pub firmware: Option<Firmware>,
     /// bzImage, ELF with a PVH note, or an image with a Multiboot header.
     pub kernel: PathBuf,
     pub initrd: Option<PathBuf>,
@@ -42,6 +42,29 @@ pub struct Config {
     /// The ports and memory that kvm-unit-tests need, and the debug-exit port.
     pub test_device: bool,
     pub on_reboot: OnReboot,
+}
+
+/// What `--firmware` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Firmware {
+    pub image: PathBuf,
+    /// The file in which UEFI variables are kept.
+    pub variables: Option<PathBuf>,
+}
+
+impl FromStr for Firmware {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Firmware, String> {
+        let (image, variables) = match text.split_once(",vars=") {
+            Some((image, variables)) => (image, Some(variables)),
+            None => (text, None),
+        };
+        if image.is_empty() || variables.is_some_and(str::is_empty) {
+            return Err(format!("'{text}' lacks a file; write FILE or FILE,vars=FILE"));
+        }
+        Ok(Firmware { image: image.into(), variables: variables.map(PathBuf::from) })
+    }
 }
 
 /// A file that a Multiboot kernel finds in memory.
@@ -288,6 +311,19 @@ mod tests {
         assert_eq!("a,".parse(), Ok(module("a", Some(""))));
         assert_eq!("a,b c,d".parse(), Ok(module("a", Some("b c,d"))));
         assert!(",x".parse::<Module>().unwrap_err().contains("file"));
+    }
+
+    #[test]
+    fn firmware_parses() {
+        let firmware = |image: &str, variables: Option<&str>| Firmware {
+            image: image.into(),
+            variables: variables.map(PathBuf::from),
+        };
+        assert_eq!("a,b".parse(), Ok(firmware("a,b", None)));
+        assert_eq!("a,vars=b/c".parse(), Ok(firmware("a", Some("b/c"))));
+        for bad in ["", "a,vars=", ",vars=b"] {
+            assert!(bad.parse::<Firmware>().unwrap_err().contains("FILE,vars=FILE"));
+        }
     }
 
     #[test]

@@ -37,10 +37,11 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_timer_settime,
     libc::SYS_timer_delete,
     libc::SYS_arch_prctl,
-    // Descriptors that are open already: event counters, the console, the log.
+    // Descriptors that are open already: event counters, the console, the log, the file with UEFI variables.
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_writev,
+    libc::SYS_pwrite64,
     // Memory.
     libc::SYS_munmap,
     libc::SYS_mremap,

@@ -11,7 +11,7 @@ use anyvisor_devices::virtio::queue::Piece;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -36,6 +36,13 @@ pub struct Stamp {
     pub length: u64,
     /// Nanoseconds since 1970 at which it was last written.
     pub modified: i64,
+}
+
+impl Stamp {
+    /// Of a file of `length` bytes with this metadata.
+    pub fn new(length: u64, data: &Metadata) -> Stamp {
+        Stamp { length, modified: data.mtime().saturating_mul(1_000_000_000).saturating_add(data.mtime_nsec()) }
+    }
 }
 
 /// Opens and locks the images of `disks`.
@@ -110,9 +117,7 @@ impl Image {
     /// # Errors
     /// The host's.
     pub fn stamp(&self) -> io::Result<Stamp> {
-        let data = self.file.metadata()?;
-        let modified = data.mtime().saturating_mul(1_000_000_000).saturating_add(data.mtime_nsec());
-        Ok(Stamp { length: self.sectors * SECTOR, modified })
+        Ok(Stamp::new(self.sectors * SECTOR, &self.file.metadata()?))
     }
 
     /// Writes zeros where the file cannot be told to have some.

@@ -44,6 +44,9 @@ pub const IO_APIC: u64 = anyvisor_devices::ioapic::DEFAULT_BASE;
 pub const KVM_PAGES: (u64, u64) = (0xfeff_c000, 0x4000);
 /// Most flash memory, which ends at 4 GiB: above all chips.
 pub const FLASH_MAX: u64 = 16 << 20;
+/// Most flash memory for UEFI variables, which is below that with the firmware, and most firmware then.
+pub const VARIABLES_MAX: u64 = 1 << 20;
+pub const FLASH_MAX_BESIDE_VARIABLES: u64 = 7 << 20;
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Memory of the test device, where a machine has one.
 pub const TEST_MEMORY: u64 = anyvisor_devices::test_device::MEMORY;

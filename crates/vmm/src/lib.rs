@@ -19,6 +19,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod snapshot;
+pub mod variables;
 
 pub use anyvisor_devices::power::debug_exit_code;
 pub use config::Config;

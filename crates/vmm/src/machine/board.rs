@@ -15,10 +15,10 @@ pub use state::BoardState;
 
 use super::disks::Disk;
 use super::timer::Alarm;
-use super::{End, Notify, lock};
+use super::variables::VariablesChip;
+use super::{End, Images, Notify, lock};
 use crate::acpi::{PCI_PINS, SCI};
 use crate::console::{Input, Output};
-use crate::disk::Image;
 use crate::{Config, firmware, layout, memory};
 use anyvisor_devices::acpi_pm::{self, AcpiPm};
 use anyvisor_devices::fw_cfg::{self, FwCfg};
@@ -70,6 +70,8 @@ pub(super) struct Wired {
     pci: PciRoot,
     /// OVMF is to find a PIIX4.
     piix: bool,
+    /// For firmware that has somewhere to keep its variables.
+    variables: Option<Mutex<VariablesChip>>,
     disks: Vec<Arc<Disk>>,
     /// In machines that start firmware.
     fw_cfg: Option<Mutex<FwCfg>>,
@@ -116,18 +118,20 @@ impl Board {
         config: &Config,
         vm: Arc<dyn Vm>,
         memory: &GuestMemoryMmap,
-        images: Vec<Image>,
+        images: Images,
         outside: &Outside<'_>,
         start: u64,
     ) -> Board {
         let Outside { output, input, notify } = *outside;
         let utc = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let low = config.memory.min(layout::LOW_RAM_LIMIT);
-        let piix = memory::flash_size(memory) > 0;
+        let flash = memory::flash_size(memory);
+        let piix = flash > 0;
+        let variables = images.variables.map(|(file, bytes)| Mutex::new(VariablesChip::new(file, bytes)));
         let disk =
             |(n, image), wired: &Weak<Wired>| Arc::new(Disk::new(n, image, memory.clone(), vm.clone(), wired.clone()));
         let chips = Arc::new_cyclic(|wired| {
-            let disks: Vec<_> = images.into_iter().enumerate().map(|image| disk(image, wired)).collect();
+            let disks: Vec<_> = images.disks.into_iter().enumerate().map(|image| disk(image, wired)).collect();
             Wired {
                 epoch: Instant::now(),
                 start,
@@ -144,13 +148,14 @@ impl Board {
                 acpi_pm: Mutex::new(AcpiPm::new()),
                 pci: pci_bus(&disks, config.firmware.is_some(), piix),
                 piix,
+                variables,
                 disks,
                 fw_cfg: config.firmware.as_ref().map(|_| Mutex::new(firmware::device(config))),
                 test_device: config.test_device.then(Mutex::default),
                 interrupts: Mutex::new(Interrupts { pic: Pic::new(), io_apic: IoApic::new(), lines: 0, pci: [0; 4] }),
             }
         });
-        let (ports, memory) = buses(&chips, config);
+        let (ports, memory) = buses(&chips, config, layout::HIGH_RAM - flash);
         Board { ports, memory, chips }
     }
 
@@ -250,8 +255,8 @@ fn pci_bus(disks: &[Arc<Disk>], firmware: bool, piix: bool) -> PciRoot {
     root
 }
 
-/// Who answers which address.
-fn buses(chips: &Arc<Wired>, config: &Config) -> (Bus, Bus) {
+/// Who answers which address. The chip with UEFI variables ends at `variables_end`.
+fn buses(chips: &Arc<Wired>, config: &Config, variables_end: u64) -> (Bus, Bus) {
     let device = |chip: Chip, base: u64| Arc::new(OnBus { chips: chips.clone(), chip, base });
     let mut ports = Bus::new();
     let mut add = |base: u16, length: u64, width: Width, chip: Chip| {
@@ -303,6 +308,10 @@ fn buses(chips: &Arc<Wired>, config: &Config) -> (Bus, Bus) {
     if test_device {
         add(layout::TEST_MEMORY, test_device::MEMORY_SIZE, Width::Qword, Chip::TestMemory);
     }
+    if let Some(variables) = &chips.variables {
+        let length = lock(variables).length();
+        add(variables_end - length, length, Width::Qword, Chip::Variables);
+    }
     for (base, end) in layout::pci_windows(config.memory) {
         memory
             .add(base, end - base, Width::Qword, Arc::new(OnBus { chips: chips.clone(), chip: Chip::PciMemory, base }))
@@ -327,6 +336,7 @@ enum Chip {
     Ecam,
     PciMemory,
     FwCfg,
+    Variables,
     TestLatch,
     TestFlush,
     TestLines,
@@ -374,6 +384,7 @@ impl BusDevice for OnBus {
             Chip::PciPorts => chips.pci.window_read(Space::Io, port.into(), data),
             Chip::Ecam => chips.pci.ecam_read(offset, data),
             Chip::PciMemory => chips.pci.window_read(Space::Memory, self.base + offset, data),
+            Chip::Variables => chips.with_variables(|chip| chip.flash.read(offset, data)),
             Chip::FwCfg => chips.with_fw_cfg(|device| device.read(offset as u16, data)),
             Chip::TestLatch => chips.with_test_device(|device| device.read_latch(offset as u16, data)),
             Chip::TestFlush | Chip::TestLines => data.fill(0xff),
@@ -428,6 +439,7 @@ impl BusDevice for OnBus {
             Chip::PciPorts => chips.pci.window_write(Space::Io, port.into(), data),
             Chip::Ecam => chips.pci.ecam_write(offset, data),
             Chip::PciMemory => chips.pci.window_write(Space::Memory, self.base + offset, data),
+            Chip::Variables => chips.with_variables(|chip| chip.write(offset, data)),
             Chip::FwCfg => chips.with_fw_cfg(|device| device.write(offset as u16, data)),
             Chip::TestLatch => chips.with_test_device(|device| device.write_latch(offset as u16, data)),
             Chip::TestFlush => {}
@@ -483,6 +495,12 @@ impl Wired {
     fn with_fw_cfg(&self, act: impl FnOnce(&mut FwCfg)) {
         if let Some(device) = &self.fw_cfg {
             act(&mut lock(device));
+        }
+    }
+
+    fn with_variables(&self, act: impl FnOnce(&mut VariablesChip)) {
+        if let Some(chip) = &self.variables {
+            act(&mut lock(chip));
         }
     }
 

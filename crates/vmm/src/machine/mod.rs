@@ -28,11 +28,13 @@ mod measuring;
 mod remote;
 mod restore;
 mod timer;
+mod variables;
 mod vcpu;
 
 use crate::config::{OnReboot, show_size};
 use crate::console::{Input, Output};
 use crate::snapshot::{History, Snapshot};
+use crate::variables::Variables;
 use crate::{Config, Error, Result, acpi, boot, disk, layout, memory};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
@@ -266,12 +268,12 @@ impl Machine {
         let supported = engine.supported_cpuid();
         let memory = memory::allocate(config.memory, config.huge_pages)?;
         let memory = match &config.firmware {
-            Some(firmware) => boot::with_flash(memory, firmware)?,
+            Some(firmware) => boot::with_flash(memory, &firmware.image)?,
             None => memory,
         };
         let entry = load(config, &memory)?;
         let vm = engine.create_vm(memory.clone())?;
-        let images = disk::open(&config.disks)?;
+        let images = Images::open(config, &memory)?;
         let outside = Outside { output, input, notify: &notify };
         let board = Arc::new(Board::new(config, vm.clone(), &memory, images, &outside, 0));
         let choice = match memory::flash_size(&memory) {
@@ -358,10 +360,38 @@ impl Machine {
     }
 }
 
+/// The files that a machine's chips write to.
+struct Images {
+    disks: Vec<disk::Image>,
+    /// With their contents.
+    variables: Option<(Variables, Vec<u8>)>,
+}
+
+impl Images {
+    /// Opens and locks them.
+    ///
+    /// # Errors
+    /// [`Error::User`]: which cannot be used, why, and what to do.
+    fn open(config: &Config, memory: &GuestMemoryMmap) -> Result<Images> {
+        let disks = disk::open(&config.disks)?;
+        let Some(path) = config.firmware.as_ref().and_then(|firmware| firmware.variables.as_ref()) else {
+            return Ok(Images { disks, variables: None });
+        };
+        if !(1..=layout::FLASH_MAX_BESIDE_VARIABLES).contains(&memory::flash_size(memory)) {
+            let most = show_size(layout::FLASH_MAX_BESIDE_VARIABLES);
+            return Err(Error::user(format!(
+                "--firmware with vars={} takes UEFI firmware of more than 256K and at most {most}; leave vars= out",
+                path.display()
+            )));
+        }
+        Ok(Images { disks, variables: Some(Variables::open(path)?) })
+    }
+}
+
 /// Puts what `config` boots into memory. Firmware brings its own ACPI tables, and may lie where ours do.
 fn load(config: &Config, memory: &GuestMemoryMmap) -> Result<boot::Entry> {
     if let Some(firmware) = &config.firmware {
-        return boot::load_firmware(memory, firmware);
+        return boot::load_firmware(memory, &firmware.image);
     }
     let rsdp = acpi::write(memory, config.cpus, config.memory);
     let boot = boot::Boot {

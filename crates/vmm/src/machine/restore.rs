@@ -1,9 +1,9 @@
 //! A machine from a snapshot, ready to go on.
 
-use super::{Board, End, Machine, Notify, Outside, lock};
+use super::{Board, End, Images, Machine, Notify, Outside, lock};
 use crate::console::{Input, Output};
 use crate::snapshot::{History, Manifest, Snapshot};
-use crate::{Config, Result, disk};
+use crate::{Config, Result};
 use anyvisor_engine::{Engine, VcpuId};
 use anyvisor_x86::{Cpuid, VcpuState, msr};
 use std::sync::Arc;
@@ -47,11 +47,11 @@ impl Machine {
             let (name, list) = (engine.name(), missing.join(", "));
             return Err(snapshot.error(&format!("cannot go on under engine {name} on this host, which lacks {list}")));
         }
-        let images = disk::open(&config.disks)?;
+        let images = Images::open(config, &memory)?;
         let start = saved.board.now;
         let outside = Outside { output, input, notify: &notify };
         let board = Arc::new(Board::new(config, vm.clone(), &memory, images, &outside, start));
-        if let Some(difference) = board.changed_disk(&saved.board)? {
+        if let Some(difference) = board.changed_image(&saved.board)? {
             return Err(snapshot.error(&format!("cannot go on: {difference}")));
         }
         let nonsense = |what: String| snapshot.error(&format!("makes no sense: {what}"));

@@ -706,7 +706,7 @@ fn what_cannot_be_built_is_a_users_mistake() {
         |config: &mut Config| config.cpus = 1000,
         |config: &mut Config| config.kernel = "/nonexistent/vmlinuz".into(),
         |config: &mut Config| config.kernel = "/".into(),
-        |config: &mut Config| config.firmware = Some("/nonexistent/bios".into()),
+        |config: &mut Config| config.firmware = Some("/nonexistent/bios".parse().unwrap()),
         |config: &mut Config| config.initrd = Some("/nonexistent/initrd".into()),
         |config: &mut Config| config.modules = vec!["/nonexistent/module".parse().unwrap()],
     ] {

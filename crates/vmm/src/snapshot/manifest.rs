@@ -2,7 +2,7 @@
 
 use super::{PAGE, pages};
 use crate::Config;
-use crate::config::{Disk, HugePages, Module, OnReboot, Serial};
+use crate::config::{Disk, Firmware, HugePages, Module, OnReboot, Serial};
 use crate::layout;
 use crate::machine::BoardState;
 use crate::memory::flash_size;
@@ -103,6 +103,9 @@ pub struct Machine {
     pub id: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub firmware: Option<PathBuf>,
+    /// The file in which UEFI variables are kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variables: Option<PathBuf>,
     pub kernel: PathBuf,
     pub initrd: Option<PathBuf>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -131,7 +134,8 @@ impl Machine {
     pub fn of(config: &Config, memory: &GuestMemoryMmap) -> Machine {
         Machine {
             id: config.id.clone(),
-            firmware: config.firmware.as_deref().map(absolute),
+            firmware: config.firmware.as_ref().map(|firmware| absolute(&firmware.image)),
+            variables: config.firmware.as_ref().and_then(|firmware| firmware.variables.as_deref().map(absolute)),
             kernel: absolute(&config.kernel),
             initrd: config.initrd.as_deref().map(absolute),
             modules: config.modules.iter().map(|m| Module { path: absolute(&m.path), ..m.clone() }).collect(),
@@ -160,7 +164,7 @@ impl Machine {
     pub fn config(&self, serial: Serial, on_reboot: OnReboot) -> Config {
         Config {
             id: self.id.clone(),
-            firmware: self.firmware.clone(),
+            firmware: self.firmware.clone().map(|image| Firmware { image, variables: self.variables.clone() }),
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             modules: self.modules.clone(),
@@ -244,10 +248,13 @@ impl Manifest {
         let require = |holds: bool, what: &str| if holds { Ok(()) } else { Err(what.to_owned()) };
         require(self.machine.memory.is_multiple_of(PAGE), "half a page of memory")?;
         require(self.vcpus.len() == self.machine.cpus as usize, "not as many vCPUs as it says")?;
+        let flash = self.machine.flash;
+        let variables = self.machine.variables.is_some();
+        require(!variables || (flash > 0 && flash <= layout::FLASH_MAX_BESIDE_VARIABLES), "impossible UEFI variables")?;
+        require(self.board.variables.is_some() == variables, "UEFI variables in only one of machine and state")?;
         require(self.board.disks.len() == self.machine.disks.len(), "not as many disks as it says")?;
         require((1_000..=1 << 32).contains(&self.tsc_khz), "an impossible TSC frequency")?;
         require(self.clock <= LATEST, "an impossible time")?;
-        let flash = self.machine.flash;
         let possible = flash <= layout::FLASH_MAX && (flash == 0 || self.machine.firmware.is_some());
         require(possible && flash.is_multiple_of(PAGE), "impossible flash memory")?;
         require(self.memory.extents <= self.machine.memory_size() / PAGE, "more pieces of memory than pages")?;

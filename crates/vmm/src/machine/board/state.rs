@@ -6,6 +6,7 @@ use super::{Board, Interrupts};
 use crate::Result;
 use crate::machine::disks::DiskState;
 use crate::machine::lock;
+use crate::machine::variables::VariablesState;
 use anyvisor_devices::acpi_pm::AcpiPm;
 use anyvisor_devices::fw_cfg::{self, FwCfg};
 use anyvisor_devices::i8042::I8042;
@@ -38,6 +39,8 @@ pub struct BoardState {
     pub test_device: Option<TestDevice>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskState>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variables: Option<VariablesState>,
     pub interrupts: Interrupts,
 }
 
@@ -72,6 +75,7 @@ impl Board {
     pub fn save(&self) -> Result<BoardState> {
         self.disks().iter().try_for_each(|disk| disk.flush())?;
         let disks = self.disks().iter().map(|disk| disk.save()).collect::<Result<_>>()?;
+        let variables = self.chips.variables.as_ref().map(|chip| lock(chip).save()).transpose()?;
         let chips = self.chips();
         let interrupts = &*chips.interrupts;
         Ok(BoardState {
@@ -86,15 +90,21 @@ impl Board {
             fw_cfg: chips.fw_cfg.as_deref().map(FwCfg::position),
             test_device: chips.test_device.as_deref().cloned(),
             disks,
+            variables,
             interrupts: interrupts.clone(),
         })
     }
 
-    /// What about the disks' images is not as it was when `state` was saved, in one line.
+    /// What about the images of disks and variables is not as it was when `state` was saved, in one line.
     ///
     /// # Errors
     /// The host's.
-    pub(in crate::machine) fn changed_disk(&self, state: &BoardState) -> Result<Option<String>> {
+    pub(in crate::machine) fn changed_image(&self, state: &BoardState) -> Result<Option<String>> {
+        if let (Some(chip), Some(saved)) = (&self.chips.variables, &state.variables)
+            && let Some(difference) = lock(chip).difference(saved)?
+        {
+            return Ok(Some(difference));
+        }
         for (disk, saved) in self.disks().iter().zip(&state.disks) {
             if let Some(difference) = disk.difference(saved)? {
                 return Ok(Some(difference));
@@ -118,6 +128,16 @@ impl Board {
         *lock(&chips.acpi_pm) = state.acpi_pm.clone();
         if let (Some(device), Some(position)) = (&chips.fw_cfg, state.fw_cfg) {
             lock(device).set_position(position);
+        }
+        match (&chips.variables, &state.variables) {
+            (Some(chip), Some(saved)) => lock(chip).restore(saved),
+            (None, None) => {}
+            _ => {
+                return Err(BadState {
+                    chip: "UEFI variables",
+                    what: "they are there in only one of machine and state",
+                });
+            }
         }
         match (&chips.test_device, &state.test_device) {
             (Some(device), Some(saved)) => *lock(device) = saved.clone(),

@@ -202,7 +202,11 @@ fn flash_memory_is_in_snapshots() {
     let [firmware, full, more] = ["firmware", "full", "more"].map(|name| scratch.path().join(name));
     std::fs::write(&firmware, vec![0x55; 512 << 10]).unwrap();
     const WORD: u64 = layout::HIGH_RAM - 4096;
-    let config = Config { memory: 20 << 20, firmware: Some(firmware.clone()), ..config(&KernelFile::new()) };
+    let config = Config {
+        memory: 20 << 20,
+        firmware: Some(crate::config::Firmware { image: firmware.clone(), variables: None }),
+        ..config(&KernelFile::new())
+    };
     with_machine(
         config,
         |vm, _, io| {
@@ -226,6 +230,51 @@ fn flash_memory_is_in_snapshots() {
         });
         assert_eq!(end.unwrap(), End::DebugExit(count as u32), "{}", folder.display());
     }
+}
+
+#[test]
+fn the_file_with_uefi_variables_goes_with_a_snapshot() {
+    let scratch = tempfile::tempdir().unwrap();
+    let [image, variables, folder] = ["firmware", "variables", "snapshot"].map(|name| scratch.path().join(name));
+    std::fs::write(&image, vec![0; 512 << 10]).unwrap();
+    std::fs::write(&variables, vec![0xff; 8192]).unwrap();
+    // Below the firmware.
+    const CHIP: u64 = layout::HIGH_RAM - (512 << 10) - 8192;
+    let firmware = crate::config::Firmware { image, variables: Some(variables.clone()) };
+    let config = Config { memory: 20 << 20, firmware: Some(firmware), ..config(&KernelFile::new()) };
+    with_machine(
+        config,
+        |vm, _, io| {
+            if vm.load(COUNT) == 0 {
+                io.mmio_write(CHIP + 5, &[0x10]);
+                io.mmio_write(CHIP + 5, &[0x5a]);
+            }
+            counting(vm, io)
+        },
+        |remote| {
+            counted(remote);
+            assert_eq!(std::fs::read(&variables).unwrap()[4..7], [0xff, 0x5a, 0xff]);
+            save(remote, &folder, None).unwrap();
+        },
+    );
+    let count = read_count(&folder);
+    let goes_on = || {
+        restore(&folder, move |vm, cpu, io| {
+            let read = |at| {
+                let mut byte = [0];
+                io.mmio_read(CHIP + at, &mut byte);
+                byte[0]
+            };
+            assert_eq!((read(0), read(8191), read(8192)), (0x80, 0x80, 0xff), "the chip shows its status");
+            io.mmio_write(CHIP, &[0xff]);
+            assert_eq!((read(0), read(5)), (0xff, 0x5a));
+            finds(count)(vm, cpu, io)
+        })
+    };
+    assert_eq!(goes_on().0.unwrap(), End::DebugExit(count as u32));
+    std::fs::write(&variables, vec![0; 8192]).unwrap();
+    let message = goes_on().0.unwrap_err().to_string();
+    assert!(message.contains("variables', the file for UEFI variables, has changed"), "{message}");
 }
 
 #[test]
