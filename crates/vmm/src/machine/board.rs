@@ -68,7 +68,7 @@ pub(super) struct Wired {
     i8042: Mutex<I8042>,
     acpi_pm: Mutex<AcpiPm>,
     pci: PciRoot,
-    /// OVMF is to find a PIIX4.
+    /// OVMF is to find a PIIX4, and no keyboard controller: of that only the reset lines are there.
     piix: bool,
     /// For firmware that has somewhere to keep its variables.
     variables: Option<Mutex<VariablesChip>>,
@@ -375,6 +375,8 @@ impl BusDevice for OnBus {
                 data[0] = rtc.read(port, now);
                 chips.alarm.set(chips.settle_rtc(&mut rtc));
             }
+            // OVMF waits seconds for a keyboard to answer, unless nothing answers at all.
+            Chip::I8042 if chips.piix && port != i8042::PORT_A => data[0] = 0xff,
             Chip::I8042 => {
                 let mut i8042 = lock(&chips.i8042);
                 data[0] = i8042.read(port);
