@@ -37,8 +37,8 @@ pub fn same(case: &Case, host: &Outcome, guest: &Outcome) -> bool {
         && (h.ymm == g.ymm && h.mxcsr == g.mxcsr && h.x87 == g.x87)
 }
 
-/// The differences, a line each; empty if there is none.
-pub fn differences(case: &Case, executor: Executor, host: &Outcome, guest: &Outcome) -> String {
+/// The differences, a line each; empty if there is none. `flow` is the case's.
+pub fn differences(case: &Case, flow: &Flow, executor: Executor, host: &Outcome, guest: &Outcome) -> String {
     let mut text = String::new();
     if canonical_stop(host.stop) != canonical_stop(guest.stop) {
         line(&mut text, "end", &describe(host.stop), &describe(guest.stop));
@@ -48,7 +48,6 @@ pub fn differences(case: &Case, executor: Executor, host: &Outcome, guest: &Outc
     }
     let mut host = host.clone();
     let mut guest = guest.clone();
-    let flow = Flow::new(&case.code, case.state.rip);
     if flow.is_mmx(host.state.rip) {
         for outcome in [&mut host, &mut guest] {
             let x87 = &mut outcome.state.x87;
@@ -112,16 +111,16 @@ fn registers(text: &mut String, host: &State, guest: &State, undefined: u64) {
 }
 
 fn vectors(text: &mut String, host: &State, guest: &State) {
-    let mut wide = |name: String, h: &[u8], g: &[u8]| {
+    let mut wide = |name: &str, i: usize, h: &[u8], g: &[u8]| {
         if h != g {
-            line(text, &name, &hex(h), &hex(g));
+            line(text, &format!("{name}{i}"), &hex(h), &hex(g));
         }
     };
     for i in 0..8 {
-        wide(format!("st{i}"), &host.x87.st[i], &guest.x87.st[i]);
+        wide("st", i, &host.x87.st[i], &guest.x87.st[i]);
     }
     for i in 0..16 {
-        wide(format!("ymm{i}"), &host.ymm[i], &guest.ymm[i]);
+        wide("ymm", i, &host.ymm[i], &guest.ymm[i]);
     }
 }
 
@@ -152,18 +151,19 @@ mod tests {
     #[test]
     fn only_what_is_defined_counts() {
         let case = Case { code: vec![0x21, 0xc8], ..Case::default() };
+        let flow = Flow::new(&case.code, case.state.rip);
         let end = Stop::Exception { vector: 3, error: 0, cr2: 0 };
         let host = Outcome { stop: end, state: State { rip: case.state.rip + 3, ..State::default() } };
         let mut guest = host.clone();
         guest.state.rflags ^= 1 << 4 | RF;
-        assert_eq!(differences(&case, Executor::Interpreter, &host, &guest), "");
+        assert_eq!(differences(&case, &flow, Executor::Interpreter, &host, &guest), "");
         guest.state.rflags ^= 1;
-        assert!(differences(&case, Executor::Interpreter, &host, &guest).contains("rflags"));
+        assert!(differences(&case, &flow, Executor::Interpreter, &host, &guest).contains("rflags"));
         guest = host.clone();
         guest.state.ymm[3][31] = 1;
-        assert!(differences(&case, Executor::Interpreter, &host, &guest).contains("ymm3"));
+        assert!(differences(&case, &flow, Executor::Interpreter, &host, &guest).contains("ymm3"));
         guest = Outcome { stop: Stop::Exception { vector: 13, error: 0, cr2: 0 }, ..host.clone() };
-        assert!(differences(&case, Executor::Interpreter, &host, &guest).contains("vector 13"));
+        assert!(differences(&case, &flow, Executor::Interpreter, &host, &guest).contains("vector 13"));
     }
 
     #[test]

@@ -1,209 +1,20 @@
-//! The loop: generate, run on the host and on the engine, compare; then minimise what differs.
+//! The loop: generate cases, check them, count; then minimise what differs.
 
-use crate::case::{Case, State, Stop, X87, image};
-use crate::compare::{differences, memory_differences, same};
+use crate::bench::{Bench, Finding};
+use crate::case::{Case, image};
 use crate::generate::{Generator, Options};
-use crate::guest::{Executor, Guest};
-use crate::host::Host;
 use crate::layout::bits_at;
-use crate::undefined::Flow;
-use anyhow::Result;
-use anyvisor_engine_translator::translate::fault;
+use crate::minimise::minimise;
+use crate::tally::Tally;
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
+use std::time::Instant;
 
-/// How often a finding is gone over to make it smaller, at most.
-const MINIMISER_PASSES: usize = 16;
 /// Cases in a row that share their memory image.
 const CASES_PER_IMAGE: u64 = 512;
-
-/// Host and engine side by side.
-pub struct Bench {
-    host: Host,
-    guests: Vec<(Executor, Guest)>,
-    /// An interpreter that looks where cases went which differ.
-    tracer: Guest,
-    /// How many did not count because they strayed.
-    strays: u64,
-    image: (u64, Vec<u8>),
-}
-
-/// A case on which an executor differs from the host.
-#[derive(Clone, Debug)]
-pub struct Finding {
-    pub case: Case,
-    pub executor: Executor,
-    /// What differs, a line each.
-    pub differences: String,
-}
-
-/// Counts of what a run saw.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    pub cases: u64,
-    /// By vector; a case that ran to its end is a 3.
-    pub stops: HashMap<u8, u64>,
-    /// Cases skipped because the host did not end them.
-    pub hangs: u64,
-    /// Cases whose difference does not count, because they strayed (see [`Guest::strays`]).
-    pub strays: u64,
-}
-
-impl Bench {
-    /// # Errors
-    /// When the host refuses memory or signals.
-    pub fn new(executors: &[Executor]) -> Result<Bench> {
-        let host = Host::new()?;
-        let guests = executors.iter().map(|e| Ok((*e, Guest::new(*e)?))).collect::<Result<_>>()?;
-        let tracer = Guest::new(Executor::Interpreter)?;
-        Ok(Bench { host, guests, tracer, strays: 0, image: (0, image(0)) })
-    }
-
-    /// Options that suit this host.
-    pub fn options(&self) -> Options {
-        Options { class: None, bits: 64, bases: self.host.can_set_bases() }
-    }
-
-    /// Runs `case` everywhere; the first executor that differs from the host, if any.
-    pub fn check(&mut self, case: &Case) -> (Stop, Option<Finding>) {
-        if self.image.0 != case.memory {
-            self.image = (case.memory, image(case.memory));
-        }
-        let host = self.host.run(case, &self.image.1);
-        if host.stop == Stop::Hang {
-            return (host.stop, None);
-        }
-        for (executor, guest) in &mut self.guests {
-            // The translator runs twice: when it translates, and from what it has kept and linked. A kept case
-            // runs so with probes hoisted and without, others one way or the other, in turns.
-            let eager = case.seed >> 6 & 1 == 0;
-            let runs = match executor {
-                Executor::Translator if case.seed == 0 => &[true, true, false, false][..],
-                Executor::Translator => &[eager, eager],
-                Executor::Interpreter => &[false],
-            };
-            for &eager in runs {
-                guest.translate_eagerly(eager);
-                let faults = fault::page_faults();
-                let outcome = guest.run(case, &self.image.1);
-                let faults = fault::page_faults() - faults;
-                let same_memory = self.host.data() == guest.data();
-                if same_memory {
-                    guest.set_dirty(self.host.dirty());
-                }
-                if same_memory && faults == 0 && same(case, &host, &outcome) {
-                    continue;
-                }
-                let mut text = differences(case, *executor, &host, &outcome);
-                text += &memory_differences(self.host.data(), guest.data());
-                if faults != 0 {
-                    writeln!(text, "  faults   of the host's pages by translated code: {faults}").expect("a string");
-                }
-                if !text.is_empty() {
-                    // What such a case reads may be undefined, and nobody looked.
-                    let flow = Flow::new(&case.code, case.state.rip);
-                    if faults == 0 && self.tracer.strays(case, &self.image.1, &flow) {
-                        self.strays += 1;
-                        return (host.stop, None);
-                    }
-                    let finding = Finding { case: case.clone(), executor: *executor, differences: text };
-                    return (host.stop, Some(finding));
-                }
-            }
-        }
-        (host.stop, None)
-    }
-
-    /// Makes a finding's case smaller for as long as its executor still differs from the host.
-    pub fn minimise(&mut self, finding: Finding) -> Finding {
-        let mut best = finding;
-        // A difference that comes and goes could make each pass end elsewhere.
-        for _ in 0..MINIMISER_PASSES {
-            let before = best.case.clone();
-            for smaller in smaller_codes(&best.case) {
-                self.keep_if_different(&mut best, smaller);
-            }
-            let pokes = best.case.pokes.len();
-            for i in (0..pokes).rev() {
-                let mut smaller = best.case.clone();
-                smaller.pokes.remove(i);
-                self.keep_if_different(&mut best, smaller);
-            }
-            for change in state_changes() {
-                let mut smaller = best.case.clone();
-                change(&mut smaller.state);
-                self.keep_if_different(&mut best, smaller);
-            }
-            if best.case == before {
-                break;
-            }
-        }
-        best
-    }
-
-    fn keep_if_different(&mut self, best: &mut Finding, case: Case) -> bool {
-        if case == best.case || case.code.is_empty() {
-            return false;
-        }
-        let executor = best.executor;
-        match self.check(&case).1 {
-            Some(finding) if finding.executor == executor => {
-                *best = finding;
-                true
-            }
-            _ => false,
-        }
-    }
-}
-
-/// The case without each one of its instructions.
-fn smaller_codes(case: &Case) -> Vec<Case> {
-    let mut decoder = Decoder::with_ip(bits_at(case.state.rip), &case.code, case.state.rip, DecoderOptions::NONE);
-    let mut pieces = Vec::new();
-    while decoder.can_decode() {
-        let start = decoder.position();
-        let _ = decoder.decode();
-        pieces.push(start..decoder.position());
-    }
-    if pieces.len() < 2 {
-        return Vec::new();
-    }
-    pieces
-        .into_iter()
-        .rev()
-        .map(|piece| {
-            let mut smaller = case.clone();
-            smaller.code.drain(piece);
-            smaller
-        })
-        .collect()
-}
-
-type Change = Box<dyn Fn(&mut State)>;
-
-fn state_changes() -> Vec<Change> {
-    let mut changes: Vec<Change> = vec![
-        Box::new(|s| s.ymm = [[0; 32]; 16]),
-        Box::new(|s| s.x87 = X87::default()),
-        Box::new(|s| s.x87.st = [[0; 10]; 8]),
-        Box::new(|s| s.x87.tag = 0xff),
-        Box::new(|s| s.x87.status = 0),
-        Box::new(|s| s.mxcsr = 0x1f80),
-        Box::new(|s| s.rflags &= 0x602),
-        Box::new(|s| s.rflags &= !0x400),
-        Box::new(|s| s.fs_base = 0),
-        Box::new(|s| s.gs_base = 0),
-    ];
-    for i in 0..16 {
-        changes.push(Box::new(move |s| s.gpr[i] = 0));
-        changes.push(Box::new(move |s| s.ymm[i] = [0; 32]));
-    }
-    for i in 0..8 {
-        changes.push(Box::new(move |s| s.x87.st[i] = [0; 10]));
-    }
-    changes
-}
+/// Seeds between two looks at the clock.
+const CASES_PER_LOOK: u64 = 256;
 
 /// What to run, and when to stop.
 #[derive(Clone, Copy, Debug)]
@@ -214,37 +25,39 @@ pub struct Plan {
     pub options: Options,
     /// Stop after this many different findings.
     pub findings: usize,
-    pub deadline: Option<std::time::Instant>,
+    pub deadline: Option<Instant>,
+}
+
+/// What [`run`] tells while it runs.
+pub enum Event<'a> {
+    /// A finding of a new kind, minimised.
+    Finding(&'a Finding),
+    /// What has been counted so far, now and then.
+    Progress(&'a Tally),
 }
 
 /// Runs `plan`. Findings are minimised, one for each kind (see [`signature`]).
-pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(&Finding)) -> Tally {
+pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(Event)) -> Tally {
     let mut generator = Generator::new(plan.options);
     let mut tally = Tally::default();
     let mut seen: HashMap<String, u64> = HashMap::new();
     for seed in plan.seed..plan.seed + plan.cases {
-        if seed % 256 == 0 && plan.deadline.is_some_and(|d| std::time::Instant::now() >= d) {
-            break;
+        if seed.is_multiple_of(CASES_PER_LOOK) {
+            if plan.deadline.is_some_and(|d| Instant::now() >= d) {
+                break;
+            }
+            report(Event::Progress(&tally));
         }
         let memory = seed / CASES_PER_IMAGE;
-        if bench.image.0 != memory {
-            bench.image = (memory, image(memory));
-        }
-        let case = generator.case(seed, memory, &bench.image.1);
-        let strays = bench.strays;
-        let (stop, finding) = bench.check(&case);
-        tally.cases += 1;
-        tally.strays += bench.strays - strays;
-        match stop {
-            Stop::Exception { vector, .. } => *tally.stops.entry(vector).or_default() += 1,
-            Stop::Hang => tally.hangs += 1,
-        }
-        if let Some(finding) = finding {
-            let smallest = bench.minimise(finding);
+        let case = generator.case(seed, memory, bench.image(memory));
+        let verdict = bench.check(&case);
+        tally.count(generator.made(), &verdict);
+        if let Some(finding) = verdict.finding() {
+            let smallest = minimise(bench, finding);
             let count = seen.entry(signature(&smallest)).or_default();
             *count += 1;
             if *count == 1 {
-                report(&smallest);
+                report(Event::Finding(&smallest));
             }
             if seen.len() >= plan.findings {
                 break;

@@ -19,7 +19,7 @@ use crate::rng::Rng;
 use crate::undefined::reads_undefined;
 use iced_x86::{
     ConstantOffsets, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
-    InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
+    InstructionInfoOptions, MemorySize, Mnemonic, OpAccess, OpKind, Register,
 };
 
 const RAX: usize = 0;
@@ -44,6 +44,34 @@ pub struct Options {
     pub bases: bool,
 }
 
+/// What a case is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Single,
+    Sequence,
+    Block,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 3] = [Kind::Single, Kind::Sequence, Kind::Block];
+
+    /// For reports, of several.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Single => "single instructions",
+            Kind::Sequence => "sequences",
+            Kind::Block => "blocks",
+        }
+    }
+}
+
+/// A case's kind, and the classes that its instructions are of: bit `n` is number `n` of [`Class`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Made {
+    pub kind: Kind,
+    pub classes: u16,
+}
+
 /// Generates cases. The same seed and options give the same case.
 pub struct Generator {
     options: Options,
@@ -54,6 +82,7 @@ pub struct Generator {
     encoded: Vec<u8>,
     /// The block that was made last, in its first state, by the seed of that and the memory.
     last: Option<(u64, u64, Case, Pinned)>,
+    made: Made,
 }
 
 /// Forms to choose from, by weight.
@@ -116,7 +145,13 @@ impl Generator {
             info: InstructionInfoFactory::new(),
             encoded: Vec::with_capacity(64),
             last: None,
+            made: Made { kind: Kind::Single, classes: 0 },
         }
+    }
+
+    /// What the case that was made last is made of.
+    pub fn made(&self) -> Made {
+        self.made
     }
 
     /// The case named `seed`, which runs on memory `image` (named `memory`).
@@ -127,6 +162,11 @@ impl Generator {
             None => (kind < 45, kind < 80),
             Some(Class::Block) => (false, false),
             Some(_) => (kind < 60, true),
+        };
+        self.made.kind = match (single, sequence) {
+            (true, _) => Kind::Single,
+            (false, true) => Kind::Sequence,
+            (false, false) => Kind::Block,
         };
         let mut rng = Rng::new(seed);
         if single || sequence {
@@ -169,11 +209,12 @@ impl Generator {
     }
 
     /// Fills the vector and x87 registers, with values worth having where the code uses any.
-    fn finish(&self, rng: &mut Rng, mut case: Case) -> Case {
+    fn finish(&mut self, rng: &mut Rng, mut case: Case) -> Case {
         if self.options.bits == 32 {
             case.state.gpr = std::array::from_fn(|i| if i < 8 { case.state.gpr[i] & 0xffff_ffff } else { 0 });
         }
-        let used = vectors_used(&case);
+        let used = used_by(&case);
+        self.made.classes = used.classes;
         for (register, value) in case.state.ymm.iter_mut().enumerate() {
             match used.vectors >> register & 1 {
                 // Gathers have had their indices chosen.
@@ -466,9 +507,12 @@ fn decode(code: &[u8], rip: u64) -> Option<Piece> {
     Some(Piece { bytes, instruction, offsets })
 }
 
-/// Vector registers that a case's code names.
+/// What a case's code uses.
 #[derive(Clone, Copy, Default)]
-struct VectorsUsed {
+struct Used {
+    /// See [`Made`].
+    classes: u16,
+    /// Vector registers that are named.
     vectors: u32,
     /// Those that are the indices of a gather.
     indices: u32,
@@ -476,13 +520,18 @@ struct VectorsUsed {
     x87: bool,
 }
 
-fn vectors_used(case: &Case) -> VectorsUsed {
+fn used_by(case: &Case) -> Used {
     let rip = case.state.rip;
-    let mut used = VectorsUsed::default();
+    let forms = Forms::get(bits_at(rip));
+    let mut used = Used::default();
     let mut instruction = Instruction::default();
     let mut decoder = Decoder::with_ip(bits_at(rip), &case.code, rip, DecoderOptions::NONE);
     while decoder.can_decode() {
         decoder.decode_out(&mut instruction);
+        if let Some(form) = forms.of(instruction.code()) {
+            let memory = form.class == Class::Int && instruction.memory_size() != MemorySize::Unknown;
+            used.classes |= 1 << form.class as u16 | u16::from(memory) << Class::Mem as u16;
+        }
         for operand in 0..instruction.op_count() {
             let register = instruction.op_register(operand);
             if register.is_vector_register() {
@@ -898,6 +947,36 @@ mod tests {
             assert_eq!(case, two.case(seed, 3, &image));
             assert!(!case.code.is_empty());
             assert!(case.code.len() < 16 || Flow::new(&case.code, case.state.rip).reads_undefined().is_empty());
+        }
+    }
+
+    /// FNV-1a of the lines of `count` cases.
+    fn digest(options: Options, count: u64) -> u64 {
+        let mut generator = Generator::new(options);
+        let mut digest = 0xcbf2_9ce4_8422_2325;
+        let mut memory = (0, image(0));
+        for seed in 0..count {
+            if memory.0 != seed / 512 {
+                memory = (seed / 512, image(seed / 512));
+            }
+            for byte in generator.case(seed, memory.0, &memory.1).to_line().bytes() {
+                digest = (digest ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+            }
+        }
+        digest
+    }
+
+    #[test]
+    fn a_seed_names_its_case_for_ever() {
+        // Reports name cases by their seeds, and campaigns the ground they have covered.
+        for (class, bits, expected) in [
+            (None, 64, 0x56d3_3357_c3c1_1d51),
+            (None, 32, 0x1f43_59e1_640e_b556),
+            (Some(Class::Block), 64, 0xff6b_ab35_062b_f4d8),
+            (Some(Class::Mem), 64, 0xd522_d9c8_8069_cd32),
+        ] {
+            let found = digest(Options { class, bits, bases: true }, 2_000);
+            assert_eq!(found, expected, "{class:?}, {bits} bits: {found:#x}");
         }
     }
 }

@@ -49,7 +49,9 @@ const DPL3: u64 = 0x6000_0000_0000;
 /// Page tables are made anew, and TLBs flushed, after this many cases: so some writes find clean pages.
 const CASES_PER_TABLES: u64 = 4096;
 /// The interpreter's longest case, in instructions or iterations.
-const PATIENCE: u32 = 200_000;
+const PATIENCE: u32 = 1_000_000;
+/// What an instruction takes at most in the translator: a signal, and an interpretation.
+const SLOWEST_NS: u64 = 10_000;
 
 /// What executes the cases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +65,14 @@ impl Executor {
         match self {
             Executor::Interpreter => "interpreter",
             Executor::Translator => "translator",
+        }
+    }
+
+    /// Instructions, or iterations of one, that a case has had when it is given up ([`Stop::Hang`]), at least.
+    pub fn patience(self) -> u64 {
+        match self {
+            Executor::Interpreter => u64::from(PATIENCE),
+            Executor::Translator => host::GUEST_NS / SLOWEST_NS,
         }
     }
 }

@@ -5,6 +5,12 @@
 //! frame holds the outcome: vector, error code and CR2 as the CPU reported them. The handler has the frame go
 //! back to where the jump was made.
 //!
+//! A signal costs more than all else here, so [`Host::run`] puts a jump behind the code instead of the INT3, to where
+//! the registers are saved ([`exit_stub`]), and says that the case ended with the INT3. The jump is E9 CC CC CC CC:
+//! all but its first byte is as it was, so only a case that reads that byte, or comes to it otherwise than by
+//! running to its end, can tell. Such a case may differ from the executors, which have the INT3; then
+//! [`Host::run_exactly`] says what is right.
+//!
 //! While a case runs, FS does not point at Rust's thread-local storage if the case wants an FS base. So
 //! the handlers touch statics only, and put FS back before they return to Rust. One executor exists at a
 //! time, on the thread that made it.
@@ -15,16 +21,17 @@
 use crate::case::{Case, Outcome, State, Stop, X87};
 use crate::layout::{
     ALL_PAGES, BACKING_BYTES, CODE, CODE_32, CODE_PAGES, DATA_BYTES, HIGH, LOW, PAGE, Pages, REGION_PAGES, backing_of,
-    bits_at, copy_pages, mapped, pages_that_differ,
+    bits_at, copy_pages, mapped,
 };
 use anyhow::{Context, Result, bail};
 use anyvisor_engine_translator::cpu::pending;
 use anyvisor_engine_translator::native;
 use anyvisor_engine_translator::translate::fault;
-use std::arch::asm;
+use std::arch::x86_64::_rdtsc;
+use std::arch::{asm, naked_asm};
 use std::cell::UnsafeCell;
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, compiler_fence};
 
 /// Phases of a run; see [`Shared::phase`].
 const IDLE: u32 = 0;
@@ -32,10 +39,22 @@ const RUNNING: u32 = 1;
 
 const ALT_STACK: usize = 256 * 1024;
 const INT3: u8 = 0xcc;
+/// JMP rel32 to where a case that has run to its end leaves; the distance looks like INT3s.
+const EXIT_JUMP: [u8; 5] = [0xe9, INT3, INT3, INT3, INT3];
+/// Where [`EXIT_JUMP`] at the start of the code pages leads, in either mode: in 32-bit code addresses wrap.
+const EXITS: u64 = (CODE + 5).wrapping_add(0xffff_ffff_cccc_cccc);
+const _: () = assert!(EXITS == (CODE_32 + 5).wrapping_add(0xcccc_cccc) & 0xffff_ffff);
+/// The pages that it can lead to, and one for [`LANDING`].
+const EXIT_START: u64 = EXITS & !(PAGE - 1);
+const EXIT_BYTES: usize = ((CODE_PAGES + 3) * PAGE) as usize;
+/// Where 32-bit cases come back to 64-bit mode.
+const LANDING: u64 = EXIT_START + (CODE_PAGES + 2) * PAGE;
 /// A case on the host is given up when it meets the second tick ...
 const TICK_NS: i64 = 10_000_000;
 /// ... and one in a guest, which is slower, after this many more.
-const GUEST_TICKS: u32 = 30;
+const GUEST_TICKS: u32 = 100;
+/// CPU time that a guest has for a case, at least.
+pub const GUEST_NS: u64 = GUEST_TICKS as u64 * TICK_NS as u64;
 const ARCH_SET_GS: i32 = 0x1001;
 /// Linux's selectors for 32-bit code, and for data.
 const USER_CODE_32: u16 = 0x23;
@@ -91,8 +110,6 @@ unsafe impl Sync for Shared {}
 struct Exchange {
     state: State,
     stop: Stop,
-    host_fs: u64,
-    host_gs: u64,
     previous: [Option<libc::sigaction>; 5],
 }
 
@@ -113,6 +130,16 @@ struct Entry {
     /// Where the handler continues: instruction and stack pointer.
     resume: u64,
     stack: u64,
+    /// The bases that the process had.
+    host_fs: u64,
+    host_gs: u64,
+    /// MXCSR as Rust wants it.
+    mxcsr: u32,
+    /// The case came to [`exit_stub`], which has saved its registers here and in `gpr` and `xsave`.
+    direct: u32,
+    end_rflags: u64,
+    end_fs: u64,
+    end_gs: u64,
 }
 
 #[repr(transparent)]
@@ -132,6 +159,13 @@ static ENTRY: EntryCell = EntryCell(UnsafeCell::new(Entry {
     set_fs: 0,
     resume: 0,
     stack: 0,
+    host_fs: 0,
+    host_gs: 0,
+    mxcsr: 0x1f80,
+    direct: 0,
+    end_rflags: 0,
+    end_fs: 0,
+    end_gs: 0,
 }));
 
 const SIGNALS: [i32; 5] = [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
@@ -155,8 +189,6 @@ static SHARED: Shared = Shared {
             x87: X87 { control: 0, status: 0, tag: 0, st: [[0; 10]; 8] },
         },
         stop: Stop::Hang,
-        host_fs: 0,
-        host_gs: 0,
         previous: [None; 5],
     }),
 };
@@ -172,6 +204,7 @@ pub struct Host {
     /// Which image the data pages hold, but for those of `dirty`.
     image: Option<u64>,
     dirty: Pages,
+    ticks: u64,
 }
 
 impl Host {
@@ -184,13 +217,14 @@ impl Host {
             bail!("one host executor at a time");
         }
         let backing = map_layout()?;
+        map_exits()?;
         // SAFETY: AT_HWCAP2 bit 1 says that FSGSBASE works in user mode.
         SHARED.swap_bases.store(unsafe { libc::getauxval(libc::AT_HWCAP2) } & 2 != 0, Ordering::SeqCst);
         take_signals()?;
         // SAFETY: Linux's flat data segment. 64-bit code uses neither register; 32-bit cases need them.
         unsafe { asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) USER_DATA, options(nostack, preserves_flags)) };
         let timer = start_watchdog()?;
-        Ok(Host { backing, timer, written: None, image: None, dirty: ALL_PAGES })
+        Ok(Host { backing, timer, written: None, image: None, dirty: ALL_PAGES, ticks: 0 })
     }
 
     /// Whether cases may have FS and GS bases of their own.
@@ -204,37 +238,65 @@ impl Host {
         unsafe { std::slice::from_raw_parts(self.backing, DATA_BYTES) }
     }
 
-    /// The data pages that the last case left other than the image has them.
-    pub fn dirty(&self) -> Pages {
-        self.dirty
+    /// TSC ticks that the last case took, with what it takes to begin and to end one.
+    pub fn ticks(&self) -> u64 {
+        self.ticks
     }
 
-    /// Runs `case` on memory that starts as `image` with the case's pokes over it.
+    /// Says which data pages the last case left other than the image has them. Without that it is any.
+    pub fn set_dirty(&mut self, pages: Pages) {
+        self.dirty = pages;
+    }
+
+    /// Runs `case` on memory that starts as `image` with the case's pokes over it. A case that can see that no INT3
+    /// follows its code may come to another end than it should ([`Host::run_exactly`]).
     pub fn run(&mut self, case: &Case, image: &[u8]) -> Outcome {
-        self.load(case, image);
-        SHARED.runs.fetch_add(1, Ordering::SeqCst);
+        self.start(case, image, true)
+    }
+
+    /// As [`Host::run`], with nothing in the process that the case should not see.
+    pub fn run_exactly(&mut self, case: &Case, image: &[u8]) -> Outcome {
+        // SAFETY: the pages are this value's; nothing uses them between these calls.
+        unsafe { protect_exits(libc::PROT_NONE) };
+        let outcome = self.start(case, image, false);
+        // SAFETY: as above.
+        unsafe { protect_exits(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) };
+        outcome
+    }
+
+    fn start(&mut self, case: &Case, image: &[u8], direct: bool) -> Outcome {
+        let end = self.load(case, image, direct);
+        let runs = SHARED.runs.load(Ordering::Relaxed);
+        SHARED.runs.store(runs + 1, Ordering::Relaxed);
         // SAFETY: the handlers do not run now: phase is IDLE, and stays so until the store. The generated case
         // does not touch memory outside the backing, by the module's argument.
         unsafe {
-            let data = &mut *SHARED.data.get();
-            fill_entry(&mut *ENTRY.0.get(), &case.state);
-            let swap = SHARED.swap_bases.load(Ordering::Relaxed);
-            if swap {
-                asm!("rdfsbase {}", out(reg) data.host_fs, options(nomem, nostack, preserves_flags));
-                asm!("rdgsbase {}", out(reg) data.host_gs, options(nomem, nostack, preserves_flags));
+            let entry = &mut *ENTRY.0.get();
+            fill_entry(entry, &case.state);
+            if SHARED.swap_bases.load(Ordering::Relaxed) {
+                asm!("rdfsbase {}", out(reg) entry.host_fs, options(nomem, nostack, preserves_flags));
+                asm!("rdgsbase {}", out(reg) entry.host_gs, options(nomem, nostack, preserves_flags));
                 asm!("wrgsbase {}", in(reg) case.state.gs_base, options(nomem, nostack, preserves_flags));
             }
-            SHARED.phase.store(RUNNING, Ordering::SeqCst);
+            // Handlers run on this thread: order for the compiler is enough.
+            compiler_fence(Ordering::SeqCst);
+            let began = _rdtsc();
+            SHARED.phase.store(RUNNING, Ordering::Relaxed);
             jump_into();
+            self.ticks = _rdtsc().wrapping_sub(began);
         }
-        assert_eq!(SHARED.phase.load(Ordering::SeqCst), IDLE, "the case has ended");
-        self.dirty = pages_that_differ(self.data(), image);
-        // SAFETY: phase is IDLE again.
-        let data = unsafe { &*SHARED.data.get() };
-        Outcome { stop: data.stop, state: data.state.clone() }
+        assert_eq!(SHARED.phase.load(Ordering::Relaxed), IDLE, "the case has ended");
+        // SAFETY: phase is IDLE again, and `jump_into` is over.
+        let (entry, data) = unsafe { (&*ENTRY.0.get(), &*SHARED.data.get()) };
+        match entry.direct {
+            0 => Outcome { stop: data.stop, state: data.state.clone() },
+            _ => Outcome { stop: AT_INT3, state: end_state(entry, case, end) },
+        }
     }
 
-    fn load(&mut self, case: &Case, image: &[u8]) {
+    /// Puts a case's code and memory in place, with the exit if the case is to leave by one; returns the linear
+    /// address of the code's end.
+    fn load(&mut self, case: &Case, image: &[u8], direct: bool) -> u64 {
         // SAFETY: the backing has BACKING_BYTES bytes, and no other reference to it lives here.
         let backing = unsafe { std::slice::from_raw_parts_mut(self.backing, BACKING_BYTES) };
         let stale = if self.image == Some(case.memory) { self.dirty } else { ALL_PAGES };
@@ -250,8 +312,74 @@ impl Host {
         let start = backing_of(case.state.rip).expect("code is in code pages");
         let end = (start + case.code.len()).min(BACKING_BYTES);
         backing[start..end].copy_from_slice(&case.code[..end - start]);
-        self.written = Some((start, end));
+        let linear = case.state.rip + (end - start) as u64;
+        let jump = end..end + EXIT_JUMP.len();
+        if direct && jump.end <= BACKING_BYTES {
+            backing[jump.clone()].copy_from_slice(&EXIT_JUMP);
+            write_exit(linear);
+            self.written = Some((start, jump.end));
+        } else {
+            self.written = Some((start, end));
+        }
+        linear
     }
+}
+
+/// How a case ends that has run to its end.
+const AT_INT3: Stop = Stop::Exception { vector: 3, error: 0, cr2: 0 };
+
+/// Writes what [`EXIT_JUMP`] at linear address `from` jumps to.
+fn write_exit(from: u64) {
+    let at = (EXITS + from % (CODE_PAGES * PAGE)) as *mut u8;
+    // SAFETY: the exits are mapped, with room behind each, and nothing else refers to them.
+    unsafe {
+        if bits_at(from) == 32 {
+            // A far jump to 64-bit code.
+            at.write(0xea);
+            at.add(1).cast::<u32>().write_unaligned(LANDING as u32);
+            at.add(5).cast::<u16>().write_unaligned(USER_CODE);
+        } else {
+            write_jump(at, exit_stub as *const () as u64);
+        }
+    }
+}
+
+/// JMP `[rip]`, and behind it the address to jump to.
+///
+/// # Safety
+/// `at` has room for 14 bytes, which nothing refers to.
+unsafe fn write_jump(at: *mut u8, to: u64) {
+    // SAFETY: by the contract.
+    unsafe {
+        at.cast::<[u8; 6]>().write([0xff, 0x25, 0, 0, 0, 0]);
+        at.add(6).cast::<u64>().write_unaligned(to);
+    }
+}
+
+/// # Safety
+/// The exits are mapped, and no case runs that needs them.
+unsafe fn protect_exits(protection: i32) {
+    // SAFETY: the range is the executor's own.
+    let result = unsafe { libc::mprotect(EXIT_START as *mut libc::c_void, EXIT_BYTES, protection) };
+    assert_eq!(result, 0, "mprotect of the exits");
+}
+
+/// The state that the INT3 at `end` would have shown.
+fn end_state(entry: &Entry, case: &Case, end: u64) -> State {
+    let mut state = State {
+        gpr: entry.gpr,
+        rip: end + 1,
+        rflags: entry.end_rflags,
+        fs_base: entry.end_fs,
+        gs_base: entry.end_gs,
+        ..State::default()
+    };
+    if entry.set_fs == 0 {
+        (state.fs_base, state.gs_base) = (case.state.fs_base, case.state.gs_base);
+    }
+    // SAFETY: XSAVE has just written the area.
+    unsafe { read_vectors(entry.xsave.as_ptr(), &mut state) };
+    state
 }
 
 /// Puts a case's registers where [`jump_into`] wants them.
@@ -268,6 +396,7 @@ fn fill_entry(entry: &mut Entry, state: &State) {
     entry.selector = u64::from(bits_at(state.rip) == 32);
     entry.fs_base = state.fs_base;
     entry.set_fs = u64::from(SHARED.swap_bases.load(Ordering::Relaxed));
+    entry.direct = 0;
 }
 
 /// Loads the registers of [`ENTRY`] and jumps; returns when the case has ended.
@@ -337,6 +466,71 @@ unsafe fn jump_into() {
     }
 }
 
+/// Where a case comes that has run to its end: saves its registers, puts back what Rust wants, and goes on where
+/// [`jump_into`] wants the handler to. Only to be jumped to.
+#[unsafe(naked)]
+unsafe extern "C" fn exit_stub() {
+    naked_asm!(
+        // From here on a signal is none of the case's.
+        "mov dword ptr [rip + {shared} + {phase}], {idle}",
+        "mov [rip + {entry} + {gpr}], rax",
+        "mov [rip + {entry} + {gpr} + 8], rcx",
+        "mov [rip + {entry} + {gpr} + 16], rdx",
+        "mov [rip + {entry} + {gpr} + 24], rbx",
+        "mov [rip + {entry} + {gpr} + 32], rsp",
+        "mov [rip + {entry} + {gpr} + 40], rbp",
+        "mov [rip + {entry} + {gpr} + 48], rsi",
+        "mov [rip + {entry} + {gpr} + 56], rdi",
+        "mov [rip + {entry} + {gpr} + 64], r8",
+        "mov [rip + {entry} + {gpr} + 72], r9",
+        "mov [rip + {entry} + {gpr} + 80], r10",
+        "mov [rip + {entry} + {gpr} + 88], r11",
+        "mov [rip + {entry} + {gpr} + 96], r12",
+        "mov [rip + {entry} + {gpr} + 104], r13",
+        "mov [rip + {entry} + {gpr} + 112], r14",
+        "mov [rip + {entry} + {gpr} + 120], r15",
+        "mov rsp, [rip + {entry} + {stack}]",
+        "pushfq",
+        "pop qword ptr [rip + {entry} + {end_rflags}]",
+        "push 0x202",
+        "popfq",
+        "mov eax, 7",
+        "xor edx, edx",
+        "xsave64 [rip + {entry}]",
+        "fninit",
+        "ldmxcsr [rip + {entry} + {mxcsr}]",
+        "vzeroupper",
+        "cmp qword ptr [rip + {entry} + {set_fs}], 0",
+        "je 2f",
+        "rdfsbase rax",
+        "mov [rip + {entry} + {end_fs}], rax",
+        "rdgsbase rax",
+        "mov [rip + {entry} + {end_gs}], rax",
+        "mov rax, [rip + {entry} + {host_fs}]",
+        "wrfsbase rax",
+        "mov rax, [rip + {entry} + {host_gs}]",
+        "wrgsbase rax",
+        "2:",
+        "mov dword ptr [rip + {entry} + {direct}], 1",
+        "jmp qword ptr [rip + {entry} + {resume}]",
+        shared = sym SHARED,
+        phase = const offset_of!(Shared, phase),
+        idle = const IDLE,
+        entry = sym ENTRY,
+        gpr = const offset_of!(Entry, gpr),
+        stack = const offset_of!(Entry, stack),
+        end_rflags = const offset_of!(Entry, end_rflags),
+        mxcsr = const offset_of!(Entry, mxcsr),
+        set_fs = const offset_of!(Entry, set_fs),
+        end_fs = const offset_of!(Entry, end_fs),
+        end_gs = const offset_of!(Entry, end_gs),
+        host_fs = const offset_of!(Entry, host_fs),
+        host_gs = const offset_of!(Entry, host_gs),
+        direct = const offset_of!(Entry, direct),
+        resume = const offset_of!(Entry, resume),
+    );
+}
+
 impl Drop for Host {
     fn drop(&mut self) {
         // SAFETY: the timer and the mappings are this value's; the handlers replaced are put back first.
@@ -349,6 +543,7 @@ impl Drop for Host {
                 }
             }
             libc::munmap(self.backing.cast(), BACKING_BYTES);
+            libc::munmap(EXIT_START as *mut libc::c_void, EXIT_BYTES);
             for base in [LOW, HIGH] {
                 libc::munmap(base as *mut libc::c_void, (REGION_PAGES * PAGE) as usize);
             }
@@ -403,6 +598,22 @@ fn map_layout() -> Result<*mut u8> {
         libc::close(fd);
         Ok(backing.cast())
     }
+}
+
+/// Maps the pages of the exits. They are writable for [`write_exit`], and no case is given their addresses.
+fn map_exits() -> Result<()> {
+    // SAFETY: a fresh mapping, which is filled.
+    unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let at = libc::mmap(EXIT_START as *mut libc::c_void, EXIT_BYTES, protection, flags, -1, 0);
+        if at as u64 != EXIT_START {
+            bail!("the address range of the exits at {EXIT_START:#x} is taken in this process");
+        }
+        std::ptr::write_bytes(at.cast::<u8>(), INT3, EXIT_BYTES);
+        write_jump(LANDING as *mut u8, exit_stub as *const () as u64);
+    }
+    Ok(())
 }
 
 fn take_signals() -> Result<()> {
@@ -553,8 +764,8 @@ unsafe fn leave(frame: &mut libc::ucontext_t, hang: bool) {
         if SHARED.swap_bases.load(Ordering::Relaxed) {
             asm!("rdfsbase {}", out(reg) data.state.fs_base, options(nostack));
             asm!("rdgsbase {}", out(reg) data.state.gs_base, options(nostack));
-            asm!("wrfsbase {}", in(reg) data.host_fs, options(nostack));
-            asm!("wrgsbase {}", in(reg) data.host_gs, options(nostack));
+            asm!("wrfsbase {}", in(reg) (*ENTRY.0.get()).host_fs, options(nostack));
+            asm!("wrgsbase {}", in(reg) (*ENTRY.0.get()).host_gs, options(nostack));
         }
         let registers = &mut frame.uc_mcontext.gregs;
         for (index, &register) in GREGS.iter().enumerate() {

@@ -1,15 +1,21 @@
 //! `insn-fuzz`: the differential fuzzer's command line; `cargo xtask fuzz-insn` calls it.
 #![forbid(unsafe_code)]
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use anyvisor_insn_fuzz::bench::Bench;
 use anyvisor_insn_fuzz::case::Case;
 use anyvisor_insn_fuzz::forms::Class;
-use anyvisor_insn_fuzz::fuzz::{Bench, Plan, Survey, Tally, case_of_seed, describe, run, survey};
+use anyvisor_insn_fuzz::fuzz::{Event, Plan, Survey, case_of_seed, describe, run, survey};
 use anyvisor_insn_fuzz::guest::Executor;
+use anyvisor_insn_fuzz::tally::Tally;
 use clap::Parser;
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
+
+/// What a job's last line begins with; its counts follow.
+const TALLY: &str = "tally ";
 
 /// Compares random instructions on the host CPU, the interpreter and the translator.
 #[derive(Parser)]
@@ -39,6 +45,12 @@ struct Args {
     /// Stop after this many different findings.
     #[arg(long, default_value_t = 1)]
     findings: usize,
+    /// Say after every so many seconds how far it is.
+    #[arg(long, default_value_t = 60)]
+    progress: u64,
+    /// End with a line of counts for the process that has started this one, instead of a summary.
+    #[arg(long, hide = true)]
+    job: bool,
     /// Run the cases of this file (a line each, `#` comments) instead of random ones.
     #[arg(long)]
     replay: Option<PathBuf>,
@@ -111,28 +123,41 @@ fn start(args: &Args) -> Result<bool> {
         );
         return Ok(true);
     }
-    let mut found = 0;
-    let tally = run(&mut bench, &plan, |finding| {
-        found += 1;
-        println!("{}", describe(finding));
+    let mut last = began;
+    let tally = run(&mut bench, &plan, |event| match event {
+        Event::Finding(finding) => println!("{}", describe(finding)),
+        Event::Progress(tally) if last.elapsed().as_secs() >= args.progress => {
+            last = Instant::now();
+            println!("{}", headline(args, tally, began.elapsed()));
+        }
+        Event::Progress(_) => (),
     });
-    summary(&tally, began.elapsed(), found);
-    Ok(found == 0)
+    match args.job {
+        true => println!("{TALLY}{}", tally.to_line()),
+        false => summary(args, &tally, began.elapsed()),
+    }
+    Ok(tally.different == 0)
 }
 
-fn summary(tally: &Tally, took: Duration, found: u64) {
-    let mut stops: Vec<_> = tally.stops.iter().collect();
-    stops.sort();
-    let stops: Vec<_> = stops.iter().map(|(vector, count)| format!("{vector}: {count}")).collect();
-    println!(
-        "{} cases in {:.1} s ({:.0} a second), {found} differences; ends by vector {}; {} endless, {} stray",
+/// One line: what was run, how fast, and what differed.
+fn headline(args: &Args, tally: &Tally, took: Duration) -> String {
+    let what = args.class.map_or("all classes".into(), |class| value_name(&class));
+    format!(
+        "seeds {} to {}, {what}, {} bits: {} of {} cases in {:.1} s ({:.0} a second), {} differences, {} not compared",
+        args.seed,
+        args.seed + args.cases.max(1) - 1,
+        args.bits,
         tally.cases,
+        args.cases,
         took.as_secs_f64(),
         tally.cases as f64 / took.as_secs_f64(),
-        stops.join(", "),
-        tally.hangs,
-        tally.strays
-    );
+        tally.different,
+        tally.not_compared()
+    )
+}
+
+fn summary(args: &Args, tally: &Tally, took: Duration) {
+    println!("{}\n{tally}", headline(args, tally, took));
 }
 
 fn replay(bench: &mut Bench, text: &str) -> Result<bool> {
@@ -141,7 +166,7 @@ fn replay(bench: &mut Bench, text: &str) -> Result<bool> {
     for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
         let case = Case::from_line(line.strip_prefix("case ").unwrap_or(line))?;
         count += 1;
-        if let (_, Some(finding)) = bench.check(&case) {
+        if let Some(finding) = bench.check(&case).finding() {
             good = false;
             println!("{}", describe(&finding));
         }
@@ -152,30 +177,48 @@ fn replay(bench: &mut Bench, text: &str) -> Result<bool> {
 
 /// Splits the cases among processes: the executors' signal handlers want a process each.
 fn share(args: &Args) -> Result<bool> {
+    let began = Instant::now();
     let program = std::env::current_exe().context("finding this program")?;
     let each = args.cases.div_ceil(args.jobs);
     let mut children = Vec::new();
     for job in 0..args.jobs {
         let mut command = Command::new(&program);
+        command.arg("--job");
         command.arg(format!("--seed={}", args.seed + job * each));
         command.arg(format!("--cases={}", each.min(args.cases - (job * each).min(args.cases))));
         command.arg(format!("--findings={}", args.findings));
+        command.arg(format!("--progress={}", args.progress));
         command.args(args.seconds.map(|s| format!("--seconds={s}")));
         command.args(args.class.map(|c| format!("--class={}", value_name(&c))));
         command.arg(format!("--bits={}", args.bits));
         command.args(args.engine.map(|e| format!("--engine={}", value_name(&e))));
-        children.push(command.spawn().context("starting a job")?);
+        children.push(command.stdout(Stdio::piped()).spawn().context("starting a job")?);
     }
-    let mut good = true;
-    for mut child in children {
-        let status = child.wait()?;
-        match status.code() {
-            Some(0) => (),
-            Some(1) => good = false,
-            _ => bail!("a job ended with {status}"),
+    // A thread for each, or one that says much would wait for those before it.
+    let jobs: Vec<_> = children.into_iter().map(|child| std::thread::spawn(|| follow(child))).collect();
+    let mut sum = Tally::default();
+    for job in jobs {
+        sum.add(&job.join().map_err(|_| anyhow!("following a job failed"))??);
+    }
+    summary(args, &sum, began.elapsed());
+    Ok(sum.different == 0)
+}
+
+/// Passes on what a job says; returns its counts.
+fn follow(mut child: Child) -> Result<Tally> {
+    let mut tally = None;
+    for line in BufReader::new(child.stdout.take().context("a job's output")?).lines() {
+        let line = line.context("reading a job's output")?;
+        match line.strip_prefix(TALLY) {
+            Some(counts) => tally = Some(Tally::from_line(counts)?),
+            None => println!("{line}"),
         }
     }
-    Ok(good)
+    let status = child.wait()?;
+    match (status.code(), tally) {
+        (Some(0 | 1), Some(tally)) => Ok(tally),
+        _ => bail!("a job ended with {status}"),
+    }
 }
 
 fn value_name<T: clap::ValueEnum>(value: &T) -> String {

@@ -2,8 +2,9 @@
 //!
 //! The host executor owns this process's signals, so everything is one test, in a process of its own.
 
+use anyvisor_insn_fuzz::bench::Bench;
 use anyvisor_insn_fuzz::case::Case;
-use anyvisor_insn_fuzz::fuzz::{Bench, Plan, describe, run};
+use anyvisor_insn_fuzz::fuzz::{Event, Plan, describe, run};
 use anyvisor_insn_fuzz::generate::Options;
 use anyvisor_insn_fuzz::guest::Executor;
 
@@ -11,6 +12,12 @@ const KEPT: &str = include_str!("../cases/kept.txt");
 
 /// New cases on each test run, a few seconds' worth.
 const CASES: u64 = 200_000;
+
+fn note(reports: &mut Vec<String>, event: Event) {
+    if let Event::Finding(finding) = event {
+        reports.push(describe(finding));
+    }
+}
 
 #[test]
 fn kept_and_random_cases_do_not_differ() {
@@ -20,13 +27,13 @@ fn kept_and_random_cases_do_not_differ() {
     for line in KEPT.lines().filter(|l| !l.starts_with('#') && !l.trim().is_empty()) {
         let case = Case::from_line(line).unwrap_or_else(|e| panic!("{line}: {e}"));
         kept += 1;
-        reports.extend(bench.check(&case).1.as_ref().map(describe));
+        reports.extend(bench.check(&case).finding().as_ref().map(describe));
     }
     assert!(kept >= 20, "{kept} kept cases");
     let plan = Plan { seed: 1, cases: CASES, options: bench.options(), findings: 10, deadline: None };
-    let tally = run(&mut bench, &plan, |finding| reports.push(describe(finding)));
+    let tally = run(&mut bench, &plan, |event| note(&mut reports, event));
     let narrow = Plan { options: Options { bits: 32, ..plan.options }, cases: CASES / 4, ..plan };
-    let narrow_tally = run(&mut bench, &narrow, |finding| reports.push(describe(finding)));
+    let narrow_tally = run(&mut bench, &narrow, |event| note(&mut reports, event));
     assert_eq!(narrow_tally.cases, CASES / 4);
     assert!(reports.is_empty(), "{} differences\n{}", reports.len(), reports.join("\n"));
     assert_eq!(tally.cases, CASES);

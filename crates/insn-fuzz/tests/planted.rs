@@ -1,7 +1,8 @@
 //! The fuzzer finds bugs: each of those that the translator lets a test plant, and none where there is none.
 
 use anyvisor_engine_translator::translate::planted::{ALL, plant};
-use anyvisor_insn_fuzz::fuzz::{Bench, Plan, run};
+use anyvisor_insn_fuzz::bench::Bench;
+use anyvisor_insn_fuzz::fuzz::{Event, Plan, run};
 use anyvisor_insn_fuzz::guest::Executor;
 
 /// Far more cases than any of the bugs needs.
@@ -13,7 +14,7 @@ fn search() -> Option<u64> {
     let mut bench = Bench::new(&[Executor::Translator]).unwrap();
     let plan = Plan { seed: 1, cases: CASES, options: bench.options(), findings: 1, deadline: None };
     let mut found = false;
-    let tally = run(&mut bench, &plan, |_| found = true);
+    let tally = run(&mut bench, &plan, |event| found |= matches!(event, Event::Finding(_)));
     found.then_some(tally.cases)
 }
 
