@@ -19,6 +19,7 @@ use anyvisor_engine_translator::translate::Translator;
 use anyvisor_x86::bits::{cr0, cr4, efer, xcr0};
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, CpuidResult, DescriptorTable, Segment};
+use std::arch::asm;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -52,6 +53,9 @@ const CASES_PER_TABLES: u64 = 4096;
 const PATIENCE: u32 = 1_000_000;
 /// What an instruction takes at most in the translator: a signal, and an interpretation.
 const SLOWEST_NS: u64 = 10_000;
+
+/// MXCSR as Rust code has it.
+const RUST_MXCSR: u32 = 0x1f80;
 
 /// What executes the cases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,7 +179,7 @@ impl Guest {
         }
         self.load(case, image);
         set_user_state(&mut self.core, &case.state);
-        self.core.cpu.pending.store(0, Ordering::SeqCst);
+        self.core.cpu.pending.store(0, Ordering::Relaxed);
         host::watch(&self.core.cpu.pending);
         let x87 = self.execute(&case.state.x87);
         host::unwatch();
@@ -187,7 +191,7 @@ impl Guest {
     pub fn strays(&mut self, case: &Case, image: &[u8], flow: &Flow) -> bool {
         self.load(case, image);
         set_user_state(&mut self.core, &case.state);
-        self.core.cpu.pending.store(0, Ordering::SeqCst);
+        self.core.cpu.pending.store(0, Ordering::Relaxed);
         let core = &mut self.core;
         let mut strayed = false;
         let mut from = u64::MAX;
@@ -227,7 +231,7 @@ impl Guest {
                 with_x87(x87, || {
                     // An interrupt that nobody sent may have left a request to look; ignore all but kicks.
                     while !core.cpu.halted && core.cpu.pending.load(Ordering::Relaxed) & pending::KICK == 0 {
-                        core.cpu.pending.store(0, Ordering::SeqCst);
+                        core.cpu.pending.store(0, Ordering::Relaxed);
                         if translator.run(core, &NoDevices) == interpret::Step::Shutdown {
                             break;
                         }
@@ -283,13 +287,11 @@ impl Guest {
             return Outcome { stop: Stop::Hang, state };
         }
         let vector = (cpu.rip.wrapping_sub(SUPERVISOR + HANDLERS) / 16) as u8;
-        let mut at = cpu.gpr[4].wrapping_sub(SUPERVISOR);
-        let mut pop = || {
-            let mut word = [0; 8];
-            assert!(self.ram.read(at, &mut word), "the ring-0 stack is in RAM");
-            at += 8;
-            u64::from_le_bytes(word)
-        };
+        let mut frame = [0; 48];
+        let at = cpu.gpr[4].wrapping_sub(SUPERVISOR);
+        assert!(self.ram.read(at, &mut frame), "the ring-0 stack is in RAM");
+        let mut words = frame.as_chunks().0.iter();
+        let mut pop = || u64::from_le_bytes(*words.next().expect("six words"));
         let error = if matches!(vector, 8 | 10..=14 | 17) { pop() as u32 } else { 0 };
         state.rip = pop();
         pop();
@@ -436,31 +438,45 @@ fn host_cpuid() -> Cpuid {
     cpuid
 }
 
+/// An FXSAVE image (SDM vol. 1 table 10-2).
+#[repr(C, align(16))]
+struct Image([u8; 512]);
+
 /// Runs `action` with the case's x87 state in the CPU, where the engine keeps it; returns what it became.
 fn with_x87(state: &X87, action: impl FnOnce()) -> X87 {
-    // The environment of FSAVE in 32-bit protected mode: control, status, tag, pointers, registers
-    // (SDM vol. 1 figure 8-9).
-    let mut area = [0u8; 108];
+    const MXCSR: usize = 24;
+    const ST: usize = 32;
+    let mut image = Image([0; 512]);
+    let area = &mut image.0;
     area[0..2].copy_from_slice(&state.control.to_le_bytes());
-    area[4..6].copy_from_slice(&state.status.to_le_bytes());
-    let tag = (0..8).fold(0u16, |tag, i| if state.tag >> i & 1 == 0 { tag | 3 << (2 * i) } else { tag });
-    area[8..10].copy_from_slice(&tag.to_le_bytes());
-    for (i, value) in state.st.iter().enumerate() {
-        area[28 + 10 * i..38 + 10 * i].copy_from_slice(value);
+    area[2..4].copy_from_slice(&state.status.to_le_bytes());
+    area[4] = state.tag;
+    area[MXCSR..MXCSR + 4].copy_from_slice(&RUST_MXCSR.to_le_bytes());
+    for (value, place) in state.st.iter().zip(area[ST..].chunks_mut(16)) {
+        place[..10].copy_from_slice(value);
     }
-    // SAFETY: 108 bytes are read and written. Rust code in between uses no x87 or MMX registers, and
-    // FNSAVE leaves them in their initial state.
-    unsafe { std::arch::asm!("frstor [{}]", in(reg) area.as_ptr(), options(nostack)) };
+    // SAFETY: 512 aligned bytes are read. MXCSR stays as Rust has it; Rust code in between uses no x87 or MMX
+    // registers.
+    unsafe {
+        asm!(
+            "fxrstor64 [{}]",
+            in(reg) area.as_ptr(),
+            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+            out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+            out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+            out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+            options(nostack)
+        );
+    }
     action();
-    // SAFETY: as above.
-    unsafe { std::arch::asm!("fnsave [{}]", in(reg) area.as_mut_ptr(), options(nostack)) };
+    // SAFETY: 512 aligned bytes are written; FNINIT leaves the registers as Rust expects them.
+    unsafe { asm!("fxsave64 [{}]", "fninit", in(reg) area.as_mut_ptr(), options(nostack)) };
     let word = |at: usize| u16::from_le_bytes([area[at], area[at + 1]]);
-    let tag = word(8);
     X87 {
         control: word(0),
-        status: word(4),
-        tag: (0..8).fold(0, |bits, i| if tag >> (2 * i) & 3 == 3 { bits } else { bits | 1 << i }),
-        st: std::array::from_fn(|i| area[28 + 10 * i..38 + 10 * i].try_into().expect("10 bytes")),
+        status: word(2),
+        tag: area[4],
+        st: std::array::from_fn(|i| area[ST + 16 * i..ST + 16 * i + 10].try_into().expect("10 bytes")),
     }
 }
 

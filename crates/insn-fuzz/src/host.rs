@@ -266,8 +266,7 @@ impl Host {
 
     fn start(&mut self, case: &Case, image: &[u8], direct: bool) -> Outcome {
         let end = self.load(case, image, direct);
-        let runs = SHARED.runs.load(Ordering::Relaxed);
-        SHARED.runs.store(runs + 1, Ordering::Relaxed);
+        count_run();
         // SAFETY: the handlers do not run now: phase is IDLE, and stays so until the store. The generated case
         // does not touch memory outside the backing, by the module's argument.
         unsafe {
@@ -707,13 +706,21 @@ extern "C" fn on_tick(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_voi
 
 /// Has the watchdog kick the vCPU with this pending word if it runs for too long.
 pub fn watch(word: &AtomicU32) {
-    SHARED.runs.fetch_add(1, Ordering::SeqCst);
-    SHARED.kick.store(std::ptr::from_ref(word).cast_mut(), Ordering::SeqCst);
+    count_run();
+    SHARED.kick.store(std::ptr::from_ref(word).cast_mut(), Ordering::Relaxed);
+    compiler_fence(Ordering::SeqCst);
+}
+
+/// Tells the watchdog that another run begins.
+fn count_run() {
+    // Only this thread writes it, and the handlers that read it run on this thread.
+    SHARED.runs.store(SHARED.runs.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
 }
 
 /// Ends what [`watch`] began.
 pub fn unwatch() {
-    SHARED.kick.store(std::ptr::null_mut(), Ordering::SeqCst);
+    compiler_fence(Ordering::SeqCst);
+    SHARED.kick.store(std::ptr::null_mut(), Ordering::Relaxed);
 }
 
 /// Points GS, which Rust does not use, at `base`.

@@ -16,9 +16,11 @@ use crate::interpret::memory::gpr_part;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::{gpr, rflags};
 use iced_x86::{
-    Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register, RflagsBits,
+    Encoder, EncodingKind, Instruction, InstructionInfo, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M,
+    OpAccess, OpKind, Register, RflagsBits,
 };
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::mem::offset_of;
 
 /// Bytes of code a vCPU keeps.
@@ -50,8 +52,29 @@ pub(super) struct Stub {
 struct Arena {
     code: CodeMemory,
     used: usize,
-    stubs: HashMap<[u8; 16], Stub>,
+    stubs: HashMap<u128, Stub, BuildHasherDefault<BytesHasher>>,
     info: InstructionInfoFactory,
+    /// Kept for their buffers.
+    encoder: Encoder,
+    buffer: Vec<u8>,
+}
+
+/// Multiplicative hashing of an instruction's bytes: nobody attacks their own stubs.
+#[derive(Default)]
+struct BytesHasher(u64);
+
+impl Hasher for BytesHasher {
+    fn finish(&self) -> u64 {
+        // Tables are indexed by the low bits, which the product has from the low bytes only.
+        self.0 ^ self.0 >> 32
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u128(u128::from(*byte)));
+    }
+    fn write_u128(&mut self, value: u128) {
+        let folded = value as u64 ^ ((value >> 64) as u64).rotate_left(29);
+        self.0 = (self.0 ^ folded).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
 }
 
 /// The stubs of one vCPU; their memory is there once it is prepared.
@@ -66,16 +89,22 @@ impl Stubs {
     pub fn prepare(&mut self) -> anyvisor_engine::Result<()> {
         if self.0.is_none() {
             let code = CodeMemory::new(ARENA_SIZE)?;
-            self.0 = Some(Arena { code, used: 0, stubs: HashMap::new(), info: InstructionInfoFactory::new() });
+            self.0 = Some(Arena {
+                code,
+                used: 0,
+                stubs: HashMap::default(),
+                info: InstructionInfoFactory::new(),
+                encoder: Encoder::new(64),
+                buffer: Vec::with_capacity(MAX_STUB),
+            });
         }
         Ok(())
     }
 
     /// The stub for `insn`, decoded from `bytes` in `bitness`; `None` if the host cannot be given it.
     pub(super) fn find(&mut self, bytes: &[u8; 16], bitness: u8, insn: &Instruction) -> Option<Stub> {
-        let mut key = [0; 16];
-        key[..insn.len()].copy_from_slice(&bytes[..insn.len()]);
-        key[15] = bitness;
+        let counting = u128::MAX >> (128 - 8 * insn.len());
+        let key = u128::from_le_bytes(*bytes) & counting | u128::from(bitness) << 120;
         self.prepare().expect("memory for generated code");
         let arena = self.0.as_mut().expect("prepared above");
         if let Some(stub) = arena.stubs.get(&key) {
@@ -150,7 +179,9 @@ impl Arena {
             insn.set_memory_displacement64(0);
             insn.set_segment_prefix(Register::None);
         }
-        let mut used = self.used_registers(&insn);
+        let info = self.info.info_options(&insn, InstructionInfoOptions::NO_MEMORY_USAGE);
+        let mut used = used_registers(&insn, info);
+        let memory = has_memory.then(|| memory_operand(original, info));
         // R8 and up last: they need a REX prefix, which a high byte register forbids.
         const CANDIDATES: [usize; 14] = [6, 3, 1, 2, 0, 5, 8, 9, 10, 11, 12, 13, 14, 15];
         let mut free = CANDIDATES.into_iter().filter(|n| !(used.gpr[*n] || used.high_byte && *n >= 8));
@@ -176,17 +207,20 @@ impl Arena {
             uses_flags: flags & status != 0,
             avx: std::is_x86_feature_detected!("avx"),
         };
-        let memory = if has_memory { Some(self.memory_operand(original)) } else { None };
-        let mut encoder = Encoder::new(64);
-        encoder.encode(&insn, 0).ok()?;
-        let (code, instruction, resume) = plan.emit(&encoder.take_buffer());
+        let encoded = self.encoder.encode(&insn, 0);
+        let mut bytes = self.encoder.take_buffer();
+        let (instruction, resume) = plan.emit(&bytes, &mut self.buffer);
+        bytes.clear();
+        self.encoder.set_buffer(bytes);
+        encoded.ok()?;
+        let code = &self.buffer;
         assert!(code.len() <= MAX_STUB);
         if self.used + MAX_STUB > self.code.length() {
             self.stubs.clear();
             self.used = 0;
         }
         let entry = self.code.address(self.used);
-        self.code.write(self.used, &code);
+        self.code.write(self.used, code);
         self.used += code.len().next_multiple_of(16);
         Some(Stub {
             entry,
@@ -196,45 +230,45 @@ impl Arena {
             memory,
         })
     }
+}
 
-    fn used_registers(&mut self, insn: &Instruction) -> Used {
-        let mut used = Used::default();
-        for register in self.info.info(insn).used_registers() {
-            let register = register.register();
-            if let Some((number, shift, _)) = gpr_part(register) {
-                used.gpr[number] = true;
-                used.high_byte |= shift != 0;
-            } else if register.is_vector_register() && register.number() < 16 {
-                used.vector[register.number()] = true;
-            }
+fn used_registers(insn: &Instruction, info: &InstructionInfo) -> Used {
+    let mut used = Used::default();
+    for register in info.used_registers() {
+        let register = register.register();
+        if let Some((number, shift, _)) = gpr_part(register) {
+            used.gpr[number] = true;
+            used.high_byte |= shift != 0;
+        } else if register.is_vector_register() && register.number() < 16 {
+            used.vector[register.number()] = true;
         }
-        for n in 0..insn.op_count() {
-            if insn.op_kind(n) == OpKind::Register
-                && let Some((_, shift, _)) = gpr_part(insn.op_register(n))
-            {
-                used.high_byte |= shift != 0;
-            }
-        }
-        if touches_all_vectors(insn.mnemonic()) {
-            used.vector = [true; 16];
-        }
-        // Conversions to general and MMX registers use it without any vector register.
-        used.mxcsr = matches!(unit_of(insn), Unit::Sse | Unit::Avx | Unit::Fxsave | Unit::Xsave);
-        used
     }
+    for n in 0..insn.op_count() {
+        if insn.op_kind(n) == OpKind::Register
+            && let Some((_, shift, _)) = gpr_part(insn.op_register(n))
+        {
+            used.high_byte |= shift != 0;
+        }
+    }
+    if touches_all_vectors(insn.mnemonic()) {
+        used.vector = [true; 16];
+    }
+    // Conversions to general and MMX registers use it without any vector register.
+    used.mxcsr = matches!(unit_of(insn), Unit::Sse | Unit::Avx | Unit::Fxsave | Unit::Xsave);
+    used
+}
 
-    fn memory_operand(&mut self, insn: &Instruction) -> MemoryOperand {
-        let info = self.info.info(insn);
-        let operand = (0..insn.op_count()).find(|n| insn.op_kind(*n) == OpKind::Memory).unwrap_or(0);
-        let (read, write) = match info.op_access(operand) {
-            OpAccess::Read | OpAccess::CondRead => (true, false),
-            OpAccess::Write => (false, true),
-            OpAccess::None | OpAccess::NoMemAccess => (false, false),
-            _ => (true, true),
-        };
-        let size = insn.memory_size().size();
-        MemoryOperand { size, alignment: required_alignment(insn, size), read, write }
-    }
+/// The memory operand of `insn`; `info` may be that of the same instruction with another address.
+fn memory_operand(insn: &Instruction, info: &InstructionInfo) -> MemoryOperand {
+    let operand = (0..insn.op_count()).find(|n| insn.op_kind(*n) == OpKind::Memory).unwrap_or(0);
+    let (read, write) = match info.op_access(operand) {
+        OpAccess::Read | OpAccess::CondRead => (true, false),
+        OpAccess::Write => (false, true),
+        OpAccess::None | OpAccess::NoMemAccess => (false, false),
+        _ => (true, true),
+    };
+    let size = insn.memory_size().size();
+    MemoryOperand { size, alignment: required_alignment(insn, size), read, write }
 }
 
 /// Instructions on the whole vector state.
@@ -306,32 +340,32 @@ fn gpr_offset(n: usize) -> u32 {
 }
 
 impl Plan {
-    /// The stub's code, and the offsets of the guest's instruction and of what follows it.
-    fn emit(&self, instruction: &[u8]) -> (Vec<u8>, usize, usize) {
-        let mut c = Vec::with_capacity(MAX_STUB);
+    /// Makes `c` the stub's code; returns the offsets of the guest's instruction and of what follows it.
+    fn emit(&self, instruction: &[u8], c: &mut Vec<u8>) -> (usize, usize) {
+        c.clear();
         // push rbx, rbp, r12..r15; sub rsp, 40; mov [rsp], rdi
         c.extend([0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57]);
         c.extend([0x48, 0x83, 0xec, 0x28, 0x48, 0x89, 0x3c, 0x24]);
         if self.used.mxcsr {
             c.extend([0x0f, 0xae, 0x5c, 0x24, 0x08]); // stmxcsr [rsp+8]
-            with_block(&mut c, &[0x0f, 0xae], 2, offset_of!(Cpu, mxcsr) as u32); // ldmxcsr
+            with_block(c, &[0x0f, 0xae], 2, offset_of!(Cpu, mxcsr) as u32); // ldmxcsr
         }
-        self.vectors(&mut c, false);
+        self.vectors(c, false);
         if self.uses_flags {
-            with_block(&mut c, &[0xff], 6, offset_of!(Cpu, scratch) as u32); // push; popfq
+            with_block(c, &[0xff], 6, offset_of!(Cpu, scratch) as u32); // push; popfq
             c.push(0x9d);
         }
         if let Some(base) = self.base {
             c.extend([0x48 | (base >> 3) as u8, 0x89, 0xc0 | (RSI << 3) as u8 | (base & 7) as u8]); // mov base, rsi
         }
         if let Some(stack) = self.stack {
-            move_gpr(&mut c, 0x8b, stack, gpr_offset(gpr::RSP));
+            move_gpr(c, 0x8b, stack, gpr_offset(gpr::RSP));
         }
         for n in (0..16).filter(|n| self.used.gpr[*n] && *n != RDI) {
-            move_gpr(&mut c, 0x8b, n, gpr_offset(n));
+            move_gpr(c, 0x8b, n, gpr_offset(n));
         }
         if self.used.gpr[RDI] {
-            move_gpr(&mut c, 0x8b, RDI, gpr_offset(RDI));
+            move_gpr(c, 0x8b, RDI, gpr_offset(RDI));
         }
         let at = c.len();
         c.extend(instruction);
@@ -340,21 +374,21 @@ impl Plan {
         c.extend([0x48, 0x89, 0x7c, 0x24, 0x10, 0x48, 0x8b, 0x3c, 0x24]);
         if self.uses_flags {
             c.push(0x9c); // pushfq; pop
-            with_block(&mut c, &[0x8f], 0, offset_of!(Cpu, scratch) as u32 + 8);
+            with_block(c, &[0x8f], 0, offset_of!(Cpu, scratch) as u32 + 8);
         }
         for n in (0..16).filter(|n| self.used.gpr[*n] && *n != RDI) {
-            move_gpr(&mut c, 0x89, n, gpr_offset(n));
+            move_gpr(c, 0x89, n, gpr_offset(n));
         }
         if let Some(stack) = self.stack {
-            move_gpr(&mut c, 0x89, stack, gpr_offset(gpr::RSP));
+            move_gpr(c, 0x89, stack, gpr_offset(gpr::RSP));
         }
         if self.used.gpr[RDI] {
             c.extend([0x48, 0x8b, 0x74, 0x24, 0x10]); // mov rsi, [rsp+16]
-            move_gpr(&mut c, 0x89, RSI, gpr_offset(RDI));
+            move_gpr(c, 0x89, RSI, gpr_offset(RDI));
         }
-        self.vectors(&mut c, true);
+        self.vectors(c, true);
         if self.used.mxcsr {
-            with_block(&mut c, &[0x0f, 0xae], 3, offset_of!(Cpu, mxcsr) as u32); // stmxcsr
+            with_block(c, &[0x0f, 0xae], 3, offset_of!(Cpu, mxcsr) as u32); // stmxcsr
             c.extend([0x0f, 0xae, 0x54, 0x24, 0x08]); // ldmxcsr [rsp+8]
             if self.avx && self.used.vector.contains(&true) {
                 c.extend([0xc5, 0xf8, 0x77]); // vzeroupper
@@ -363,7 +397,7 @@ impl Plan {
         // add rsp, 40; pop r15..r12, rbp, rbx; ret
         c.extend([0x48, 0x83, 0xc4, 0x28]);
         c.extend([0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
-        (c, at, resume)
+        (at, resume)
     }
 
     /// Loads or stores the vector registers that are used: whole YMM registers where the host has them.
