@@ -16,7 +16,7 @@ use crate::encode::{Shape, encode_into};
 use crate::forms::{Class, Form, Forms};
 use crate::layout::{CODE, CODE_32, CODE_PAGES, DATA_BYTES, HIGH, LOW, PAGE, backing_of, bits_at};
 use crate::rng::Rng;
-use crate::undefined::reads_undefined;
+use crate::undefined::Line;
 use iced_x86::{
     ConstantOffsets, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
     InstructionInfoOptions, MemorySize, Mnemonic, OpAccess, OpKind, Register,
@@ -335,7 +335,7 @@ impl Generator {
         let shape = Shape { bases, indices, data, ..self.shape() };
         let count = 2 + rng.below(11) as usize;
         let mut pieces: Vec<Piece> = Vec::with_capacity(count);
-        let mut instructions: Vec<Instruction> = Vec::with_capacity(count);
+        let mut line = Line::new(looped.is_some());
         let mut rip = case.state.rip;
         for _ in 0..count * 4 {
             if pieces.len() == count {
@@ -346,9 +346,7 @@ impl Generator {
             if !self.suits_sequence(rng, &piece, pinned, 8) {
                 continue;
             }
-            instructions.push(piece.instruction);
-            if reads_undefined(&instructions, looped.is_some()) {
-                instructions.pop();
+            if !line.push(piece.instruction) {
                 continue;
             }
             self.prepare(rng, case, &mut piece, pinned, image);
@@ -425,11 +423,8 @@ impl Generator {
         special_operands(rng, case, &instruction, pinned);
         let has_memory = instruction.op_kinds().any(|k| k == OpKind::Memory);
         if has_memory {
+            // The displacement may change in the bytes; nothing that follows asks the instruction for it.
             let address = aim(rng, &mut case.state, piece, pinned);
-            // The displacement may have changed; later choices want the instruction as it is.
-            if let Some(again) = decode(&piece.bytes, instruction.ip()) {
-                *piece = again;
-            }
             poke_operand(rng, case, piece, address, pinned, image);
         }
         jump_through_register(rng, case, piece, pinned);
@@ -756,12 +751,10 @@ fn edge_immediate(rng: &mut Rng, piece: &mut Piece) {
     if size == 0 || branch || rng.percent(50) {
         return;
     }
-    let mut bytes = piece.bytes;
-    bytes[at..at + size].copy_from_slice(&rng.integer().to_le_bytes()[..size]);
-    if let Some(again) = decode(&bytes, piece.instruction.ip())
-        && again.instruction.len() == piece.instruction.len()
-    {
-        *piece = again;
+    piece.bytes[at..at + size].copy_from_slice(&rng.integer().to_le_bytes()[..size]);
+    // The only ones that anything asks for: counts of shifts.
+    if piece.instruction.op_kinds().any(|kind| kind == OpKind::Immediate8) {
+        piece.instruction.set_immediate8(piece.bytes[at]);
     }
 }
 

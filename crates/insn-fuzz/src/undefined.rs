@@ -8,17 +8,32 @@ use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic
 
 /// The bits of RFLAGS for the decoder's set of flags.
 fn rflags(bits: u32) -> u64 {
-    [
-        (RflagsBits::CF, 1u64 << 0),
-        (RflagsBits::PF, 1 << 2),
-        (RflagsBits::AF, 1 << 4),
-        (RflagsBits::ZF, 1 << 6),
-        (RflagsBits::SF, 1 << 7),
-        (RflagsBits::OF, 1 << 11),
-    ]
-    .iter()
-    .filter(|(bit, _)| bits & bit != 0)
-    .fold(0, |mask, (_, value)| mask | value)
+    const SETS: usize = 64;
+    const ALL: u32 =
+        RflagsBits::CF | RflagsBits::PF | RflagsBits::AF | RflagsBits::ZF | RflagsBits::SF | RflagsBits::OF;
+    const _: () = assert!(ALL < SETS as u32);
+    const TABLE: [u16; SETS] = {
+        let flags = [
+            (RflagsBits::CF, 0),
+            (RflagsBits::PF, 2),
+            (RflagsBits::AF, 4),
+            (RflagsBits::ZF, 6),
+            (RflagsBits::SF, 7),
+            (RflagsBits::OF, 11),
+        ];
+        let mut table = [0; SETS];
+        let mut set = 0;
+        while set < SETS {
+            let mut flag = 0;
+            while flag < flags.len() {
+                table[set] |= ((set as u32 & flags[flag].0 != 0) as u16) << flags[flag].1;
+                flag += 1;
+            }
+            set += 1;
+        }
+        table
+    };
+    u64::from(TABLE[(bits & ALL) as usize])
 }
 
 /// Whether the instruction may leave all flags as they were: shifts by a count that may be 0, REP with RCX 0.
@@ -31,19 +46,57 @@ fn may_do_nothing(instruction: &Instruction) -> bool {
     shift && (by_cl || by_zero) || repeated && instruction.is_string_instruction()
 }
 
-/// Whether a straight line of instructions with jumps forward, or a loop around it, reads a flag that one of them
-/// has left undefined. The jumps need not be linked yet.
-pub fn reads_undefined(instructions: &[Instruction], looped: bool) -> bool {
-    let mut undefined = 0;
-    let mut branches = false;
-    for instruction in (0..1 + u8::from(looped)).flat_map(|_| instructions) {
-        if read(instruction) & undefined != 0 {
-            return true;
+/// Grows a straight line of instructions with jumps forward, or a loop around it, that reads no flag which one of its
+/// instructions has left undefined. The jumps need not be linked yet.
+#[derive(Debug, Default)]
+pub struct Line {
+    instructions: Vec<Instruction>,
+    looped: bool,
+    behind: Passed,
+}
+
+/// What is so behind some instructions.
+#[derive(Clone, Copy, Debug, Default)]
+struct Passed {
+    undefined: u64,
+    branches: bool,
+}
+
+impl Passed {
+    /// Goes on behind `instruction`; `false` if that reads an undefined flag.
+    fn pass(&mut self, instruction: &Instruction) -> bool {
+        if read(instruction) & self.undefined != 0 {
+            return false;
         }
-        branches |= instruction.flow_control() != FlowControl::Next;
-        undefined = if branches { undefined | left_undefined(instruction) } else { after(instruction, undefined) };
+        self.branches |= instruction.flow_control() != FlowControl::Next;
+        self.undefined = match self.branches {
+            true => self.undefined | left_undefined(instruction),
+            false => after(instruction, self.undefined),
+        };
+        true
     }
-    false
+}
+
+impl Line {
+    pub fn new(looped: bool) -> Line {
+        Line { looped, ..Line::default() }
+    }
+
+    /// Appends `instruction`, unless the line would read an undefined flag then.
+    pub fn push(&mut self, instruction: Instruction) -> bool {
+        let mut behind = self.behind;
+        if !behind.pass(&instruction) {
+            return false;
+        }
+        // In a loop all of them follow themselves.
+        let mut again = behind;
+        if self.looped && !self.instructions.iter().chain([&instruction]).all(|i| again.pass(i)) {
+            return false;
+        }
+        self.behind = behind;
+        self.instructions.push(instruction);
+        true
+    }
 }
 
 /// The status flags that it reads.
