@@ -928,4 +928,49 @@ mod tests {
         assert_eq!(outcome.stop, Stop::Exception { vector: 3, error: 0, cr2: 0 });
         assert_eq!((data[5], outcome.state.fs_base), (0x5a, LOW));
     }
+
+    #[test]
+    fn cases_of_both_modes_leave_without_a_signal() {
+        for rip in [CODE, CODE + 3, CODE + 31 * PAGE + 4000, CODE_32, CODE_32 + 0x1_f000] {
+            // add eax, ecx; or ebx, -1
+            let (outcome, _) = run(&[0x01, 0xc8, 0x83, 0xcb, 0xff], |s| {
+                s.rip = rip;
+                (s.gpr[0], s.gpr[1], s.gpr[4]) = (5, 7, LOW + PAGE);
+                s.rflags |= 1 << 10;
+                s.mxcsr = 0x1fa0;
+                s.x87.control = 0x27f;
+            });
+            let state = &outcome.state;
+            assert_eq!((outcome.stop, state.rip), (AT_INT3, rip + 6));
+            assert_eq!((state.gpr[0] as u32, state.gpr[3] as u32, state.gpr[4]), (12, u32::MAX, LOW + PAGE));
+            assert_eq!((state.rflags & !(1 << 1 | 1 << 9), state.mxcsr), (1 << 10 | 0x84, 0x1fa0));
+            assert_eq!(state.x87.control, 0x27f);
+            // SAFETY: no case runs now.
+            assert_eq!(unsafe { (*ENTRY.0.get()).direct }, 1, "at {rip:#x}");
+        }
+    }
+
+    #[test]
+    fn a_case_that_looks_behind_itself_can_be_run_exactly() {
+        let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
+        let mut host = Host::new().unwrap();
+        // mov al, [rip + 0]
+        let case = Case { code: vec![0x8a, 0x05, 0, 0, 0, 0], ..Case::default() };
+        let quick = host.run(&case, &image(1));
+        assert_eq!((quick.stop, quick.state.gpr[0]), (AT_INT3, 0xe9));
+        let exact = host.run_exactly(&case, &image(1));
+        assert_eq!((exact.stop, exact.state.gpr[0]), (AT_INT3, 0xcc));
+        assert_eq!(exact.state.rip, quick.state.rip);
+        // jmp to behind the next byte, which is inside the exit's jump.
+        let case = Case { code: vec![0xeb, 1], ..Case::default() };
+        for outcome in [host.run(&case, &image(1)), host.run_exactly(&case, &image(1))] {
+            assert_eq!((outcome.stop, outcome.state.rip), (AT_INT3, CODE + 4));
+        }
+        // jmp to where the exits are: nothing is there for a case.
+        let mut case = Case { code: vec![0xff, 0xe0], ..Case::default() };
+        case.state.gpr[0] = EXITS;
+        let exact = host.run_exactly(&case, &image(1));
+        assert!(matches!(exact.stop, Stop::Exception { vector: 14, cr2: EXITS, .. }), "{exact:?}");
+        assert_eq!(host.run(&Case { code: vec![0x90], ..Case::default() }, &image(1)).state.rip, CODE + 2);
+    }
 }
