@@ -123,11 +123,21 @@ fn after(instruction: &Instruction, before: u64) -> u64 {
 
 const STATUS: u64 = 0x8d5;
 
+/// Where an instruction may go on: indices of instructions; their number stands for everything else.
+#[derive(Clone, Copy)]
+enum Successors {
+    One([usize; 1]),
+    Two([usize; 2]),
+    /// [`Flow::taken`].
+    Taken,
+}
+
 /// A case's code, decoded, with where each instruction may go on.
 pub struct Flow {
     instructions: Vec<Instruction>,
-    /// Indices into `instructions`; their number stands for everything else.
-    successors: Vec<Vec<usize>>,
+    successors: Vec<Successors>,
+    /// Where returns and indirect jumps may go: behind calls, to addresses that are taken, elsewhere.
+    taken: Vec<usize>,
     /// Status flags that may be undefined before each, and elsewhere.
     undefined: Vec<u64>,
 }
@@ -140,7 +150,6 @@ impl Flow {
             .collect();
         let outside = instructions.len();
         let index = |ip: u64| instructions.binary_search_by_key(&ip, Instruction::ip).unwrap_or(outside);
-        // Where returns and indirect jumps may go: behind calls, to addresses that are taken.
         let mut taken = vec![outside];
         for instruction in &instructions {
             if matches!(instruction.flow_control(), FlowControl::Call | FlowControl::IndirectCall) {
@@ -156,33 +165,43 @@ impl Flow {
                 match instruction.flow_control() {
                     // What raises an exception stops there or behind it.
                     FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception => {
-                        vec![index(instruction.next_ip())]
+                        Successors::One([index(instruction.next_ip())])
                     }
                     FlowControl::ConditionalBranch => {
-                        vec![index(instruction.next_ip()), index(instruction.near_branch64())]
+                        Successors::Two([index(instruction.next_ip()), index(instruction.near_branch64())])
                     }
                     FlowControl::UnconditionalBranch | FlowControl::Call if near => {
-                        vec![index(instruction.near_branch64())]
+                        Successors::One([index(instruction.near_branch64())])
                     }
-                    _ => taken.clone(),
+                    _ => Successors::Taken,
                 }
             })
             .collect();
-        let mut flow = Flow { undefined: vec![0; outside + 1], instructions, successors };
+        let mut flow = Flow { undefined: vec![0; outside + 1], instructions, successors, taken };
         flow.find_undefined();
         flow
     }
 
     fn find_undefined(&mut self) {
+        let mut undefined = std::mem::take(&mut self.undefined);
         let mut changed = true;
         while std::mem::take(&mut changed) {
             for (i, instruction) in self.instructions.iter().enumerate() {
-                let flags = after(instruction, self.undefined[i]);
-                for &next in &self.successors[i] {
-                    changed |= flags & !self.undefined[next] != 0;
-                    self.undefined[next] |= flags;
+                let flags = after(instruction, undefined[i]);
+                for &next in self.successors(i) {
+                    changed |= flags & !undefined[next] != 0;
+                    undefined[next] |= flags;
                 }
             }
+        }
+        self.undefined = undefined;
+    }
+
+    fn successors(&self, index: usize) -> &[usize] {
+        match &self.successors[index] {
+            Successors::One(next) => next,
+            Successors::Two(next) => next,
+            Successors::Taken => &self.taken,
         }
     }
 
@@ -216,7 +235,7 @@ impl Flow {
         }
         let index = |ip: u64| self.instructions.binary_search_by_key(&ip, Instruction::ip);
         match (index(from), index(to)) {
-            (Ok(from), Ok(to)) => self.successors[from].contains(&to),
+            (Ok(from), Ok(to)) => self.successors(from).contains(&to),
             (Err(_), Ok(to)) => to == 0,
             (_, Err(_)) => !self.is_inside(to),
         }
@@ -237,7 +256,7 @@ impl Flow {
         let mut changed = true;
         while std::mem::take(&mut changed) {
             for (i, instruction) in self.instructions.iter().enumerate().rev() {
-                let after = self.successors[i].iter().fold(0, |flags, &next| flags | live[next]);
+                let after = self.successors(i).iter().fold(0, |flags, &next| flags | live[next]);
                 let written = if may_do_nothing(instruction) { 0 } else { rflags(instruction.rflags_modified()) };
                 let before = read(instruction) | after & !written;
                 changed |= live[i] != before;
