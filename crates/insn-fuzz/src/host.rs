@@ -221,8 +221,6 @@ impl Host {
         // SAFETY: AT_HWCAP2 bit 1 says that FSGSBASE works in user mode.
         SHARED.swap_bases.store(unsafe { libc::getauxval(libc::AT_HWCAP2) } & 2 != 0, Ordering::SeqCst);
         take_signals()?;
-        // SAFETY: Linux's flat data segment. 64-bit code uses neither register; 32-bit cases need them.
-        unsafe { asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) USER_DATA, options(nostack, preserves_flags)) };
         let timer = start_watchdog()?;
         Ok(Host { backing, timer, written: None, image: None, dirty: ALL_PAGES, ticks: 0 })
     }
@@ -266,6 +264,7 @@ impl Host {
 
     fn start(&mut self, case: &Case, image: &[u8], direct: bool) -> Outcome {
         let end = self.load(case, image, direct);
+        set_selectors();
         count_run();
         // SAFETY: the handlers do not run now: phase is IDLE, and stays so until the store. The generated case
         // does not touch memory outside the backing, by the module's argument.
@@ -379,6 +378,32 @@ fn end_state(entry: &Entry, case: &Case, end: u64) -> State {
     // SAFETY: XSAVE has just written the area.
     unsafe { read_vectors(entry.xsave.as_ptr(), &mut state) };
     state
+}
+
+/// Gives the data segment registers what cases expect of them. The last case may have loaded them: no instruction that
+/// is generated does, but one in the middle of another may.
+fn set_selectors() {
+    let (ds, es, fs, gs): (u16, u16, u16, u16);
+    // SAFETY: 64-bit code uses neither DS nor ES; the selectors are Linux's. A null selector in FS or GS is what
+    // threads have; the base that it may clear is put back at once.
+    unsafe {
+        asm!(
+            "mov {0:x}, ds", "mov {1:x}, es", "mov {2:x}, fs", "mov {3:x}, gs",
+            out(reg) ds, out(reg) es, out(reg) fs, out(reg) gs,
+            options(nomem, nostack, preserves_flags)
+        );
+        if (ds, es) != (USER_DATA, USER_DATA) {
+            asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) USER_DATA, options(nostack, preserves_flags));
+        }
+        if (fs, gs) != (0, 0) && SHARED.swap_bases.load(Ordering::Relaxed) {
+            asm!(
+                "rdfsbase {base}", "mov fs, {null:x}", "wrfsbase {base}",
+                "rdgsbase {base}", "mov gs, {null:x}", "wrgsbase {base}",
+                base = out(reg) _, null = in(reg) 0u64,
+                options(nostack, preserves_flags)
+            );
+        }
+    }
 }
 
 /// Puts a case's registers where [`jump_into`] wants them.
@@ -948,6 +973,19 @@ mod tests {
             // SAFETY: no case runs now.
             assert_eq!(unsafe { (*ENTRY.0.get()).direct }, 1, "at {rip:#x}");
         }
+    }
+
+    #[test]
+    fn a_case_finds_the_selectors_that_it_expects() {
+        // push 0; pop es; push 0; pop ds: nothing that is generated, but a case may jump into an instruction.
+        let (outcome, _) = run(&[0x6a, 0, 0x07, 0x6a, 0, 0x1f], |s| (s.rip, s.gpr[4]) = (CODE_32, LOW + PAGE + 64));
+        assert_eq!(outcome.stop, AT_INT3);
+        // mov eax, 2bh; mov fs, eax; mov gs, eax
+        let (outcome, _) = run(&[0xb8, 0x2b, 0, 0, 0, 0x8e, 0xe0, 0x8e, 0xe8], |_| ());
+        assert_eq!(outcome.stop, AT_INT3);
+        // mov eax, es; mov ecx, ds; mov edx, fs; mov ebx, gs
+        let (outcome, _) = run(&[0x8c, 0xc0, 0x8c, 0xd9, 0x8c, 0xe2, 0x8c, 0xeb], |_| ());
+        assert_eq!(outcome.state.gpr[..4], [0x2b, 0x2b, 0, 0]);
     }
 
     #[test]
