@@ -4,6 +4,7 @@
 
 use anyvisor_devices::BadState;
 use anyvisor_devices::acpi_pm::AcpiPm;
+use anyvisor_devices::flash::Flash;
 use anyvisor_devices::i8042::I8042;
 use anyvisor_devices::ioapic::IoApic;
 use anyvisor_devices::pci::{PciRoot, Space};
@@ -304,6 +305,38 @@ fn test_device() {
         (0..200).for_each(|_| step_test_device(&mut Random(seed), &mut back));
         assert_eq!(serde_json::to_string(&back).unwrap(), serde_json::to_string(&device).unwrap());
     }
+}
+
+/// What the chip says that it changed is all that it changed; and from its state and contents it goes on the same.
+#[test]
+fn flash() {
+    const SIZE: u64 = 16 << 10;
+    const COMMANDS: [u8; 8] = [0xff, 0x70, 0x50, 0x10, 0x40, 0x20, 0xd0, 0xe8];
+    let mut random = Random(8);
+    let mut flash = Flash::new(vec![0xff; SIZE as usize]);
+    let mut kept = flash.bytes().to_vec();
+    let (mut programmed, mut erased) = (0, 0);
+    for step in 0..STEPS {
+        let size = 1 << (random.next() % 4);
+        let offset = (random.next() % SIZE) & !(size as u64 - 1);
+        let mut value = random.next().to_le_bytes();
+        if random.chance() {
+            value[0] = COMMANDS[random.next() as usize % COMMANDS.len()];
+        }
+        if let Some(range) = flash.write(offset, &value[..size]) {
+            *if range.len() == 4096 { &mut erased } else { &mut programmed } += 1;
+            kept[range.clone()].copy_from_slice(&flash.bytes()[range]);
+        }
+        if step % 50 == 0 {
+            assert!(kept == flash.bytes());
+            let state = serde_json::to_string(&flash.state()).unwrap();
+            flash = Flash::new(kept.clone());
+            flash.set_state(serde_json::from_str(&state).unwrap());
+        }
+        let mut data = [0; 8];
+        flash.read(offset, &mut data[..size]);
+    }
+    assert!(programmed > 1000 && erased > 100, "{programmed} {erased}");
 }
 
 #[test]
