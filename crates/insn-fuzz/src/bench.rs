@@ -1,15 +1,18 @@
 //! Host and executors side by side: what a case does in each, and whether that is the same.
 //!
-//! Memory is compared in full after a case's run in the interpreter and after its last run in the translator. After
-//! the translator's other runs only the pages are compared that the host left other than they were: what such
-//! a run wrote elsewhere is not taken out again, so the comparison after the last one finds it.
+//! [`Bench::check`] compares all memory after every run. That is a tenth of a case's time, and nearly all of it goes
+//! to pages that nobody has touched. So [`Bench::check_soon`] compares the pages that the host has changed, and
+//! leaves the others *doubtful*: what a wrong access may have written there stays there, because only what the host has
+//! changed is put back between cases. Doubtful pages are compared with the image before a case that changes them runs in
+//! that executor, so it cannot cover anything up, and all together by [`Bench::settle`]. If one is found to be
+//! other than the image then, the cases since the last time are checked again, each by itself.
 
 use crate::case::{Case, Outcome, Stop, image};
 use crate::compare::{differences, memory_differences, same};
 use crate::generate::Options;
 use crate::guest::{Executor, Guest};
 use crate::host::Host;
-use crate::layout::{Pages, compare_pages, same_pages};
+use crate::layout::{ALL_PAGES, Pages, pages_that_differ, same_pages};
 use crate::undefined::Flow;
 use anyhow::Result;
 use anyvisor_engine_translator::translate::fault;
@@ -21,10 +24,20 @@ const INSTRUCTIONS_PER_TICK: u64 = 8;
 /// Host and engine side by side.
 pub struct Bench {
     host: Host,
-    guests: Vec<(Executor, Guest)>,
+    guests: Vec<Side>,
+    /// The cases since doubtful pages were looked at.
+    recent: Vec<Case>,
     /// An interpreter that looks where cases went which differ.
     tracer: Guest,
     image: (u64, Vec<u8>),
+}
+
+/// An executor.
+struct Side {
+    executor: Executor,
+    guest: Guest,
+    /// Data pages that were not compared when its last run had ended.
+    doubtful: Pages,
 }
 
 /// A case on which an executor differs from the host.
@@ -84,9 +97,10 @@ impl Bench {
     /// When the host refuses memory or signals.
     pub fn new(executors: &[Executor]) -> Result<Bench> {
         let host = Host::new()?;
-        let guests = executors.iter().map(|e| Ok((*e, Guest::new(*e)?))).collect::<Result<_>>()?;
+        let side = |&executor| Ok(Side { executor, guest: Guest::new(executor)?, doubtful: 0 });
+        let guests = executors.iter().map(side).collect::<Result<_>>()?;
         let tracer = Guest::new(Executor::Interpreter)?;
-        Ok(Bench { host, guests, tracer, image: (0, image(0)) })
+        Ok(Bench { host, guests, recent: Vec::new(), tracer, image: (0, image(0)) })
     }
 
     /// Options that suit this host.
@@ -94,9 +108,10 @@ impl Bench {
         Options { class: None, bits: 64, bases: self.host.can_set_bases() }
     }
 
-    /// The memory image named `memory`.
+    /// The memory image named `memory`. It may only change when nothing is doubtful.
     pub fn image(&mut self, memory: u64) -> &[u8] {
         if self.image.0 != memory {
+            debug_assert!(self.recent.is_empty(), "settled");
             self.image = (memory, image(memory));
         }
         &self.image.1
@@ -104,68 +119,118 @@ impl Bench {
 
     /// Runs `case` everywhere, up to the first executor that differs from the host.
     pub fn check(&mut self, case: &Case) -> Verdict {
+        self.start_afresh();
+        let verdict = self.compare(case, true).expect("nothing is doubtful");
+        self.start_afresh();
+        verdict
+    }
+
+    /// As [`Bench::check`], but what runs wrote to pages that the host left alone may be told later: by a case that
+    /// follows, or by [`Bench::settle`].
+    pub fn check_soon(&mut self, case: Case) -> Verdict {
+        let verdict = self.compare(&case, false);
+        self.recent.push(case);
+        match verdict {
+            Some(verdict) => verdict,
+            None => self.search(),
+        }
+    }
+
+    /// Looks at all doubtful pages.
+    pub fn settle(&mut self) -> Option<Finding> {
+        let good = |side: &Side| same_pages(&self.image.1, side.guest.data(), side.doubtful);
+        let found = if self.guests.iter().all(good) { None } else { self.search().finding() };
+        self.guests.iter_mut().for_each(|side| side.doubtful = 0);
+        self.recent.clear();
+        found
+    }
+
+    /// Has all memory put back before the next case.
+    fn start_afresh(&mut self) {
+        self.recent.clear();
+        self.host.set_dirty(ALL_PAGES);
+        for side in &mut self.guests {
+            side.guest.set_dirty(ALL_PAGES);
+            side.doubtful = 0;
+        }
+    }
+
+    /// Finds the case among the recent ones that wrote where it should not.
+    fn search(&mut self) -> Verdict {
+        let recent = std::mem::take(&mut self.recent);
+        for case in &recent {
+            let verdict = self.check(case);
+            if let Verdict::Different(_) = verdict {
+                return verdict;
+            }
+        }
+        let case = recent.last().cloned().unwrap_or_default();
+        let differences =
+            format!("  memory   written by one of {} cases up to this one, but by none alone\n", recent.len());
+        Verdict::Different(Box::new(Finding { case, executor: self.guests[0].executor, differences }))
+    }
+
+    /// Runs `case` everywhere, comparing all memory after every run or what the host has changed; `None` if other
+    /// memory was found wrong before a run.
+    fn compare(&mut self, case: &Case, all: bool) -> Option<Verdict> {
         self.image(case.memory);
         let host = self.host.run(case, &self.image.1);
         let mut reference = Reference { outcome: host, flow: None, exact: false };
         if reference.outcome.stop == Stop::Hang {
-            return Verdict::Endless;
+            return Some(Verdict::Endless);
         }
-        // The pages that the host left other than the image, once they are known.
-        let mut changed = None;
+        let mut changed = self.pages_changed();
         for index in 0..self.guests.len() {
             // The translator runs twice: when it translates, and from what it has kept and linked. A kept case
             // runs so with probes hoisted and without, others one way or the other, in turns.
             let eager = case.seed >> 6 & 1 == 0;
-            let runs = match self.guests[index].0 {
+            let runs = match self.guests[index].executor {
                 Executor::Translator if case.seed == 0 => &[true, true, false, false][..],
                 Executor::Translator => &[eager, eager],
                 Executor::Interpreter => &[false],
             };
-            for (number, &eager) in runs.iter().enumerate() {
-                let guest = &mut self.guests[index].1;
-                guest.translate_eagerly(eager);
+            for &eager in runs {
+                let side = &mut self.guests[index];
+                if !same_pages(&self.image.1, side.guest.data(), changed & side.doubtful) {
+                    return None;
+                }
+                side.guest.translate_eagerly(eager);
                 let faults = fault::page_faults();
-                let outcome = guest.run(case, &self.image.1);
+                let outcome = side.guest.run(case, &self.image.1);
                 let faults = fault::page_faults() - faults;
-                let last = number + 1 == runs.len();
+                let compared = if all { ALL_PAGES } else { changed };
                 let mut agrees = faults == 0
-                    && self.is_memory_same(index, &mut changed, last)
-                    && reference.agrees(case, self.guests[index].0, &outcome);
+                    && same_pages(self.host.data(), side.guest.data(), compared)
+                    && reference.agrees(case, side.executor, &outcome);
                 if !agrees && !reference.exact {
                     // Perhaps the host's run has seen that no INT3 was there.
                     let host = self.host.run_exactly(case, &self.image.1);
                     reference = Reference { outcome: host, flow: None, exact: true };
                     if reference.outcome.stop == Stop::Hang {
-                        return Verdict::Endless;
+                        return Some(Verdict::Endless);
                     }
-                    changed = None;
+                    changed = self.pages_changed();
+                    let side = &self.guests[index];
                     agrees = faults == 0
-                        && self.is_memory_same(index, &mut changed, true)
-                        && reference.agrees(case, self.guests[index].0, &outcome);
+                        && self.host.data() == side.guest.data()
+                        && reference.agrees(case, side.executor, &outcome);
                 }
                 if !agrees {
-                    return self.judge(case, reference, index, &outcome, faults);
+                    return Some(self.judge(case, reference, index, &outcome, faults));
                 }
-                self.guests[index].1.set_dirty(changed.expect("memory was compared"));
+                let side = &mut self.guests[index];
+                side.guest.set_dirty(changed);
+                side.doubtful = if all { 0 } else { !changed };
             }
         }
-        Verdict::Same(reference.outcome.stop)
+        Some(Verdict::Same(reference.outcome.stop))
     }
 
-    /// Whether guest number `index` has the host's memory: all of it, or, if `all` is not asked for, the pages that
-    /// the host has changed.
-    fn is_memory_same(&mut self, index: usize, changed: &mut Option<Pages>, all: bool) -> bool {
-        let guest = &self.guests[index].1;
-        match *changed {
-            Some(_) if all => self.host.data() == guest.data(),
-            Some(pages) => same_pages(self.host.data(), guest.data(), pages),
-            None => {
-                let (pages, same) = compare_pages(&self.image.1, self.host.data(), guest.data());
-                self.host.set_dirty(pages);
-                *changed = Some(pages);
-                same
-            }
-        }
+    /// The data pages that the host's run has left other than the image.
+    fn pages_changed(&mut self) -> Pages {
+        let changed = pages_that_differ(self.host.data(), &self.image.1);
+        self.host.set_dirty(changed);
+        changed
     }
 
     /// What it means that guest number `index` has come to another outcome than the host, or to other memory.
@@ -177,13 +242,15 @@ impl Bench {
         outcome: &Outcome,
         faults: u64,
     ) -> Verdict {
-        let (executor, guest) = &self.guests[index];
-        let executor = *executor;
+        let side = &mut self.guests[index];
+        let executor = side.executor;
+        // All its memory is put back before the next case.
+        side.doubtful = 0;
         if outcome.stop == Stop::Hang && faults == 0 && may_take_longer(self.host.ticks(), executor) {
             return Verdict::TooLong;
         }
         let mut text = reference.differences(case, executor, outcome);
-        text += &memory_differences(self.host.data(), guest.data());
+        text += &memory_differences(self.host.data(), side.guest.data());
         if faults != 0 {
             writeln!(text, "  faults   of the host's pages by translated code: {faults}").expect("a string");
         }
@@ -211,5 +278,34 @@ mod tests {
             assert!(!may_take_longer(5_000, executor));
             assert!(may_take_longer(1_000_000, executor));
         }
+    }
+
+    #[test]
+    fn what_is_written_elsewhere_is_found_later() {
+        use crate::layout::{DATA_BYTES, LOW, PAGE};
+        let _one = crate::host::tests::ONE.lock().unwrap_or_else(|e| e.into_inner());
+        let mut bench = Bench::new(&[Executor::Interpreter]).unwrap();
+        // mov [rax], ecx: changes the first data page.
+        let mut store = Case { code: vec![0x89, 0x08], ..Case::default() };
+        store.state.gpr[0] = LOW + PAGE;
+        let nop = Case { code: vec![0x90], ..Case::default() };
+        let same = |verdict: Verdict| matches!(verdict, Verdict::Same(_));
+        bench.image(0);
+        assert!(same(bench.check_soon(nop.clone())) && same(bench.check_soon(store.clone())));
+        assert!(bench.settle().is_none());
+        // At the end, wherever it is.
+        for page in 0..DATA_BYTES / PAGE as usize {
+            assert!(same(bench.check_soon(nop.clone())));
+            bench.guests[0].guest.spoil(page * PAGE as usize + 77);
+            assert!(same(bench.check_soon(nop.clone())), "page {page} is not compared yet");
+            assert!(bench.settle().is_some_and(|finding| finding.differences.contains("one of 2 cases")));
+            assert!(same(bench.check_soon(nop.clone())) && bench.settle().is_none(), "and it is good again");
+        }
+        // Before a case writes over it, with the right value even.
+        assert!(same(bench.check_soon(nop.clone())));
+        bench.guests[0].guest.spoil(1);
+        let found = bench.check_soon(store.clone()).finding().expect("the page was doubtful");
+        assert!(found.differences.contains("one of 2 cases"), "{found:?}");
+        assert!(same(bench.check_soon(store)) && bench.settle().is_none());
     }
 }

@@ -7,12 +7,15 @@ use crate::layout::bits_at;
 use crate::minimise::minimise;
 use crate::tally::Tally;
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt::Write;
 use std::time::Instant;
 
 /// Cases in a row that share their memory image.
 const CASES_PER_IMAGE: u64 = 512;
+/// Cases in a row after which memory is compared that was left for later.
+const CASES_PER_SETTLEMENT: u64 = 16;
+const _: () = assert!(CASES_PER_IMAGE.is_multiple_of(CASES_PER_SETTLEMENT));
 /// Seeds between two looks at the clock.
 const CASES_PER_LOOK: u64 = 256;
 
@@ -40,7 +43,14 @@ pub enum Event<'a> {
 pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(Event)) -> Tally {
     let mut generator = Generator::new(plan.options);
     let mut tally = Tally::default();
-    let mut seen: HashMap<String, u64> = HashMap::new();
+    let mut seen = HashSet::new();
+    let mut note = |bench: &mut Bench, report: &mut dyn FnMut(Event), finding: Finding| {
+        let smallest = minimise(bench, finding);
+        if seen.insert(signature(&smallest)) {
+            report(Event::Finding(&smallest));
+        }
+        seen.len() >= plan.findings
+    };
     for seed in plan.seed..plan.seed + plan.cases {
         if seed.is_multiple_of(CASES_PER_LOOK) {
             if plan.deadline.is_some_and(|d| Instant::now() >= d) {
@@ -48,21 +58,27 @@ pub fn run(bench: &mut Bench, plan: &Plan, mut report: impl FnMut(Event)) -> Tal
             }
             report(Event::Progress(&tally));
         }
-        let memory = seed / CASES_PER_IMAGE;
-        let case = generator.case(seed, memory, bench.image(memory));
-        let verdict = bench.check(&case);
-        tally.count(generator.made(), &verdict);
-        if let Some(finding) = verdict.finding() {
-            let smallest = minimise(bench, finding);
-            let count = seen.entry(signature(&smallest)).or_default();
-            *count += 1;
-            if *count == 1 {
-                report(Event::Finding(&smallest));
-            }
-            if seen.len() >= plan.findings {
-                break;
+        if seed.is_multiple_of(CASES_PER_SETTLEMENT)
+            && let Some(finding) = bench.settle()
+        {
+            tally.different += 1;
+            if note(bench, &mut report, finding) {
+                return tally;
             }
         }
+        let memory = seed / CASES_PER_IMAGE;
+        let case = generator.case(seed, memory, bench.image(memory));
+        let verdict = bench.check_soon(case);
+        tally.count(generator.made(), &verdict);
+        if let Some(finding) = verdict.finding()
+            && note(bench, &mut report, finding)
+        {
+            return tally;
+        }
+    }
+    if let Some(finding) = bench.settle() {
+        tally.different += 1;
+        note(bench, &mut report, finding);
     }
     tally
 }

@@ -165,6 +165,12 @@ impl Guest {
         unsafe { std::slice::from_raw_parts(start, DATA_BYTES) }
     }
 
+    /// Writes to the data pages what no case has.
+    #[cfg(test)]
+    pub fn spoil(&mut self, offset: usize) {
+        self.write(BACKING + offset as u64, &[!self.data()[offset]]);
+    }
+
     /// Says which data pages the last case left other than the image has them. Without that it is any.
     pub fn set_dirty(&mut self, pages: Pages) {
         self.dirty = pages;

@@ -883,12 +883,13 @@ unsafe fn read_vectors(area: *const u8, state: &mut State) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::case::image;
     use std::sync::Mutex;
 
-    static ONE: Mutex<()> = Mutex::new(());
+    /// Held by a test that has an executor.
+    pub static ONE: Mutex<()> = Mutex::new(());
 
     fn run(code: &[u8], prepare: impl FnOnce(&mut State)) -> (Outcome, Vec<u8>) {
         let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());

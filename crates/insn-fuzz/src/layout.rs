@@ -38,18 +38,10 @@ pub type Pages = u8;
 pub const ALL_PAGES: Pages = Pages::MAX;
 const _: () = assert!(DATA_PAGES == Pages::BITS as usize);
 
-/// The data pages in which the host's memory differs from the image, and whether the guest's is the host's in all.
-pub fn compare_pages(image: &[u8], host: &[u8], guest: &[u8]) -> (Pages, bool) {
-    let size = PAGE as usize;
-    let mut changed = 0;
-    let mut same = true;
-    // Page by page: what has been read once is near the second time.
-    for (n, page) in host.chunks(size).enumerate() {
-        let range = n * size..(n + 1) * size;
-        changed |= Pages::from(*page != image[range.clone()]) << n;
-        same &= *page == guest[range];
-    }
-    (changed, same)
+/// The data pages in which `one` and `other` differ.
+pub fn pages_that_differ(one: &[u8], other: &[u8]) -> Pages {
+    let pages = one.chunks(PAGE as usize).zip(other.chunks(PAGE as usize)).enumerate();
+    pages.filter(|(_, (a, b))| a != b).fold(0, |set, (n, _)| set | 1 << n)
 }
 
 /// Whether `pages` are the same.
