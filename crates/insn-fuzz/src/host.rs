@@ -661,6 +661,21 @@ fn take_signals() -> Result<()> {
 
 type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
 
+/// Whether this process has memory at `address` that is none of the cases'.
+pub fn is_own(address: u64) -> bool {
+    let regions = [(LOW, REGION_PAGES), (HIGH, REGION_PAGES), (CODE, CODE_PAGES + 1), (CODE_32, CODE_PAGES + 1)];
+    if regions.iter().any(|&(base, pages)| address.wrapping_sub(base) < pages * PAGE) {
+        return false;
+    }
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    maps.lines().any(|line| {
+        let mut words = line.split([' ', '-']);
+        let mut bound = || words.next().and_then(|word| u64::from_str_radix(word, 16).ok());
+        let (Some(start), Some(end)) = (bound(), bound()) else { return false };
+        (start..end).contains(&address) && words.next().is_some_and(|rights| !rights.is_empty())
+    })
+}
+
 /// # Safety
 /// `handler` must be async-signal-safe and `previous` null or writable.
 unsafe fn install(signal: i32, handler: Handler, previous: *mut libc::sigaction) -> Result<()> {
@@ -974,6 +989,18 @@ pub(crate) mod tests {
             // SAFETY: no case runs now.
             assert_eq!(unsafe { (*ENTRY.0.get()).direct }, 1, "at {rip:#x}");
         }
+    }
+
+    #[test]
+    fn the_process_knows_its_own_memory() {
+        let here = 0u8;
+        assert!(is_own(&raw const here as u64) && is_own(is_own as *const () as u64));
+        let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
+        let _host = Host::new().unwrap();
+        for address in [0, LOW + PAGE, LOW + 4 * PAGE, CODE, CODE_32 + 5, 1 << 63] {
+            assert!(!is_own(address), "{address:#x}");
+        }
+        assert!(is_own(LANDING));
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub struct Tally {
     pub endless: u64,
     /// Not compared: the host ended it, after more instructions than an executor is given.
     pub too_long: u64,
+    /// Differed, but does not count, because it met memory of the fuzzer's own.
+    pub elsewhere: u64,
     /// Differed, but does not count, because it strayed (see [`crate::guest::Guest::strays`]).
     pub strays: u64,
 }
@@ -45,6 +47,7 @@ impl Tally {
             Verdict::Same(Stop::Exception { vector, .. }) => *self.stops.entry(*vector).or_default() += 1,
             Verdict::Same(Stop::Hang) | Verdict::Endless => self.endless += 1,
             Verdict::TooLong => self.too_long += 1,
+            Verdict::Elsewhere => self.elsewhere += 1,
             Verdict::Stray => self.strays += 1,
             Verdict::Different(_) => self.different += 1,
         }
@@ -61,7 +64,8 @@ impl Tally {
     }
 
     fn counts_mut(&mut self) -> Vec<&mut u64> {
-        let single = [&mut self.cases, &mut self.different, &mut self.endless, &mut self.too_long, &mut self.strays];
+        let single = [&mut self.cases, &mut self.different, &mut self.endless, &mut self.too_long];
+        let single = single.into_iter().chain([&mut self.elsewhere, &mut self.strays]);
         single.into_iter().chain(&mut self.kinds).chain(&mut self.classes).collect()
     }
 
@@ -92,7 +96,7 @@ impl Tally {
 
     /// Cases that no executor's outcome was held against the host's.
     pub fn not_compared(&self) -> u64 {
-        self.endless + self.too_long + self.strays
+        self.endless + self.too_long + self.elsewhere + self.strays
     }
 }
 
@@ -102,8 +106,9 @@ impl fmt::Display for Tally {
         let share = self.not_compared() as f64 / self.cases.max(1) as f64 * 1e6;
         writeln!(
             f,
-            "  not compared: {} endless on the host, {} too long for an executor, {} strayed ({share:.0} in a million)",
-            self.endless, self.too_long, self.strays
+            "  not compared: {} endless on the host, {} too long for an executor, {} in the fuzzer's own memory, {} strayed \
+             ({share:.1} in a million)",
+            self.endless, self.too_long, self.elsewhere, self.strays
         )?;
         let list = |items: Vec<String>| items.join(", ");
         let kinds = Kind::ALL.iter().zip(self.kinds).map(|(kind, count)| format!("{count} {}", kind.name())).collect();

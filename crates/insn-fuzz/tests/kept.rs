@@ -33,6 +33,10 @@ fn kept_and_random_cases_do_not_differ() {
     // mov ecx, 200000h; dec ecx; jnz: done soon on the host, but not in the interpreter.
     let long = Case::from_line("code=b900002000ffc975fc rip=120100000 flags=202 memory=0 seed=1").unwrap();
     assert!(matches!(bench.check(&long), Verdict::TooLong));
+    // mov al, [rax], at an address that only this process has.
+    let mut own = Case { code: vec![0x8a, 0x00], ..Case::default() };
+    own.state.gpr[0] = KEPT.as_ptr() as u64;
+    assert!(matches!(bench.check(&own), Verdict::Elsewhere));
     let plan = Plan { seed: 1, cases: CASES, options: bench.options(), findings: 10, deadline: None };
     let tally = run(&mut bench, &plan, |event| note(&mut reports, event));
     let narrow = Plan { options: Options { bits: 32, ..plan.options }, cases: CASES / 4, ..plan };
