@@ -8,6 +8,7 @@ use crate::native::Stubs;
 use crate::ram::Ram;
 use crate::timer;
 use crate::translate::Twins;
+use crate::windows::Windows;
 use anyvisor_engine::tally::Meter;
 use anyvisor_x86::lapic::{self, LocalApic};
 use anyvisor_x86::{Cpuid, CpuidResult};
@@ -279,6 +280,8 @@ pub struct Core {
     pub micro_looked: u64,
     /// A micro-TLB entry that is filled too often.
     pub micro_complaint: Option<usize>,
+    /// What hot user code accesses without probes.
+    pub windows: Windows,
     pub bounce: Box<Bounce>,
     /// Where translated code goes on whose shared probes do not fit.
     pub twins: Twins,
@@ -323,6 +326,7 @@ impl Core {
             sample_period: Self::SAMPLE_PERIODS.start,
             micro_looked: 0,
             micro_complaint: None,
+            windows: Windows::default(),
             bounce: Box::new(Bounce([0; BOUNCE_SIZE])),
             twins: Twins::default(),
             stubs: Stubs::default(),

@@ -5,6 +5,7 @@
 //! out of translated code (`enter`) writes them back before Rust sees the block. The x87 state and nothing
 //! else stays in the host CPU for as long as the thread is inside `Vcpu::run`.
 
+use crate::windows::REGIONS;
 use anyvisor_x86::bits::{cr0, cr4, efer, rflags};
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{DescriptorTable, Segment};
@@ -236,6 +237,8 @@ pub struct Cpu {
     pub micro_filled: u32,
     /// Fills of `micro` until one is looked into.
     pub micro_budget: i32,
+    /// What hot code adds to user addresses, by bits 46:39; see `windows`.
+    pub regions: [u64; REGIONS],
     /// The host's stack pointer while translated code runs.
     pub host_rsp: u64,
     /// The return stack's pointer while translated code does not run, and where it is empty.

@@ -21,6 +21,7 @@ pub mod testing;
 mod timer;
 pub mod translate;
 pub mod vcpu;
+pub mod windows;
 
 use crate::core::{ClockReference, Core, VcpuShared, VmShared};
 use crate::cpu::pending;
@@ -96,6 +97,10 @@ impl Engine for Translator {
 
     fn supported_cpuid(&self) -> Cpuid {
         host::supported_cpuid(self.tsc_khz)
+    }
+
+    fn wants_files(&self) -> bool {
+        true
     }
 
     fn create_vm(&self, memory: GuestMemoryMmap) -> Result<Arc<dyn Vm>> {

@@ -136,7 +136,7 @@ fn tlb_index(gva: u64) -> usize {
 }
 
 impl Core {
-    fn paging_mode(&self, ac: bool) -> PagingMode {
+    pub(crate) fn paging_mode(&self, ac: bool) -> PagingMode {
         PagingMode {
             cr0: self.cpu.cr0,
             cr3: self.cpu.cr3,
@@ -250,7 +250,7 @@ impl Core {
         }
     }
 
-    fn is_lapic_page(&self, gpa: u64) -> bool {
+    pub(crate) fn is_lapic_page(&self, gpa: u64) -> bool {
         self.lapic.mmio_base() == Some(gpa & !0xfff)
     }
 
@@ -279,6 +279,7 @@ impl Core {
     /// Drops the entries of all TLBs, those of other PCIDs too.
     fn flush_data(&mut self) {
         self.cpu.empty_micro();
+        self.windows.clear();
         for context in 0..TLB_CONTEXTS {
             let mut journal = std::mem::take(&mut self.mmu.journal[context]);
             for &index in &journal {
@@ -293,6 +294,7 @@ impl Core {
 
     /// Drops all translations but global ones, those of all PCIDs.
     pub fn flush_non_global(&mut self) {
+        self.windows.clear();
         self.mmu.spaces.clear();
         self.flush_current();
     }
@@ -300,6 +302,7 @@ impl Core {
     /// Drops the translations of the current address space but global ones, as a CR3 load does.
     pub fn flush_current(&mut self) {
         self.cpu.empty_micro();
+        self.windows.clear_current();
         for context in [TlbContext::KernelAc as usize, TlbContext::User as usize] {
             let mut journal = std::mem::take(&mut self.mmu.journal[context]);
             for &index in &journal {
@@ -323,7 +326,9 @@ impl Core {
     /// INVLPG: drops the translation of the page that holds `gva`, of whatever size.
     pub fn invalidate_page(&mut self, gva: u64) {
         self.cpu.empty_micro();
+        self.windows.drop_page(gva);
         if self.mmu.large.contains(&(gva >> 21)) {
+            self.windows.clear();
             self.invalidate_large(gva);
         } else {
             let (index, page) = (tlb_index(gva), gva & !0xfff);
@@ -379,6 +384,7 @@ impl Core {
             }
         }
         self.mmu.spaces.protect(gpa);
+        self.windows.protect(gpa);
     }
 
     /// The page at `gpa` holds no translated code any more.

@@ -5,8 +5,9 @@
 
 use anyvisor_engine::{DirtyPages, DirtyRegion};
 use anyvisor_x86::paging::PageTables;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 pub const PAGE_SIZE: u64 = 4096;
 
@@ -25,6 +26,8 @@ struct Region {
     length: u64,
     host: *mut u8,
     pages: Box<[AtomicU8]>,
+    /// The file that it is a shared mapping of, and where in it.
+    file: Option<FileOffset>,
 }
 
 /// The RAM of one VM.
@@ -50,6 +53,7 @@ impl Ram {
                 gpa: r.start_addr().raw_value(),
                 length: r.len(),
                 host: r.as_ptr(),
+                file: r.file_offset().filter(|_| r.flags() & libc::MAP_SHARED != 0).cloned(),
                 pages: (0..r.len().div_ceil(PAGE_SIZE)).map(|_| AtomicU8::new(0)).collect(),
             })
             .collect();
@@ -69,6 +73,18 @@ impl Ram {
         }
         // SAFETY: offset is within the region's mapping.
         Some(unsafe { region.host.add(offset as usize) })
+    }
+
+    /// Whether all of it is shared mappings of files, so that pages can be mapped again.
+    pub fn is_in_files(&self) -> bool {
+        self.regions.iter().all(|region| region.file.is_some())
+    }
+
+    /// The file that holds the page at `gpa`, and where.
+    pub fn file(&self, gpa: u64) -> Option<(RawFd, u64)> {
+        let region = self.region(gpa)?;
+        let file = region.file.as_ref()?;
+        Some((file.file().as_raw_fd(), file.start() + (gpa - region.gpa)))
     }
 
     /// The attribute byte of the page at `gpa` (bits of [`page`]).

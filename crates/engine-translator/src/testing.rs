@@ -10,6 +10,7 @@ use crate::ram::Ram;
 use crate::system::Step;
 use crate::translate::Translator;
 use crate::vcpu::TranslatorVcpu;
+use anyvisor_engine::memory::in_file;
 use anyvisor_engine::{Exit, GuestIo, Vcpu};
 use anyvisor_x86::bits::{cr0, cr4, efer, gpr, rflags, xcr0};
 use anyvisor_x86::cpuid::CpuModel;
@@ -18,7 +19,7 @@ use anyvisor_x86::{Cpuid, DescriptorTable, Segment};
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 /// Guest-physical (and linear) addresses of what the machine sets up.
 pub mod place {
@@ -162,7 +163,7 @@ impl TestVm {
     /// A machine with `mib` MiB of RAM, at least 4, whose vCPU is as after reset.
     pub fn new(mib: u64, method: Method) -> TestVm {
         assert!(mib >= 4);
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), (mib << 20) as usize)]).expect("host memory");
+        let memory = in_file(&[(GuestAddress(0), (mib << 20) as usize)]).expect("host memory");
         let vm = Arc::new(VmShared::new(Arc::new(Ram::new(memory)), host::tsc_khz()));
         let (shared, cpu) = VcpuShared::new(0);
         vm.vcpus.write().unwrap().push(shared.clone());

@@ -81,8 +81,8 @@ impl TranslatorVcpu {
 
     /// What translates for it, for tests.
     #[cfg(test)]
-    pub(crate) fn translator(&self) -> Option<&Translator> {
-        self.translator.as_ref()
+    pub(crate) fn translator(&mut self) -> Option<&mut Translator> {
+        self.translator.as_mut()
     }
 
     /// Makes the calling thread this vCPU's.

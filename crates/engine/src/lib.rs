@@ -14,6 +14,7 @@
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod linear;
+pub mod memory;
 pub mod tally;
 
 use anyvisor_x86::{Cpuid, Msi, VcpuState};
@@ -30,6 +31,12 @@ pub trait Engine: Send + Sync {
     /// Every CPUID leaf that a vCPU on this host can be given, KVM's paravirtual ones included
     /// (Linux Documentation/virt/kvm/x86/cpuid.rst). A CPU model is a subset of it.
     fn supported_cpuid(&self) -> Cpuid;
+
+    /// Whether guest RAM is better in files, mapped shared, than in memory of the process's own: the engine then maps
+    /// parts of it again.
+    fn wants_files(&self) -> bool {
+        false
+    }
 
     /// Makes a VM over `memory`, which is mapped at the guest-physical addresses it carries.
     fn create_vm(&self, memory: GuestMemoryMmap) -> Result<Arc<dyn Vm>>;

@@ -11,6 +11,7 @@ use crate::layout::{ALL_PAGES, BACKING_BYTES, DATA_BYTES, PAGE, Pages, backing_o
 use crate::undefined::Flow;
 use anyhow::{Context, Result};
 use anyvisor_engine::GuestIo;
+use anyvisor_engine::memory::in_file;
 use anyvisor_engine_translator::core::{Core, VcpuShared, VmShared};
 use anyvisor_engine_translator::cpu::pending;
 use anyvisor_engine_translator::interpret;
@@ -22,7 +23,7 @@ use anyvisor_x86::{Cpuid, CpuidResult, DescriptorTable, Segment};
 use std::arch::asm;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 /// Guest-physical layout: page tables from 0x1000, descriptor tables, handlers, stack; then the backing.
 const PML4: u64 = 0x1000;
@@ -119,8 +120,7 @@ impl Guest {
     /// # Errors
     /// When the host refuses memory.
     pub fn new(executor: Executor) -> Result<Guest> {
-        let memory: GuestMemoryMmap =
-            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).context("memory for the guest")?;
+        let memory = in_file(&[(GuestAddress(0), RAM_BYTES)]).context("memory for the guest")?;
         let ram = Arc::new(Ram::new(memory));
         let cpuid = host_cpuid();
         let translator = match executor {

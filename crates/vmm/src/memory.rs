@@ -35,24 +35,28 @@ const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 ///
 /// # Errors
 /// [`Error::User`] if the host cannot give that much, or not such pages.
-pub fn allocate(size: u64, pages: HugePages) -> Result<GuestMemoryMmap> {
+pub fn allocate(size: u64, pages: HugePages, in_file: bool) -> Result<GuestMemoryMmap> {
     let trouble = |error: MmapRegionError| {
         Error::user(format!("the host cannot give {} of memory ({error}); use a smaller --memory", show_size(size)))
     };
     if pages == HugePages::Transparent {
         transparent_are_on().map_err(Error::User)?;
     }
-    let pool = if pages == HugePages::Pool { Some(pool_file(size)?) } else { None };
+    let file = match pages {
+        HugePages::Pool => Some(pool_file(size)?),
+        HugePages::IfThere if in_file => Some(plain_file(size)?),
+        _ => None,
+    };
     let mut offset = 0;
     let mut regions = vec![];
     for (start, length) in layout::ram_pieces(size) {
-        let region = match &pool {
+        let region = match &file {
             // A shared mapping takes all its pages out of the pool here, so that none can be missing later.
             Some(file) => {
                 let file = file.try_clone().map_err(|e| Error::host("cannot allocate guest memory", e))?;
                 let file = FileOffset::new(file, offset);
                 MmapRegion::build(Some(file), length as usize, READ_WRITE, libc::MAP_SHARED)
-                    .map_err(|_| pool_too_small(size))?
+                    .map_err(|error| if pages == HugePages::Pool { pool_too_small(size) } else { trouble(error) })?
             }
             None => private(length as usize).map_err(trouble)?,
         };
@@ -220,6 +224,15 @@ pub fn transparent_state() -> String {
     chosen.map_or("none in this kernel", |(word, _)| word).to_owned()
 }
 
+/// A file of `size` bytes in memory.
+fn plain_file(size: u64) -> Result<File> {
+    let trouble = |error| Error::host("cannot make a file for guest memory", error);
+    let file = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(|e| trouble(e.into()))?;
+    let file = File::from(file);
+    file.set_len(size).map_err(trouble)?;
+    Ok(file)
+}
+
 /// A file of `size` bytes in the pool.
 fn pool_file(size: u64) -> Result<File> {
     let file = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
@@ -312,7 +325,7 @@ mod tests {
     #[test]
     fn ram_is_aligned_to_huge_pages() {
         let sizes = [8 << 20, (8 << 20) + 4096, (9 << 20) + 8192, 512 << 20, (3 << 30) + (1 << 20)];
-        let all: Vec<_> = sizes.map(|size| allocate(size, HugePages::IfThere).unwrap()).into();
+        let all: Vec<_> = sizes.map(|size| allocate(size, HugePages::IfThere, false).unwrap()).into();
         for memory in &all {
             for region in memory.iter() {
                 assert_eq!(region.as_ptr() as u64 % HUGE, 0, "{:x}", region.start_addr().0);
@@ -324,10 +337,10 @@ mod tests {
     fn transparent_huge_pages_are_used_or_refused() {
         if let Err(why) = transparent_are_on() {
             println!("left out: {why}");
-            assert_eq!(allocate(32 << 20, HugePages::Transparent).unwrap_err().to_string(), why);
+            assert_eq!(allocate(32 << 20, HugePages::Transparent, false).unwrap_err().to_string(), why);
             return;
         }
-        let memory = allocate(32 << 20, HugePages::Transparent).unwrap();
+        let memory = allocate(32 << 20, HugePages::Transparent, false).unwrap();
         memory.write_obj(1u8, GuestAddress(5 << 20)).unwrap();
         let address = memory.iter().next().unwrap().as_ptr() as usize;
         assert_eq!(smaps(address, "AnonHugePages:"), HUGE >> 10, "one byte was written");
@@ -348,7 +361,7 @@ mod tests {
     #[test]
     fn a_pool_that_is_too_small_is_told() {
         // A tebibyte in huge pages is on no host that runs tests.
-        let message = allocate(1 << 40, HugePages::Pool).unwrap_err().to_string();
+        let message = allocate(1 << 40, HugePages::Pool, false).unwrap_err().to_string();
         let told = message.contains("524288 huge pages for 1024G") && message.contains("sysctl vm.nr_hugepages=");
         assert!(told || message.contains("no pool"), "{message}");
     }

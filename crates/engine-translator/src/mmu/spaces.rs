@@ -106,8 +106,14 @@ impl Core {
         assert_ne!(from, to);
         let known = self.mmu.spaces.take(to);
         self.keep_address_space(from);
+        self.windows.leave(&mut self.cpu, from);
         // Empties what is left: the entries that were kept are out already.
         self.flush_current();
+        if keep {
+            self.windows.enter(&mut self.cpu, to);
+        } else {
+            self.windows.drop_pcid(to);
+        }
         match known {
             Some(space) if keep => self.restore_address_space(space),
             Some(space) => self.mmu.spaces.recycle(space),
@@ -187,5 +193,6 @@ impl Core {
     /// INVPCID of a PCID that is not current.
     pub fn invalidate_pcid(&mut self, pcid: u16) {
         self.mmu.spaces.drop_pcid(pcid);
+        self.windows.drop_pcid(pcid);
     }
 }

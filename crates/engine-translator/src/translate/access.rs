@@ -11,6 +11,7 @@ use super::coalesce::{Access, Role};
 use super::flags::Redo;
 use super::planted::{self, Bug};
 use crate::cpu::{Cpu, MicroEntry, TLB_ENTRIES, Tag, TlbEntry};
+use crate::windows::REGION_BITS;
 use anyvisor_x86::bits::gpr;
 use anyvisor_x86::segment::{Segment, index};
 use iced_x86::{Instruction, Register};
@@ -203,6 +204,9 @@ impl Builder<'_> {
                 if self.settle_after {
                     self.settle();
                 }
+                if self.source.windowed && flags {
+                    self.settle(); // it may fault
+                }
                 let register = self.delta_register(slot, keep_rdi);
                 return self.operand(register, ea, keep_rdi);
             }
@@ -216,6 +220,12 @@ impl Builder<'_> {
             Role::Single => (None, 0, size as i32),
         };
         assert_eq!(self.deferred, 0, "a probe may leave the block");
+        if self.source.windowed && self.faults_first && ea.bit.is_none() {
+            if flags {
+                self.settle();
+            }
+            return self.through_window(ea, slot, keep_rdi);
+        }
         let table = self.table();
         let constant = short_constant(ea, size);
         let again = flags && self.redo.is_some();
@@ -276,6 +286,59 @@ impl Builder<'_> {
             None if keep_rdi => Rm::Base(RSI, 0),
             None => Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 },
         }
+    }
+
+    /// The operand at `ea` where the guest's own mapping is, whose faults are the host's. Its region's delta is that of
+    /// `slot` too. Leaves flags alone.
+    fn through_window(&mut self, ea: &Ea, slot: Option<u8>, keep_rdi: bool) -> Rm {
+        let place = |region: u64| Rm::Gs((offset_of!(Cpu, regions) + 8 * region as usize) as i32);
+        let indexed =
+            |register| Rm::GsScaled { index: register, scale: 3, displacement: offset_of!(Cpu, regions) as i32 };
+        let short = i64::from(ea.displacement as i32) == ea.displacement;
+        let simple = ea.index.is_none() && !ea.narrow && short;
+        self.deltas = [None; 2];
+        if let Some(address) = ea.constant() {
+            self.a.load(RSI, place(address >> REGION_BITS & 0xff));
+        } else if simple && (ea.segment.is_none() || ea.base.is_none()) {
+            // Displacements do not leave the guard.
+            let base = match (ea.segment, ea.base) {
+                (Some(segment), _) => {
+                    self.a.load(RSI, segment_base(segment));
+                    RSI
+                }
+                (None, Some(base)) => self.guest_register(base, RSI),
+                (None, None) => unreachable!("not a constant"),
+            };
+            self.a.rorx(RSI, base, REGION_BITS as u8);
+            self.a.movzx8(RSI);
+            self.a.load(RSI, indexed(RSI));
+        } else {
+            self.effective_address(ea);
+            if let Some(segment) = ea.segment {
+                self.a.load(RDI, segment_base(segment));
+                self.a.lea(RSI, Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 });
+            }
+            self.a.rorx(RDI, RSI, REGION_BITS as u8);
+            self.a.movzx8(RDI);
+            self.a.load(RDI, indexed(RDI));
+            if let Some(slot) = slot {
+                self.a.store(delta(slot), RDI);
+                self.places[usize::from(slot)] = None;
+            }
+            let rm = Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 };
+            if keep_rdi {
+                self.a.lea(RSI, rm);
+                return Rm::Base(RSI, 0);
+            }
+            self.deltas[1] = slot;
+            return rm;
+        }
+        if let Some(slot) = slot {
+            self.a.store(delta(slot), RSI);
+            self.places[usize::from(slot)] = None;
+        }
+        self.deltas[0] = slot;
+        self.operand(RSI, ea, keep_rdi)
     }
 
     /// A scratch register that holds the delta in `slot`: RSI if RDI must stay free.

@@ -9,6 +9,10 @@ pub const RSP: u8 = 4;
 pub const RBP: u8 = 5;
 pub const RSI: u8 = 6;
 pub const RDI: u8 = 7;
+pub const R9: u8 = 9;
+pub const R10: u8 = 10;
+pub const R11: u8 = 11;
+pub const R12: u8 = 12;
 pub const R13: u8 = 13;
 pub const R14: u8 = 14;
 pub const R15: u8 = 15;
@@ -337,6 +341,15 @@ impl Assembler {
         self.store32(rm, reg);
     }
     /// `movzx r32, r16`
+    /// RORX: rotates right, leaving flags alone.
+    pub fn rorx(&mut self, to: u8, from: u8, count: u8) {
+        self.bytes(&[0xc4, (to >> 3 ^ 1) << 7 | 0x40 | (from >> 3 ^ 1) << 5 | 3, 0xfb, 0xf0]);
+        self.bytes(&[0xc0 | (to & 7) << 3 | from & 7, count]);
+    }
+    /// Zero-extends the low byte of a register to itself.
+    pub fn movzx8(&mut self, reg: u8) {
+        self.bytes(&[0x40 | (reg >> 3) * 5, 0x0f, 0xb6, 0xc0 | (reg & 7) * 9]);
+    }
     pub fn movzx16(&mut self, to: u8, from: u8) {
         self.op(false, &[0x0f, 0xb7], to, Rm::Reg(from));
     }

@@ -6,8 +6,8 @@
 //!
 //! Conventions of translated code:
 //! - GS is the vCPU block. RSP is a real host stack, 16-byte aligned.
-//! - Guest RAX, RCX, RDX, RBX, RBP and R8–R12 are in the registers of the same name, RSP in R13, RSI in
-//!   R14, RDI in R15. Guest R13–R15 live in the vCPU block. RSI and RDI are scratch.
+//! - Guest RSP is in R9, RSI in R10 and RDI in R11, the others in the registers of the same name, but for guest
+//!   R9–R11: compilers use these least, and they live in the vCPU block. RSI and RDI are scratch.
 //! - Status flags are the guest's; DF is clear (a block is only made for a guest DF of 0).
 //! - What can fault or miss comes before anything is committed, so that the interpreter can execute the
 //!   instruction from the state at its start.
@@ -194,13 +194,18 @@ pub(super) const SAVED_RAX: usize = 0;
 pub(super) const SAVED_RCX: usize = 1;
 pub(super) const VALUE: usize = 2;
 
+/// Where the guest registers live whose namesakes have other uses.
+pub const GUEST_RSP: u8 = R9;
+pub const GUEST_RSI: u8 = R10;
+pub const GUEST_RDI: u8 = R11;
+
 /// Host register of guest register `index`, or `None` for the ones that live in the vCPU block.
 pub fn host_register(index: usize) -> Option<u8> {
     match index {
-        gpr::RSP => Some(R13),
-        gpr::RSI => Some(R14),
-        gpr::RDI => Some(R15),
-        gpr::R13 | gpr::R14 | gpr::R15 => None,
+        gpr::RSP => Some(GUEST_RSP),
+        gpr::RSI => Some(GUEST_RSI),
+        gpr::RDI => Some(GUEST_RDI),
+        gpr::R9 | gpr::R10 | gpr::R11 => None,
         other => Some(other as u8),
     }
 }
@@ -257,6 +262,8 @@ pub struct Source<'a> {
     pub mix: bool,
     /// Hoist a loop's probes.
     pub hoist: bool,
+    /// Its accesses go to the guest's own mappings: [`crate::direct`].
+    pub windowed: bool,
     /// The micro-TLB entries that its accesses may have.
     pub micro: std::ops::Range<u16>,
     /// Addresses of instructions that are left to the interpreter, where a debugger stops.
@@ -391,9 +398,9 @@ impl<'a> Builder<'a> {
         }
         self.stack_moves(by);
         if self.bits() == 64 {
-            self.a.lea(R13, Rm::Base(R13, by));
+            self.a.lea(GUEST_RSP, Rm::Base(GUEST_RSP, by));
         } else {
-            self.a.lea32(R13, Rm::Base(R13, by));
+            self.a.lea32(GUEST_RSP, Rm::Base(GUEST_RSP, by));
         }
     }
 
@@ -405,6 +412,10 @@ impl<'a> Builder<'a> {
 
     /// Whether `insn` accesses the stack, by a probe made earlier, and does nothing else with its pointer.
     fn may_defer(&self, insn: &Insn) -> bool {
+        if self.source.windowed {
+            // What follows may fault.
+            return false;
+        }
         let follows = matches!(self.planned.as_slice().first(), Some((_, Role::Follower { .. })));
         let instruction = &insn.instruction;
         let plain = match insn.kind {
@@ -573,8 +584,9 @@ impl<'a> Builder<'a> {
         let mut accesses = Vec::new();
         let share = self.source.coalesce;
         for insn in insns {
+            let alone = self.source.windowed && matches!(insn.kind, Kind::Sensitive | Kind::String);
             for access in self.accesses(insn).into_iter().flatten() {
-                coalescer.access(&access);
+                coalescer.access(&access, alone);
                 accesses.push(access);
             }
             coalescer.execute(insn);

@@ -96,9 +96,13 @@ impl Coalescer {
 
     /// Notes the next access of the block; the registers are as before its instruction but for what
     /// [`Self::adjust`] has told.
-    pub fn access(&mut self, access: &Access) {
+    /// With `alone` it is in no group.
+    pub fn access(&mut self, access: &Access, alone: bool) {
         let number = self.count;
         self.count += 1;
+        if alone {
+            return;
+        }
         let Some((origin, offset)) = self.address(&access.ea) else { return };
         if matches!(origin, Origin::Page(_)) && offset + access.size as i64 > 4096 {
             return;
@@ -126,7 +130,8 @@ impl Coalescer {
             return None;
         }
         if let Some(segment) = ea.segment {
-            let plain = ea.base.is_none() && ea.index.is_none();
+            let short = i64::from(ea.displacement as i32) == ea.displacement;
+            let plain = ea.base.is_none() && ea.index.is_none() && short;
             return plain.then_some((Origin::Segment { segment, version: self.segments }, ea.displacement));
         }
         if let Some(address) = ea.constant() {

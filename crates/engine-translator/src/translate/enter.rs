@@ -93,7 +93,7 @@ pub fn generate() -> (Vec<u8>, Thunks) {
     (a.code, thunks)
 }
 
-const CALLEE_SAVED: [u8; 6] = [RBX, RBP, 12, R13, R14, R15];
+const CALLEE_SAVED: [u8; 6] = [RBX, RBP, R12, R13, R14, R15];
 
 fn enter(a: &mut Assembler, avx: bool) {
     for r in CALLEE_SAVED {

@@ -6,6 +6,7 @@
 
 use super::block::{ExitKind, word};
 use super::{Block, Exit};
+use crate::core::Core;
 use crate::cpu::Cpu;
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -130,7 +131,17 @@ pub unsafe fn on_signal(context: *mut libc::c_void) -> bool {
         registers[libc::REG_RSP as usize] = unsafe { super::return_stack::rescue(&*running.cpu, rsp) } as i64;
         return true;
     }
-    if is_page_fault && (address as i64).unsigned_abs() >= EMPTY_ENTRY {
+    // SAFETY: the vCPU that runs on this thread; it is in translated code, which has been entered with its core's address
+    // there, and no Rust code holds a reference that is in use.
+    let core = unsafe { &mut *((*running.cpu).translated[word::CORE] as *mut Core) };
+    let in_window = is_page_fault && core.windows.contains(address);
+    if in_window {
+        const WRITE: i64 = 1 << 1; // of a page fault's error code (SDM vol. 3A 4.7)
+        if core.window_fault(address, registers[libc::REG_ERR as usize] & WRITE != 0) {
+            return true;
+        }
+    }
+    if is_page_fault && !in_window && address >> 47 == 0 && (address as i64).unsigned_abs() >= EMPTY_ENTRY {
         PAGE_FAULTS.fetch_add(1, Ordering::Relaxed);
     }
     // SAFETY: the block of the vCPU that runs on this thread; it is in translated code, so no Rust code

@@ -61,7 +61,7 @@ impl Builder<'_> {
         let mut coalescer = Coalescer::new(self.source.mix, self.bits());
         for insn in body {
             for access in self.accesses(insn).into_iter().flatten() {
-                coalescer.access(&access);
+                coalescer.access(&access, false);
             }
             coalescer.execute(insn);
         }

@@ -185,6 +185,8 @@ struct Statistics {
 
 pub struct Translator {
     code: CodeMemory,
+    /// Bytes of code memory that may be used.
+    room: usize,
     used: usize,
     thunks: Thunks,
     thunk_bytes: usize,
@@ -240,6 +242,7 @@ impl Translator {
         let thunk_bytes = bytes.len().next_multiple_of(64);
         Ok(Translator {
             code,
+            room: CODE_SIZE,
             used: thunk_bytes,
             thunks,
             thunk_bytes,
@@ -273,6 +276,12 @@ impl Translator {
     /// Whether to translate everything as hot code from now on, not just what samples meet: for tests.
     pub fn translate_eagerly(&mut self, eager: bool) {
         self.eager = eager;
+    }
+
+    /// From now on code memory is full before each block.
+    #[cfg(test)]
+    pub fn leave_no_room(&mut self) {
+        self.room = 0;
     }
 
     /// Tells the signal handler about this translator for as long as this thread runs it. GS must already
@@ -544,15 +553,16 @@ impl Translator {
     }
 
     fn translate(&mut self, core: &mut Core, key: Key, page: &[u8; 4096]) -> u32 {
-        if self.used + CODE_RESERVE > self.code.length() || self.links.len() + LINK_RESERVE > LINKS {
+        if self.used + CODE_RESERVE > self.room || self.links.len() + LINK_RESERVE > LINKS {
             self.flush(core);
             core.protect_code_page(key.gpa);
         }
         if self.eager && self.statistics.blocks.is_multiple_of(EAGER_RECYCLE) {
             self.recycle_micro(core);
         }
-        let wanted = self.eager || self.hot.contains(&key);
-        let hot = wanted && !key.alone && !self.cold.contains(&key) && !self.is_micro_full();
+        let windowed = key.context.jumps == JumpContext::User && core.has_windows();
+        let wanted = (self.eager || self.hot.contains(&key)) && !windowed && !key.alone;
+        let hot = wanted && !self.cold.contains(&key) && !self.is_micro_full();
         let first_micro = self.micro_owners.len();
         let first_exit = self.exits.len() as u32;
         let mut source = Source {
@@ -566,6 +576,7 @@ impl Translator {
             coalesce: !key.alone && !self.uncoalesced.contains(&key),
             mix: !self.unmixed.contains(&key),
             hoist: self.eager || self.hot_loops.contains(&key),
+            windowed,
             micro: first_micro as u16..(first_micro + if hot { BLOCK_MICROS } else { 0 }) as u16,
             breakpoints: core.debugger.breakpoints().to_vec(),
         };
@@ -586,7 +597,7 @@ impl Translator {
             core.cpu.micro[usize::from(entry)] = MicroEntry::empty(core.cpu.micro_nowhere, low as u64);
         }
         core.cpu.micro_used = self.micro_owners.len() as u32;
-        self.install(core, key, translation, next_page, hot)
+        self.install(core, key, translation, next_page, hot || windowed)
     }
 
     /// The first bytes of the page after the one that `rip` is on, if they can be executed: their

@@ -92,9 +92,9 @@ impl Builder<'_> {
         self.load_word(RSI, rm);
         self.clobber(RSI);
         if word == 8 {
-            self.a.lea(R13, Rm::Base(RBP, word));
+            self.a.lea(GUEST_RSP, Rm::Base(RBP, word));
         } else {
-            self.a.lea32(R13, Rm::Base(RBP, word));
+            self.a.lea32(GUEST_RSP, Rm::Base(RBP, word));
         }
         self.a.mov(RBP, RSI);
         true

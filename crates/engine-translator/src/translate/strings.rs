@@ -87,8 +87,8 @@ impl Builder<'_> {
             let rm = self.access(&destination, size, true, flags, true);
             self.a.load(RDI, scratch(VALUE));
             self.a.store_sized(log, rm, RDI);
-            self.advance(R14, size);
-            self.advance(R15, size);
+            self.advance(GUEST_RSI, size);
+            self.advance(GUEST_RDI, size);
         } else if matches!(instruction.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq) {
             let rm = self.access(&source, size, false, flags, false);
             self.a.load_sized(log, RDI, rm);
@@ -96,20 +96,20 @@ impl Builder<'_> {
             let rm = self.access(&destination, size, false, flags, true);
             self.a.load(RDI, scratch(VALUE));
             self.a.cmp_sized(log, RDI, rm);
-            self.advance(R14, size);
-            self.advance(R15, size);
+            self.advance(GUEST_RSI, size);
+            self.advance(GUEST_RDI, size);
         } else if matches!(instruction.mnemonic(), M::Scasb | M::Scasw | M::Scasd | M::Scasq) {
             let rm = self.access(&destination, size, false, flags, false);
             self.a.cmp_sized(log, RAX, rm);
-            self.advance(R15, size);
+            self.advance(GUEST_RDI, size);
         } else if matches!(instruction.mnemonic(), M::Stosb | M::Stosw | M::Stosd | M::Stosq) {
             let rm = self.access(&destination, size, true, flags, false);
             self.a.store_sized(log, rm, RAX);
-            self.advance(R15, size);
+            self.advance(GUEST_RDI, size);
         } else {
             let rm = self.access(&source, size, false, flags, false);
             self.a.load_accumulator(log, rm);
-            self.advance(R14, size);
+            self.advance(GUEST_RSI, size);
         }
         true
     }
@@ -144,14 +144,14 @@ pub fn repeat(a: &mut Assembler, context: usize, moves: bool, log: u8, fault: us
     a.alu_imm(Alu::Cmp, false, pending(), 0);
     let mut leave = vec![a.jcc(cc::NE)];
     if moves {
-        probe(a, table + offset_of!(TlbEntry, read), R14, RSI, size, &mut leave);
+        probe(a, table + offset_of!(TlbEntry, read), GUEST_RSI, RSI, size, &mut leave);
         a.mov_imm(RDX, 4096);
         a.alu32(Alu::Sub, RDX, Rm::Reg(RSI));
         a.alu(Alu::Add, RSI, Rm::GsBase(RDI, (table + offset_of!(TlbEntry, host)) as i32));
     } else {
         a.mov_imm(RDX, 4096);
     }
-    probe(a, table + offset_of!(TlbEntry, write), R15, RBX, size, &mut leave);
+    probe(a, table + offset_of!(TlbEntry, write), GUEST_RDI, RBX, size, &mut leave);
     a.mov_imm(RAX, 4096);
     a.alu32(Alu::Sub, RAX, Rm::Reg(RBX));
     a.alu(Alu::Add, RBX, Rm::GsBase(RDI, (table + offset_of!(TlbEntry, host)) as i32));
@@ -171,9 +171,9 @@ pub fn repeat(a: &mut Assembler, context: usize, moves: bool, log: u8, fault: us
         log => Rm::Indexed { base, index: RDX, scale: log, displacement: 0 },
     };
     if moves {
-        a.lea(R14, step(R14));
+        a.lea(GUEST_RSI, step(GUEST_RSI));
     }
-    a.lea(R15, step(R15));
+    a.lea(GUEST_RDI, step(GUEST_RDI));
     if !moves {
         a.load(RAX, scratch(SAVED_AX));
     }

@@ -1,5 +1,6 @@
 //! Small programs, translated and interpreted, with the same result; and loops that nothing but a kick ends.
 
+use super::Translator;
 use crate::testing::{Method, TestVm, place};
 use anyvisor_engine::{Exit, Vcpu};
 use anyvisor_x86::bits::gpr;
@@ -9,9 +10,14 @@ use std::time::{Duration, Instant};
 
 /// Translates and interprets `code`, whose last two bytes are OUT 0xf4, AL; compares all of it.
 fn check(code: &str) -> TestVm {
+    check_prepared(code, |_| {})
+}
+
+fn check_prepared(code: &str, prepare: fn(&mut Translator)) -> TestVm {
     let code: Vec<u8> = (0..code.len()).step_by(2).map(|i| u8::from_str_radix(&code[i..i + 2], 16).unwrap()).collect();
     let run = |method| {
         let mut test = TestVm::long_mode_by(&code, 0, method);
+        test.vcpu.translator().into_iter().for_each(prepare);
         assert_eq!(test.run(), Exit::Kicked);
         let mut bytes = vec![0; 16 << 20];
         assert!(test.vm.ram.read(0, &mut bytes));
@@ -41,6 +47,14 @@ fn a_bit_of_everything() {
     let cpu = &test.core().cpu;
     assert_eq!(cpu.gpr[11], 21);
     assert_eq!(cpu.gpr[15], 55);
+}
+
+/// A block that is made, for a jump, a return or a shared probe that does not fit, drops those that lead to it.
+#[test]
+fn code_memory_may_be_full_at_any_time() {
+    check_prepared(include_str!("../../tests/everything.hex").trim(), Translator::leave_no_room);
+    // mov ebx, 0x20ff8 / mov ecx, 500 / l: mov rax, [rbx] / mov rdx, [rbx + 8] / inc rbx / loop l / out 0xf4, al
+    check_prepared("bbf80f0200b9f4010000488b03488b530848ffc3e2f4e6f4", Translator::leave_no_room);
 }
 
 const CROSSING: (&[u8], &[u8]) = {

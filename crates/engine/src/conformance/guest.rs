@@ -2,6 +2,7 @@
 
 use super::tables::{self, Ending, place};
 use super::{Asm, Assembled, End, Mismatch, Mode, Recorder, Verdict};
+use crate::memory::in_file;
 use crate::{Engine, Exit, Kicker, Result as EngineResult, Vcpu, VcpuId, Vm};
 use anyvisor_x86::bits::cr0;
 use anyvisor_x86::{Cpuid, Segment, VcpuState};
@@ -40,8 +41,12 @@ impl<'a> Guest<'a> {
     pub fn new(engine: &'a dyn Engine, cpuid: &Cpuid, mode: Mode, patience: Duration) -> EngineResult<Guest<'a>> {
         let ranges = [(0, place::MMIO), (place::HIGH_RAM, place::RAM_END - place::HIGH_RAM)];
         let ranges = ranges.map(|(start, size)| (GuestAddress(start), size as usize));
-        let memory = GuestMemoryMmap::from_ranges(&ranges)
-            .map_err(|error| crate::Error::Unsupported(format!("8 MiB of guest memory: {error}")))?;
+        let memory = if engine.wants_files() {
+            in_file(&ranges)
+        } else {
+            GuestMemoryMmap::from_ranges(&ranges).map_err(std::io::Error::other)
+        }
+        .map_err(|error| crate::Error::Unsupported(format!("8 MiB of guest memory: {error}")))?;
         tables::write_tables(&memory, mode);
         let vm = engine.create_vm(memory.clone())?;
         let mut vcpu = vm.create_vcpu(VcpuId(0), cpuid)?;

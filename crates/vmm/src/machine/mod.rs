@@ -266,7 +266,7 @@ impl Machine {
         notify: Arc<Notify>,
     ) -> Result<Machine> {
         let supported = engine.supported_cpuid();
-        let memory = memory::allocate(config.memory, config.huge_pages)?;
+        let memory = memory::allocate(config.memory, config.huge_pages, engine.wants_files())?;
         let memory = match &config.firmware {
             Some(firmware) => boot::with_flash(memory, &firmware.image)?,
             None => memory,

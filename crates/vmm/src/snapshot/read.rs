@@ -98,7 +98,7 @@ impl Snapshot {
     /// The host cannot give the memory, or not read the files.
     pub fn map_memory(&self, pages: HugePages) -> Result<GuestMemoryMmap> {
         let Machine { memory: ram, flash, .. } = self.manifest.machine;
-        let mut memory = memory::allocate(ram, pages)?;
+        let mut memory = memory::allocate(ram, pages, false)?;
         if flash > 0 {
             memory = memory::with_flash(&memory, flash)?;
         }

@@ -1,6 +1,6 @@
 //! Debug registers, breakpoints and single-stepping (SDM vol. 3B chapter 18).
 
-use super::super::{End, Guest};
+use super::super::{End, Guest, Mismatch};
 use super::prelude::*;
 
 /// DR7: breakpoint 0 enabled locally, with condition and length in bits 19:16.
@@ -30,6 +30,16 @@ pub fn add(suite: &mut Suite) {
 fn trap_with(end: &End, n: usize, bits: u64) -> Verdict {
     end.trap_after(n, vector::DB)?;
     equal("DR6", end.state.dr[6], dr::DR6_FIXED | bits)
+}
+
+/// Runs MOV SS and two NOPs.
+fn mov_ss(g: &mut Guest<'_>) -> Result<End, Mismatch> {
+    g.state.gpr[gpr::RAX] = g.state.segments.seg[index::SS].selector.into();
+    g.run(|a| {
+        a.db(&[0x8e, 0xd0])?;
+        a.nop()?;
+        a.nop()
+    })
 }
 
 fn single_step(suite: &mut Suite) {
@@ -74,12 +84,7 @@ fn single_step(suite: &mut Suite) {
     });
     suite.add("MOV SS holds the step off for one instruction", &[Mode::Protected, Mode::Long], |g| {
         g.state.rflags |= rflags::TF;
-        g.state.gpr[gpr::RAX] = g.state.segments.seg[index::SS].selector.into();
-        let end = g.run(|a| {
-            a.db(&[0x8e, 0xd0])?;
-            a.nop()?;
-            a.nop()
-        })?;
+        let end = mov_ss(g)?;
         trap_with(&end, 2, dr::DR6_BS)
     });
     suite.add("HLT's own step ends the halt", &[Mode::Protected, Mode::Long], |g| {
@@ -201,12 +206,7 @@ fn execution(suite: &mut Suite) {
     suite.add("MOV SS holds an execution breakpoint off on Intel's", &[Mode::Protected, Mode::Long], |g| {
         g.state.dr[0] = place::CODE + 2;
         g.state.dr[7] = breakpoint_0(EXECUTE, BYTE);
-        g.state.gpr[gpr::RAX] = g.state.segments.seg[index::SS].selector.into();
-        let end = g.run(|a| {
-            a.db(&[0x8e, 0xd0])?;
-            a.nop()?;
-            a.nop()
-        })?;
+        let end = mov_ss(g)?;
         let intel = g.cpuid.get(0, 0).is_some_and(|leaf| leaf.ebx == u32::from_le_bytes(*b"Genu"));
         if intel { end.done() } else { equal("RIP", end.vectored(vector::DB)?.rip, place::CODE + 2) }
     });
