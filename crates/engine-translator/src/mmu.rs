@@ -227,14 +227,21 @@ impl Core {
         if context == TlbContext::Kernel && !mapping.global {
             self.mmu.kernel_local.push(index as u16);
         }
-        if mapping.page_bits > 12 && self.mmu.last_large != gva >> 21 {
-            self.mmu.last_large = gva >> 21;
-            self.mmu.large.insert(gva >> 21);
+        if mapping.page_bits > 12 {
+            self.note_large(gva);
         }
         if self.mmu.journal[context as usize].len() >= 4 * TLB_ENTRIES {
             self.compact_journal(context);
         }
         Ok(write_tag || !write)
+    }
+
+    /// Notes that an entry comes from a page of 2 MiB or more.
+    pub(crate) fn note_large(&mut self, gva: u64) {
+        if self.mmu.last_large != gva >> 21 {
+            self.mmu.last_large = gva >> 21;
+            self.mmu.large.insert(gva >> 21);
+        }
     }
 
     fn compact_journal(&mut self, context: TlbContext) {
@@ -326,11 +333,10 @@ impl Core {
     /// INVLPG: drops the translation of the page that holds `gva`, of whatever size.
     pub fn invalidate_page(&mut self, gva: u64) {
         self.cpu.empty_micro();
-        self.windows.drop_page(gva);
         if self.mmu.large.contains(&(gva >> 21)) {
-            self.windows.clear();
             self.invalidate_large(gva);
         } else {
+            self.windows.drop_page(gva);
             let (index, page) = (tlb_index(gva), gva & !0xfff);
             for context in 0..TLB_CONTEXTS {
                 if self.cpu.tlb[context][index].read == 0u64.wrapping_sub(page) {
@@ -350,6 +356,7 @@ impl Core {
 
     /// A page of 2 MiB, 4 MiB or 1 GiB may have left entries anywhere in its range.
     fn invalidate_large(&mut self, gva: u64) {
+        self.windows.drop_range(gva >> 30 << 18, 1 << 18);
         for context in 0..TLB_CONTEXTS {
             for i in 0..self.mmu.journal[context].len() {
                 let index = self.mmu.journal[context][i] as usize;

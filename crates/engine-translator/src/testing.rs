@@ -163,6 +163,7 @@ impl TestVm {
     /// A machine with `mib` MiB of RAM, at least 4, whose vCPU is as after reset.
     pub fn new(mib: u64, method: Method) -> TestVm {
         assert!(mib >= 4);
+        crate::native::install_signal_handlers();
         let memory = in_file(&[(GuestAddress(0), (mib << 20) as usize)]).expect("host memory");
         let vm = Arc::new(VmShared::new(Arc::new(Ram::new(memory)), host::tsc_khz()));
         let (shared, cpu) = VcpuShared::new(0);

@@ -19,9 +19,10 @@
 //! - Only windows of the current address space are in [`Cpu::regions`].
 
 use crate::core::Core;
-use crate::cpu::{Cpu, TlbContext};
+use crate::cpu::Cpu;
 use crate::ram::page;
-use anyvisor_x86::paging::{Access, AccessKind};
+use anyvisor_engine::tally::event;
+use anyvisor_x86::paging::{self, Access, AccessKind};
 use std::collections::HashMap;
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering;
@@ -38,6 +39,9 @@ const WINDOWS: usize = 33;
 /// (Linux `vm.max_map_count`).
 const MAX_PAGES: usize = 20_000;
 const PAGE: u64 = 4096;
+/// Pages that one mapping serves at most, and where the guest has large pages: powers of two.
+const AROUND: u64 = 16;
+const LARGE_AROUND: u64 = 512;
 const WRITABLE: u64 = 1;
 
 /// Addresses for all windows.
@@ -76,17 +80,23 @@ impl Reservation {
         assert!(self.contains(address) && self.contains(address + length - 1));
         // SAFETY: replaces mappings of this reservation, which nothing but translated code refers to.
         let done = unsafe { libc::mmap(address as *mut _, length as usize, libc::PROT_NONE, flags, -1, 0) };
-        // What stays mapped would be wrong: the host must have run out of memory for its own tables.
-        assert_ne!(done, libc::MAP_FAILED, "unmapping guest memory: {}", std::io::Error::last_os_error());
+        if done == libc::MAP_FAILED {
+            // Splitting a mapping may take one more than the process can have. All of it is one.
+            // SAFETY: as above.
+            let all = unsafe { libc::mmap(self.0.cast(), Self::LENGTH, libc::PROT_NONE, flags, -1, 0) };
+            assert_ne!(all, libc::MAP_FAILED, "unmapping guest memory: {}", std::io::Error::last_os_error());
+        }
     }
 
-    /// Maps a page of a file.
-    fn map(&self, address: u64, (file, offset): (RawFd, u64), writable: bool) -> bool {
+    /// Maps pages of a file. One is made ready to use; more are as they are touched.
+    fn map(&self, address: u64, length: u64, file: RawFd, offset: u64, writable: bool) -> bool {
         let rights = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
-        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
-        assert!(self.contains(address));
+        let populate = if length == PAGE { libc::MAP_POPULATE } else { 0 };
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | populate;
+        assert!(self.contains(address) && self.contains(address + length - 1));
         // SAFETY: as above.
-        let done = unsafe { libc::mmap(address as *mut _, PAGE as usize, rights, flags, file, offset as libc::off_t) };
+        let done =
+            unsafe { libc::mmap(address as *mut _, length as usize, rights, flags, file, offset as libc::off_t) };
         done != libc::MAP_FAILED
     }
 }
@@ -121,9 +131,19 @@ pub struct Windows {
     kept: Vec<Space>,
     /// Host addresses where guest-physical pages are writable, or were.
     writers: HashMap<u64, Vec<u64>>,
-    /// Pages mapped, and how often one was.
+    /// Pages mapped.
     mapped: usize,
-    pub fills: u64,
+    /// The last access that found nothing in the guest's page tables: linear address, and whether it was a write.
+    awaited: Option<(u64, bool)>,
+}
+
+/// A page as user code may use it.
+struct UserPage {
+    gpa: u64,
+    /// Writes need no attention.
+    writable: bool,
+    /// It is part of a large page.
+    large: bool,
 }
 
 // SAFETY: the reservation belongs to this value, and any thread may map there.
@@ -164,6 +184,11 @@ impl Windows {
     fn drop_space(&mut self, mut space: Space) {
         self.clear_space(&mut space);
         self.free.extend(space.regions.iter().map(|&(_, window)| window));
+    }
+
+    /// Pages mapped, in all address spaces.
+    pub fn mapped(&self) -> usize {
+        self.mapped
     }
 
     /// Nothing of the current address space is mapped any more.
@@ -221,6 +246,20 @@ impl Windows {
             self.mapped -= 1;
             let reservation = self.reservation.as_ref().expect("pages are mapped");
             reservation.clear(place(reservation, space, gva & !(PAGE - 1)), PAGE);
+        }
+    }
+
+    /// The pages from linear page `first` go, in the current address space: `count` of them, a power of two that divides
+    /// `first`.
+    pub fn drop_range(&mut self, first: u64, count: u64) {
+        let Some(space) = &mut self.current else { return };
+        let before = space.pages.len();
+        space.pages.retain(|page, _| page & !(count - 1) != first);
+        let dropped = before - space.pages.len();
+        if dropped != 0 {
+            self.mapped -= dropped;
+            let reservation = self.reservation.as_ref().expect("pages are mapped");
+            reservation.clear(place(reservation, space, first << 12), count << 12);
         }
     }
 
@@ -284,7 +323,10 @@ impl Core {
         }
         let regions = self.windows.current.iter().flat_map(|space| &space.regions);
         let Some(&(region, _)) = regions.clone().find(|(_, w)| *w == window) else { return false };
-        self.fill_window(u64::from(region) << REGION_BITS | offset, address, write)
+        let began = self.meter.start();
+        let filled = self.fill_window(u64::from(region) << REGION_BITS | offset, write);
+        self.meter.stop(began, event::PAGE_MAPPING);
+        filled
     }
 
     /// Gives windows to the regions without one where a page is mapped at `offset`: one of them is meant.
@@ -298,57 +340,102 @@ impl Core {
         }
     }
 
-    /// Guest-physical page of linear address `gva` for user code, and whether writes may go unseen.
-    fn user_page(&self, gva: u64, write: bool) -> Option<(u64, bool)> {
+    /// What user code finds at linear address `gva`. May set the page's accessed flag, and for a write its dirty flag, as a
+    /// processor does ahead of accesses (SDM vol. 3A 4.8 allows the former for any).
+    fn user_page(&self, gva: u64, write: bool) -> Option<UserPage> {
         let kind = if write { AccessKind::Write } else { AccessKind::Read };
         let access = Access { kind, user: true, implicit: false };
-        let mapping = anyvisor_x86::paging::walk(&*self.ram, &self.user_paging_mode(), gva, access).ok()?;
+        let mapping = paging::walk(&*self.ram, &self.paging_mode(false), gva, access).ok()?;
         let gpa = mapping.gpa & !(PAGE - 1);
-        (!self.is_lapic_page(gpa)).then_some((gpa, mapping.writable && mapping.dirty))
+        let attributes = self.ram.page_attributes(gpa)?;
+        if self.is_lapic_page(gpa) {
+            return None;
+        }
+        let code = attributes.load(Ordering::Relaxed) & page::CODE != 0;
+        Some(UserPage { gpa, writable: mapping.writable && mapping.dirty && !code, large: mapping.page_bits > 12 })
     }
 
-    fn fill_window(&mut self, gva: u64, address: u64, write: bool) -> bool {
-        let Some((gpa, unseen)) = self.user_page(gva, write) else { return false };
-        let (Some(file), Some(attributes)) = (self.ram.file(gpa), self.ram.page_attributes(gpa)) else { return false };
+    /// Maps the page of `gva`, and those around it that the same mapping can serve. Whether an access, a write or not,
+    /// can be made now.
+    fn fill_window(&mut self, gva: u64, write: bool) -> bool {
         if self.debugger.watches() {
             return false;
         }
-        let writable = unseen && attributes.load(Ordering::Relaxed) & page::CODE == 0;
-        if write && !writable {
+        let Some(page) = self.user_page(gva, write) else {
+            self.windows.awaited = Some((gva, write));
             return false;
-        }
-        if writable {
-            attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);
+        };
+        if write && !page.writable {
+            return false;
         }
         if self.windows.mapped >= MAX_PAGES {
             self.windows.make_room();
         }
-        let windows = &mut self.windows;
-        let at = address & !(PAGE - 1);
-        let reservation = windows.reservation.as_ref().expect("the address is in a window");
-        if !reservation.map(at, file, writable) {
-            windows.make_room();
+        if page.large {
+            self.note_large(gva);
+        }
+        let number = gva >> 12;
+        let around = if page.large { LARGE_AROUND } else { AROUND };
+        let block = number & !(around - 1);
+        let known = &self.windows.current.as_ref().expect("the window is its own").pages;
+        let fits = |n: u64| {
+            let other = if known.contains_key(&n) { None } else { self.user_page(n << 12, false) };
+            other.is_some_and(|o| {
+                o.writable == page.writable && o.gpa.wrapping_sub(page.gpa) == n.wrapping_sub(number) << 12
+            })
+        };
+        let from = (block..number).rev().take_while(|&n| fits(n)).last().unwrap_or(number);
+        let to = (number + 1..block + around).take_while(|&n| fits(n)).last().unwrap_or(number);
+        let gpa = page.gpa.wrapping_sub((number - from) << 12);
+        self.map_pages(from, to - from + 1, gpa, page.writable) || self.map_pages(number, 1, page.gpa, page.writable)
+    }
+
+    /// Maps `count` pages from linear page `number`, which are guest-physical memory from `gpa`.
+    fn map_pages(&mut self, number: u64, count: u64, gpa: u64, writable: bool) -> bool {
+        let length = count << 12;
+        let (Some((file, offset)), Some((last_file, last))) = (self.ram.file(gpa), self.ram.file(gpa + length - PAGE))
+        else {
+            return false;
+        };
+        if (last_file, last) != (file, offset + length - PAGE) {
             return false;
         }
-        windows.fills += 1;
+        let windows = &mut self.windows;
+        let reservation = windows.reservation.as_ref().expect("the address is in a window");
         let space = windows.current.as_mut().expect("the window is its own");
-        if space.pages.insert(gva >> 12, gpa | u64::from(writable)).is_none() {
-            windows.mapped += 1;
+        let at = place(reservation, space, number << 12);
+        if !reservation.map(at, length, file, offset, writable) {
+            return false;
         }
-        if writable {
-            windows.writers.entry(gpa).or_default().push(at);
+        for page in 0..count {
+            let gpa = gpa + (page << 12);
+            if space.pages.insert(number + page, gpa | u64::from(writable)).is_none() {
+                windows.mapped += 1;
+            }
+            if writable {
+                let attributes = self.ram.page_attributes(gpa).expect("RAM pages have attributes");
+                attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);
+                windows.writers.entry(gpa).or_default().push(at + (page << 12));
+            }
         }
         true
     }
 
-    /// The rights that the user TLB's entries have.
-    fn user_paging_mode(&self) -> anyvisor_x86::paging::PagingMode {
-        self.paging_mode(false)
+    /// Maps the page that the guest was last told it had not got, if it has now: its user code is about to try again.
+    pub fn fill_awaited(&mut self) {
+        if self.windows.awaited.is_none() || self.cpu.cpl != 3 {
+            return;
+        }
+        let (gva, write) = self.windows.awaited.take().expect("it is there");
+        let region = (gva >> REGION_BITS) as u8;
+        let open = self.windows.current.iter().flat_map(|space| &space.regions).any(|(r, _)| *r == region);
+        if open && !self.fill_window(gva, write) {
+            self.windows.awaited = None;
+        }
     }
 
     /// Whether accesses of this VM's user code can be direct.
     pub fn has_windows(&mut self) -> bool {
-        const _: () = assert!(TlbContext::User as usize == 2);
         self.ram.is_in_files() && std::is_x86_feature_detected!("bmi2") && self.windows.prepare(&mut self.cpu)
     }
 }
@@ -367,3 +454,6 @@ impl Windows {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 pub mod event {
     /// An access that the software TLB did not serve.
     pub const TLB_MISS: &str = "TLB miss";
+    /// A host page fault of guest code that runs on mappings of its own.
+    pub const PAGE_MAPPING: &str = "page mapping";
     pub const IO_PORT: &str = "I/O port";
     pub const MMIO: &str = "MMIO";
     /// Delivery of an interrupt or NMI.

@@ -580,7 +580,7 @@ impl<'a> Builder<'a> {
     }
 
     fn plan_accesses(&mut self, insns: &[Insn]) {
-        let mut coalescer = Coalescer::new(self.source.mix, self.bits());
+        let mut coalescer = Coalescer::new(self.source.mix, self.source.windowed, self.bits());
         let mut accesses = Vec::new();
         let share = self.source.coalesce;
         for insn in insns {

@@ -20,6 +20,8 @@ use iced_x86::{
 
 /// The widest range of a group, in bytes: a wider one leaves its page more often.
 const RANGE: i64 = 384;
+/// The same in a window, whose guard makes a delta good for all of them.
+const WINDOW_RANGE: i64 = 1 << 30;
 
 /// What an access does about its probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +76,8 @@ pub struct Coalescer {
     groups: Vec<Group>,
     /// Reads may lead writes.
     mix: bool,
+    /// Accesses go through windows: see [`crate::windows`].
+    windowed: bool,
     /// Of the code: 32 or 64. Addresses and offsets in 32-bit code are meant modulo 2^32.
     bits: u32,
     count: usize,
@@ -81,9 +85,10 @@ pub struct Coalescer {
 }
 
 impl Coalescer {
-    pub fn new(mix: bool, bits: u32) -> Coalescer {
+    pub fn new(mix: bool, windowed: bool, bits: u32) -> Coalescer {
         Coalescer {
-            mix,
+            mix: mix || windowed,
+            windowed,
             bits,
             values: std::array::from_fn(|i| Value { origin: i as u32, offset: 0 }),
             next: 16,
@@ -109,8 +114,9 @@ impl Coalescer {
         }
         let end = offset + access.size as i64;
         let mix = self.mix;
+        let range = if self.windowed { WINDOW_RANGE } else { RANGE };
         let fits = |g: &&mut Group| {
-            g.origin == origin && (g.write || !access.write || mix) && g.high.max(end) - g.low.min(offset) <= RANGE
+            g.origin == origin && (g.write || !access.write || mix) && g.high.max(end) - g.low.min(offset) <= range
         };
         if let Some(group) = self.groups.iter_mut().rev().find(fits) {
             group.write |= access.write;

@@ -58,7 +58,7 @@ impl Builder<'_> {
 
     /// Plans the accesses of the loop `body`; those of the plan come first.
     pub(super) fn plan_loop(&mut self, body: &[Insn]) -> Option<LoopPlan> {
-        let mut coalescer = Coalescer::new(self.source.mix, self.bits());
+        let mut coalescer = Coalescer::new(self.source.mix, false, self.bits());
         for insn in body {
             for access in self.accesses(insn).into_iter().flatten() {
                 coalescer.access(&access, false);

@@ -349,6 +349,7 @@ impl Translator {
             Ok(None) => return self.interpret(core, io),
             Err(exception) => return system::deliver_exception(core, io, exception),
         };
+        core.fill_awaited();
         let mut next = block;
         loop {
             let exit = self.enter(core, next);
