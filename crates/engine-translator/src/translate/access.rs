@@ -288,12 +288,17 @@ impl Builder<'_> {
         }
     }
 
+    /// Puts the delta of the region that the address in `from` is in into scratch register `to`. Leaves flags alone.
+    pub(super) fn region_delta(&mut self, to: u8, from: u8) {
+        self.a.rorx(to, from, REGION_BITS as u8);
+        self.a.movzx8(to);
+        self.a.load(to, Rm::GsScaled { index: to, scale: 3, displacement: offset_of!(Cpu, regions) as i32 });
+    }
+
     /// The operand at `ea` where the guest's own mapping is, whose faults are the host's. Its region's delta is that of
     /// `slot` too. Leaves flags alone.
     fn through_window(&mut self, ea: &Ea, slot: Option<u8>, keep_rdi: bool) -> Rm {
         let place = |region: u64| Rm::Gs((offset_of!(Cpu, regions) + 8 * region as usize) as i32);
-        let indexed =
-            |register| Rm::GsScaled { index: register, scale: 3, displacement: offset_of!(Cpu, regions) as i32 };
         let short = i64::from(ea.displacement as i32) == ea.displacement;
         let simple = ea.index.is_none() && !ea.narrow && short;
         self.deltas = [None; 2];
@@ -309,18 +314,14 @@ impl Builder<'_> {
                 (None, Some(base)) => self.guest_register(base, RSI),
                 (None, None) => unreachable!("not a constant"),
             };
-            self.a.rorx(RSI, base, REGION_BITS as u8);
-            self.a.movzx8(RSI);
-            self.a.load(RSI, indexed(RSI));
+            self.region_delta(RSI, base);
         } else {
             self.effective_address(ea);
             if let Some(segment) = ea.segment {
                 self.a.load(RDI, segment_base(segment));
                 self.a.lea(RSI, Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 });
             }
-            self.a.rorx(RDI, RSI, REGION_BITS as u8);
-            self.a.movzx8(RDI);
-            self.a.load(RDI, indexed(RDI));
+            self.region_delta(RDI, RSI);
             if let Some(slot) = slot {
                 self.a.store(delta(slot), RDI);
                 self.places[usize::from(slot)] = None;

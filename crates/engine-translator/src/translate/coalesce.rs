@@ -326,6 +326,16 @@ impl Coalescer {
             return Some(Hoist { slot, ea, size, write: group.write, budget: None });
         }
         let by = limit.or(counter)?;
+        if self.windowed {
+            let most = stride.unsigned_abs().max(by.stride.unsigned_abs());
+            let iterations = WINDOW_RANGE as u64 / most;
+            if iterations < MIN_ITERATIONS {
+                return None;
+            }
+            *limit = Some(by);
+            let budget = Some(Budget::Window((iterations * by.stride.unsigned_abs()) as i32));
+            return Some(Hoist { slot, ea, size, write: group.write, budget });
+        }
         // Bytes are counted in units of the register, exactly.
         let exact = (MIN_RATIO..=MAX_RATIO)
             .find(|&ratio| by.stride == shift(stride, ratio) && shift(by.stride, -ratio) == stride);
@@ -334,7 +344,7 @@ impl Coalescer {
         }
         let ratio = exact?;
         *limit = Some(by);
-        Some(Hoist { slot, ea, size, write: group.write, budget: Some(ratio) })
+        Some(Hoist { slot, ea, size, write: group.write, budget: Some(Budget::Page(ratio)) })
     }
 }
 
@@ -365,6 +375,8 @@ const MAX_HOISTS: usize = 6;
 /// Bytes by which an iteration may move a group that is checked before the loop: further, and the check
 /// comes too often to pay.
 const MAX_STRIDE: u64 = 128;
+/// Iterations after which a check pays.
+const MIN_ITERATIONS: u64 = 1000;
 /// Powers of two between a counting register's steps and an address's.
 const MIN_RATIO: i8 = -7;
 const MAX_RATIO: i8 = 7;
@@ -378,8 +390,17 @@ pub struct Hoist {
     /// Bytes from there.
     pub size: i32,
     pub write: bool,
-    /// For a group that moves: the counting register moves 2^this times as far.
-    pub budget: Option<i8>,
+    /// For a group that moves: how far the counting register may go.
+    pub budget: Option<Budget>,
+}
+
+/// How far a counting register may go until a group that moves with it is checked again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Budget {
+    /// 2^this times as far as the group to its page's end.
+    Page(i8),
+    /// This far: the group stays in its window's guard.
+    Window(i32),
 }
 
 /// The register that tells how far a loop has come.

@@ -26,7 +26,7 @@
 use super::assembler::*;
 use super::block::*;
 use super::classify::Kind;
-use super::coalesce::{Coalescer, Hoist, Limit, LoopPlan};
+use super::coalesce::{Budget, Coalescer, Hoist, Limit, LoopPlan};
 use super::planted::{self, Bug};
 use crate::cpu::{DELTAS, TlbEntry};
 use std::mem::offset_of;
@@ -58,7 +58,7 @@ impl Builder<'_> {
 
     /// Plans the accesses of the loop `body`; those of the plan come first.
     pub(super) fn plan_loop(&mut self, body: &[Insn]) -> Option<LoopPlan> {
-        let mut coalescer = Coalescer::new(self.source.mix, false, self.bits());
+        let mut coalescer = Coalescer::new(self.source.mix, self.source.windowed, self.bits());
         for insn in body {
             for access in self.accesses(insn).into_iter().flatten() {
                 coalescer.access(&access, false);
@@ -109,6 +109,16 @@ impl Builder<'_> {
 
     /// Checks one group, keeps its delta, and lowers the limit to where it leaves its page.
     fn check(&mut self, hoist: &Hoist, limit: Option<&Limit>, first: &mut bool, to_plain: &mut Vec<Hole>) {
+        let up = limit.is_some_and(|limit| limit.stride > 0);
+        if self.source.windowed {
+            // Its window is all there is to find; its pages are the host's business.
+            self.effective_address(&hoist.ea);
+            self.region_delta(RSI, RSI);
+            self.keep_delta(hoist.slot, RSI);
+            let Some(Budget::Window(budget)) = hoist.budget else { return };
+            self.a.mov_imm(RSI, if up { i64::from(budget) } else { -i64::from(budget) } as u64);
+            return self.lower_limit(limit.expect("something moves"), first, to_plain);
+        }
         let tag = if hoist.write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
         let table = self.table();
         self.probe_index(&hoist.ea);
@@ -117,8 +127,7 @@ impl Builder<'_> {
         to_plain.push(self.a.jcc(cc::A));
         self.a.load(RDI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, delta) as i32));
         self.keep_delta(hoist.slot, RDI);
-        let (Some(ratio), Some(limit)) = (hoist.budget, limit) else { return };
-        let up = limit.stride > 0;
+        let (Some(Budget::Page(ratio)), Some(limit)) = (hoist.budget, limit) else { return };
         // Bytes left in the direction of the loop, in units of the counting register.
         if up || planted::is(Bug::BudgetOfWrongSide) {
             self.a.alu_imm(Alu::Sub, true, Rm::Reg(RSI), 4096 - hoist.size);
@@ -132,6 +141,12 @@ impl Builder<'_> {
         if !up {
             self.a.neg64(RSI);
         }
+        self.lower_limit(limit, first, to_plain);
+    }
+
+    /// The counting register may go on by what is in RSI.
+    fn lower_limit(&mut self, limit: &Limit, first: &mut bool, to_plain: &mut Vec<Hole>) {
+        let up = limit.stride > 0;
         self.a.alu(Alu::Add, RSI, counter(limit));
         to_plain.push(self.a.jcc(cc::O));
         if planted::is(Bug::LimitOneTooFar) {
