@@ -239,6 +239,8 @@ pub struct Cpu {
     pub micro_budget: i32,
     /// What hot code adds to user addresses, by bits 46:39; see `windows`.
     pub regions: [u64; REGIONS],
+    /// Accesses to other regions than thought, until one is looked into.
+    pub region_budget: i32,
     /// The host's stack pointer while translated code runs.
     pub host_rsp: u64,
     /// The return stack's pointer while translated code does not run, and where it is empty.

@@ -6,7 +6,9 @@
 //! they wait in AX meanwhile.
 
 use super::assembler::*;
-use super::block::{Builder, SAVED_RAX, Thunk, host_register, scratch, slot};
+use super::block::{
+    Builder, ExitKind, PendingExit, Planned, SAVED_RAX, Thunk, host_register, scratch, slot, word, word_offset,
+};
 use super::coalesce::{Access, Role};
 use super::flags::Redo;
 use super::planted::{self, Bug};
@@ -144,6 +146,20 @@ pub struct Miss {
     micro: Option<u16>,
 }
 
+/// An access that is not where it was thought to be, out of line.
+pub struct Elsewhere {
+    hole: Hole,
+    /// Scratch register for the delta, and where the block goes on.
+    to: u8,
+    back: usize,
+    /// Offset of the instruction.
+    at: u16,
+}
+
+fn region_place(region: u8) -> Rm {
+    Rm::Gs((offset_of!(Cpu, regions) + 8 * usize::from(region)) as i32)
+}
+
 /// The address of an access that `probe_constant` can serve: it does not cross its page, and its page's
 /// tag and its own address fit immediates.
 fn short_constant(ea: &Ea, size: usize) -> Option<i32> {
@@ -196,8 +212,8 @@ impl Builder<'_> {
     /// status flags are alive.
     pub(super) fn access(&mut self, ea: &Ea, size: usize, write: bool, flags: bool, keep_rdi: bool) -> Rm {
         let hold_flags = std::mem::take(&mut self.hold_flags);
-        let (planned, role) = self.planned.next().expect("every access is planned");
-        assert_eq!(planned, Access { ea: *ea, size, write }, "accesses are emitted as planned");
+        let Planned { access, role, region } = self.planned.next().expect("every access is planned");
+        assert_eq!(access, Access { ea: *ea, size, write }, "accesses are emitted as planned");
         let mut tag = if write { Tag::Write } else { Tag::Read };
         let (slot, low, high) = match role {
             Role::Follower { slot } => {
@@ -224,7 +240,7 @@ impl Builder<'_> {
             if flags {
                 self.settle();
             }
-            return self.through_window(ea, slot, keep_rdi);
+            return self.through_window(ea, slot, keep_rdi, region.filter(|_| !flags));
         }
         let table = self.table();
         let constant = short_constant(ea, size);
@@ -295,15 +311,42 @@ impl Builder<'_> {
         self.a.load(to, Rm::GsScaled { index: to, scale: 3, displacement: offset_of!(Cpu, regions) as i32 });
     }
 
+    /// The same; if the region is likely to be `region`, without anybody having to wait for the address. Then it destroys
+    /// flags.
+    fn likely_delta(&mut self, to: u8, from: u8, region: Option<u8>) {
+        let Some(region) = region else { return self.region_delta(to, from) };
+        self.a.rorx(RDI, from, REGION_BITS as u8);
+        self.a.bytes(&[0x40, 0x80, 0xff, region]); // cmp dil, region
+        let hole = self.a.jcc(cc::NE);
+        self.a.load(to, region_place(region));
+        self.elsewhere.push(Elsewhere { hole, to, back: self.a.position(), at: self.at });
+    }
+
+    /// The out-of-line parts of accesses to likely regions.
+    pub(super) fn elsewhere(&mut self) {
+        for access in std::mem::take(&mut self.elsewhere) {
+            self.a.bind(access.hole);
+            self.a.movzx8(RDI);
+            self.a.store(Rm::Gs(word_offset(word::REGION)), RDI);
+            self.a.alu_imm(Alu::Sub, false, Rm::Gs(offset_of!(Cpu, region_budget) as i32), 1);
+            let hole = self.a.jcc(cc::S);
+            let rip = self.source.rip.wrapping_add(u64::from(access.at));
+            self.exits.push(PendingExit::new(hole, ExitKind::OtherRegion { rip, at: access.at }));
+            self.a
+                .load(access.to, Rm::GsScaled { index: RDI, scale: 3, displacement: offset_of!(Cpu, regions) as i32 });
+            let back = self.a.jmp();
+            self.a.bind_to(back, access.back);
+        }
+    }
+
     /// The operand at `ea` where the guest's own mapping is, whose faults are the host's. Its region's delta is that of
     /// `slot` too. Leaves flags alone.
-    fn through_window(&mut self, ea: &Ea, slot: Option<u8>, keep_rdi: bool) -> Rm {
-        let place = |region: u64| Rm::Gs((offset_of!(Cpu, regions) + 8 * region as usize) as i32);
+    fn through_window(&mut self, ea: &Ea, slot: Option<u8>, keep_rdi: bool, region: Option<u8>) -> Rm {
         let short = i64::from(ea.displacement as i32) == ea.displacement;
         let simple = ea.index.is_none() && !ea.narrow && short;
         self.deltas = [None; 2];
         if let Some(address) = ea.constant() {
-            self.a.load(RSI, place(address >> REGION_BITS & 0xff));
+            self.a.load(RSI, region_place((address >> REGION_BITS) as u8));
         } else if simple && (ea.segment.is_none() || ea.base.is_none()) {
             // Displacements do not leave the guard.
             let base = match (ea.segment, ea.base) {
@@ -314,14 +357,14 @@ impl Builder<'_> {
                 (None, Some(base)) => self.guest_register(base, RSI),
                 (None, None) => unreachable!("not a constant"),
             };
-            self.region_delta(RSI, base);
+            self.likely_delta(RSI, base, region);
         } else {
             self.effective_address(ea);
             if let Some(segment) = ea.segment {
                 self.a.load(RDI, segment_base(segment));
                 self.a.lea(RSI, Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 });
             }
-            self.region_delta(RDI, RSI);
+            self.likely_delta(RDI, RSI, region);
             if let Some(slot) = slot {
                 self.a.store(delta(slot), RDI);
                 self.places[usize::from(slot)] = None;

@@ -12,10 +12,10 @@
 //! - What can fault or miss comes before anything is committed, so that the interpreter can execute the
 //!   instruction from the state at its start.
 
-use super::access::{Ea, Miss};
+use super::access::{Ea, Elsewhere, Miss};
 use super::assembler::*;
 use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
-use super::coalesce::{Access, Coalescer, Role};
+use super::coalesce::{Access, Coalescer, Regions, Role};
 use super::control::FarJump;
 use super::encoding::{Fields, Layout};
 use super::flags::Redo;
@@ -70,6 +70,9 @@ pub enum ExitKind {
     Loop { target: u64, inside: u32 },
     /// Interpret the instruction at this address.
     Interpret { rip: u64 },
+    /// Interpret the instruction at this address, which is `at` in the block: its access is in the region of
+    /// [`word::REGION`], not where it was thought to be.
+    OtherRegion { rip: u64, at: u16 },
     /// The meaning of linear addresses may have changed since this instruction, which runs over the end of
     /// the page, was last checked. The generation it was checked at is the 32-bit immediate at `patch`.
     Recheck { patch: u32 },
@@ -174,6 +177,8 @@ pub mod word {
     pub const SAMPLE: usize = 6;
     /// The offset of the micro-TLB's entry that was filled last, in the micro-TLB.
     pub const MICRO: usize = 8;
+    /// The region of an access that was thought to be in another one.
+    pub const REGION: usize = 9;
     /// 1 if the last miss was a [`Fill::Misfit`](crate::mmu::Fill::Misfit).
     pub const MISFIT: usize = 5;
     /// Where a miss that cannot be served goes: the `fault` thunk, or a twin of the block.
@@ -229,6 +234,15 @@ pub(super) struct Insn {
     pub(super) live_out: u32,
 }
 
+/// An access to come.
+#[derive(Clone, Copy)]
+pub(super) struct Planned {
+    pub(super) access: Access,
+    pub(super) role: Role,
+    /// The region that it is likely in.
+    pub(super) region: Option<u8>,
+}
+
 pub(super) struct PendingExit {
     pub(super) hole: Hole,
     pub(super) kind: ExitKind,
@@ -264,6 +278,11 @@ pub struct Source<'a> {
     pub hoist: bool,
     /// Its accesses go to the guest's own mappings: [`crate::direct`].
     pub windowed: bool,
+    /// The regions of what registers hold now, at the block's start.
+    pub regions: Regions,
+    /// What else is known: the regions that the accesses of instructions (offset in the block) are in, or `None` where
+    /// that changes.
+    pub learned: Vec<(u16, Option<u8>)>,
     /// The micro-TLB entries that its accesses may have.
     pub micro: std::ops::Range<u16>,
     /// Addresses of instructions that are left to the interpreter, where a debugger stops.
@@ -276,6 +295,7 @@ pub struct Builder<'a> {
     pub(super) info: InstructionInfoFactory,
     pub(super) map: Vec<(u32, u16)>,
     pub(super) misses: Vec<Miss>,
+    pub(super) elsewhere: Vec<Elsewhere>,
     pub(super) far_jumps: Vec<FarJump>,
     pub(super) exits: Vec<PendingExit>,
     pub(super) syscalls: Vec<OddSyscall>,
@@ -297,7 +317,7 @@ pub struct Builder<'a> {
     /// The micro-TLB entry that holds a group's delta, where one does.
     pub(super) places: [Option<u16>; DELTAS],
     /// The accesses to come, with their roles.
-    pub(super) planned: std::vec::IntoIter<(Access, Role)>,
+    pub(super) planned: std::vec::IntoIter<Planned>,
     coalesced: bool,
     hoistable: bool,
     pub(super) fast: Option<(u32, u32)>,
@@ -330,6 +350,7 @@ pub fn translate(source: &Source) -> Translation {
         info: InstructionInfoFactory::new(),
         map: Vec::new(),
         misses: Vec::new(),
+        elsewhere: Vec::new(),
         far_jumps: Vec::new(),
         exits: Vec::new(),
         syscalls: Vec::new(),
@@ -416,7 +437,7 @@ impl<'a> Builder<'a> {
             // What follows may fault.
             return false;
         }
-        let follows = matches!(self.planned.as_slice().first(), Some((_, Role::Follower { .. })));
+        let follows = matches!(self.planned.as_slice().first(), Some(Planned { role: Role::Follower { .. }, .. }));
         let instruction = &insn.instruction;
         let plain = match insn.kind {
             Kind::Push | Kind::Pop => match instruction.op0_kind() {
@@ -574,7 +595,9 @@ impl<'a> Builder<'a> {
         self.hoistable = true;
         if self.source.hoist {
             let accesses: Vec<_> = body.iter().flat_map(|insn| self.accesses(insn)).flatten().collect();
-            self.planned = accesses.into_iter().zip(plan.roles.iter().copied()).collect::<Vec<_>>().into_iter();
+            let plan_of = |(access, role)| Planned { access, role, region: None };
+            let planned: Vec<_> = accesses.into_iter().zip(plan.roles.iter().copied()).map(plan_of).collect();
+            self.planned = planned.into_iter();
             self.fast_loop(body, &plan);
         }
     }
@@ -586,14 +609,19 @@ impl<'a> Builder<'a> {
         for insn in insns {
             let alone = self.source.windowed && matches!(insn.kind, Kind::Sensitive | Kind::String);
             for access in self.accesses(insn).into_iter().flatten() {
+                let region = match self.source.learned.iter().find(|(at, _)| *at == insn.offset) {
+                    Some(&(_, region)) => region,
+                    None => coalescer.region(&access.ea, &self.source.regions),
+                };
                 coalescer.access(&access, alone);
-                accesses.push(access);
+                accesses.push((access, region));
             }
             coalescer.execute(insn);
         }
         let roles = if share { coalescer.roles() } else { vec![Role::Single; accesses.len()] };
         self.coalesced = roles.iter().any(|r| *r != Role::Single);
-        self.planned = accesses.into_iter().zip(roles).collect::<Vec<_>>().into_iter();
+        let plan_of = |((access, region), role)| Planned { access, role, region };
+        self.planned = accesses.into_iter().zip(roles).map(plan_of).collect::<Vec<_>>().into_iter();
     }
 
     /// The memory accesses that emitting `insn` will make, in order.
@@ -898,6 +926,7 @@ impl<'a> Builder<'a> {
 
     fn finish(mut self, insns: &[Insn]) -> Translation {
         self.misses();
+        self.elsewhere();
         self.far_jumps();
         self.odd_syscalls();
         self.odd_bases();

@@ -35,6 +35,20 @@ pub enum Role {
     Follower { slot: u8 },
 }
 
+/// The regions of what registers held.
+#[derive(Clone, Copy, Debug)]
+pub struct Regions {
+    pub registers: [u8; 16],
+    /// Of the bases of FS and GS.
+    pub bases: [u8; 2],
+}
+
+impl Regions {
+    fn segment(&self, segment: u8) -> u8 {
+        self.bases[usize::from(segment) - anyvisor_x86::segment::index::FS]
+    }
+}
+
 /// One memory access, in the order of emission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Access {
@@ -127,6 +141,18 @@ impl Coalescer {
             let members = vec![(number, offset)];
             let write = access.write;
             self.groups.push(Group { origin, write, led_by_write: write, low: offset, high: end, members });
+        }
+    }
+
+    /// The region ([`crate::windows`]) that the address is likely in, from those of what the registers held at the block's
+    /// start.
+    pub fn region(&self, ea: &Ea, at_start: &Regions) -> Option<u8> {
+        match self.address(ea)?.0 {
+            Origin::Segment { segment, .. } => Some(at_start.segment(segment)),
+            Origin::Registers { base: Some(base), .. } => at_start.registers.get(base as usize).copied(),
+            // A table at a low address.
+            Origin::Registers { base: None, .. } => Some(0),
+            Origin::Page(_) => None,
         }
     }
 

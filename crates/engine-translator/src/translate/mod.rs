@@ -37,6 +37,7 @@ use crate::cpu::{
 use crate::interpret::{self, Step};
 use crate::system;
 use crate::timer;
+use crate::windows::REGION_BITS;
 use anyvisor_engine::tally::event;
 use anyvisor_engine::{GuestIo, Result};
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
@@ -44,6 +45,7 @@ use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, Exception, Segment};
 use block::{Context, ExitKind, Source, Thunk, word};
 use classify::Features;
+use coalesce::Regions;
 use enter::{EXIT_FAULT, EXIT_INDIRECT, Thunks};
 use planted::Bug;
 use return_stack::ReturnStack;
@@ -73,6 +75,10 @@ const SAMPLES: i8 = 4;
 
 /// Micro-TLB entries that a block can have.
 const BLOCK_MICROS: usize = 24;
+/// Accesses to other regions than thought after which one is looked into ...
+const REGION_BUDGET: i32 = 256;
+/// ... and translated anew, if they come faster than one in this many TSC ticks.
+const REGION_TICKS: u64 = 500;
 /// Translations after which eager translation takes all micro-TLB entries away.
 const EAGER_RECYCLE: u64 = 512;
 /// Blocks that a hot one's jumps lead to, and that are hot with it.
@@ -210,6 +216,10 @@ pub struct Translator {
     /// should not.
     hot: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     cold: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    /// In which regions accesses are, by offset in the block, if not where their registers pointed at first.
+    regions: HashMap<Key, Vec<(u16, Option<u8>)>, BuildHasherDefault<AddressHasher>>,
+    /// When something about regions was learned last.
+    learned: u64,
     /// When all micro-TLB entries were taken away last.
     recycled: u64,
     /// Whose each micro-TLB entry is.
@@ -260,6 +270,8 @@ impl Translator {
             short_loops: HashSet::default(),
             hot: HashSet::default(),
             cold: HashSet::default(),
+            regions: HashMap::default(),
+            learned: 0,
             recycled: 0,
             micro_owners: Vec::new(),
             eager: false,
@@ -381,6 +393,11 @@ impl Translator {
             match self.exits[exit as usize].kind {
                 ExitKind::Interpret { rip } => {
                     core.cpu.rip = rip;
+                    return self.interpret(core, io);
+                }
+                ExitKind::OtherRegion { rip, at } => {
+                    core.cpu.rip = rip;
+                    self.learn_region(core, exit, at);
                     return self.interpret(core, io);
                 }
                 ExitKind::Recheck { patch } => {
@@ -578,6 +595,8 @@ impl Translator {
             mix: !self.unmixed.contains(&key),
             hoist: self.eager || self.hot_loops.contains(&key),
             windowed,
+            regions: regions(&core.cpu),
+            learned: self.regions.get(&key).cloned().unwrap_or_default(),
             micro: first_micro as u16..(first_micro + if hot { BLOCK_MICROS } else { 0 }) as u16,
             breakpoints: core.debugger.breakpoints().to_vec(),
         };
@@ -835,6 +854,23 @@ impl Translator {
         }
     }
 
+    /// An access was in another region than thought, and that has been so often that it may be worth a new translation.
+    fn learn_region(&mut self, core: &mut Core, exit: u32, at: u16) {
+        core.cpu.region_budget = REGION_BUDGET;
+        let now = core.tsc();
+        if now.wrapping_sub(std::mem::replace(&mut self.learned, now)) > REGION_BUDGET as u64 * REGION_TICKS {
+            return;
+        }
+        let region = core.cpu.translated[word::REGION] as u8;
+        let id = self.exits[exit as usize].block;
+        let known = self.regions.entry(self.blocks[id as usize].key).or_default();
+        match known.iter_mut().find(|(other, _)| *other == at) {
+            Some((_, known)) => *known = None,
+            None => known.push((at, Some(region))),
+        }
+        self.kill(core, id);
+    }
+
     /// Has `id` and what its jumps lead to translated again, as hot ones.
     fn heat(&mut self, core: &mut Core, id: u32) {
         let mut found = vec![id];
@@ -1011,6 +1047,7 @@ impl Translator {
         self.short_loops.clear();
         self.hot.clear();
         self.cold.clear();
+        self.regions.clear();
         self.micro_owners.clear();
         core.cpu.micro = [MicroEntry::empty(core.cpu.micro_nowhere, 0); MICRO_ENTRIES];
         for page in std::mem::take(&mut self.pages).into_keys() {
@@ -1062,6 +1099,15 @@ fn granules(offset: u64, length: u64) -> u64 {
     let first = offset / GRANULE;
     let last = ((offset + length.max(1) - 1) / GRANULE).min(63);
     (u64::MAX >> (63 - last)) & (u64::MAX << first)
+}
+
+/// The regions of what `cpu`'s registers hold.
+fn regions(cpu: &Cpu) -> Regions {
+    let region = |address: u64| (address >> REGION_BITS) as u8;
+    Regions {
+        registers: cpu.gpr.map(region),
+        bases: [index::FS, index::GS].map(|segment| region(cpu.seg[segment].base)),
+    }
 }
 
 fn is_canonical(address: u64) -> bool {
