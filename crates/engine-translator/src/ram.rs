@@ -6,6 +6,7 @@
 use anyvisor_engine::{DirtyPages, DirtyRegion};
 use anyvisor_x86::paging::PageTables;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -53,7 +54,7 @@ impl Ram {
                 gpa: r.start_addr().raw_value(),
                 length: r.len(),
                 host: r.as_ptr(),
-                file: r.file_offset().filter(|_| r.flags() & libc::MAP_SHARED != 0).cloned(),
+                file: r.file_offset().filter(|file| r.flags() & libc::MAP_SHARED != 0 && in_small_pages(file)).cloned(),
                 pages: (0..r.len().div_ceil(PAGE_SIZE)).map(|_| AtomicU8::new(0)).collect(),
             })
             .collect();
@@ -75,12 +76,12 @@ impl Ram {
         Some(unsafe { region.host.add(offset as usize) })
     }
 
-    /// Whether all of it is shared mappings of files, so that pages can be mapped again.
+    /// Whether any of it is a shared mapping of a file, so that pages can be mapped again.
     pub fn is_in_files(&self) -> bool {
-        self.regions.iter().all(|region| region.file.is_some())
+        self.regions.iter().any(|region| region.file.is_some())
     }
 
-    /// The file that holds the page at `gpa`, and where.
+    /// The file that holds the page at `gpa`, and where, if it can be mapped again.
     pub fn file(&self, gpa: u64) -> Option<(RawFd, u64)> {
         let region = self.region(gpa)?;
         let file = region.file.as_ref()?;
@@ -181,6 +182,11 @@ impl Ram {
         unsafe { copy_to_guest(host, data) };
         true
     }
+}
+
+/// Whether pages of `file` can be mapped one by one, which those of a pool of huge pages cannot.
+fn in_small_pages(file: &FileOffset) -> bool {
+    file.file().metadata().is_ok_and(|data| data.blksize() <= PAGE_SIZE)
 }
 
 /// Reads guest bytes; sizes 1, 2, 4 and 8 by one load, as the guest's own access would be.
