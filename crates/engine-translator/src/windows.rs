@@ -124,6 +124,8 @@ pub struct Windows {
     reservation: Option<Reservation>,
     /// The host gives no addresses.
     refused: bool,
+    /// They are not to be used.
+    forbidden: bool,
     free: Vec<u8>,
     /// The current address space, once it has anything.
     current: Option<Space>,
@@ -163,6 +165,11 @@ impl Windows {
             }
         }
         !self.refused
+    }
+
+    /// Whether code that is translated from now on may use windows: for tests.
+    pub fn allow(&mut self, allowed: bool) {
+        self.forbidden = !allowed;
     }
 
     /// Whether a host address is in a window or around one.
@@ -436,7 +443,10 @@ impl Core {
 
     /// Whether accesses of this VM's user code can be direct.
     pub fn has_windows(&mut self) -> bool {
-        self.ram.is_in_files() && std::is_x86_feature_detected!("bmi2") && self.windows.prepare(&mut self.cpu)
+        !self.windows.forbidden
+            && self.ram.is_in_files()
+            && std::is_x86_feature_detected!("bmi2")
+            && self.windows.prepare(&mut self.cpu)
     }
 }
 

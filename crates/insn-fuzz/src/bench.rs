@@ -184,19 +184,21 @@ impl Bench {
         let mut changed = self.pages_changed();
         for index in 0..self.guests.len() {
             // The translator runs twice: when it translates, and from what it has kept and linked. A kept case
-            // runs so with probes hoisted and without, others one way or the other, in turns.
-            let eager = case.seed >> 6 & 1 == 0;
-            let runs = match self.guests[index].executor {
-                Executor::Translator if case.seed == 0 => &[true, true, false, false][..],
-                Executor::Translator => &[eager, eager],
-                Executor::Interpreter => &[false],
+            // runs so in each way, others in one or another, in turns.
+            let (eager, windows) = (case.seed >> 6 & 1 == 0, case.seed >> 7 & 1 == 0);
+            let ways = [(true, true), (true, false), (false, true), (false, false)];
+            let ways = match self.guests[index].executor {
+                Executor::Translator if case.seed == 0 => &ways[..],
+                Executor::Translator => &[(eager, windows)],
+                Executor::Interpreter => &[(false, false)],
             };
-            for &eager in runs {
+            let times = if self.guests[index].executor == Executor::Translator { 2 } else { 1 };
+            for &(eager, windows) in ways.iter().flat_map(|way| std::iter::repeat_n(way, times)) {
                 let side = &mut self.guests[index];
                 if !same_pages(&self.image.1, side.guest.data(), changed & side.doubtful) {
                     return None;
                 }
-                side.guest.translate_eagerly(eager);
+                side.guest.translate_in_way(eager, windows);
                 let faults = fault::page_faults();
                 let outcome = side.guest.run(case, &self.image.1);
                 let faults = fault::page_faults() - faults;

@@ -105,7 +105,8 @@ pub struct Guest {
     core: Core,
     ram: Arc<Ram>,
     translator: Option<Translator>,
-    eager: bool,
+    /// See [`Guest::translate_in_way`].
+    way: (bool, bool),
     attached: bool,
     cases: u64,
     /// Which image the data pages hold, but for those of `dirty`.
@@ -135,7 +136,7 @@ impl Guest {
             core,
             ram,
             translator,
-            eager: false,
+            way: (false, true),
             attached: false,
             cases: 0,
             image: None,
@@ -147,14 +148,15 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Whether the translator hoists probes out of every loop from now on.
-    pub fn translate_eagerly(&mut self, eager: bool) {
+    /// Whether the translator treats all code as hot from now on, and whether memory is in windows.
+    pub fn translate_in_way(&mut self, eager: bool, windows: bool) {
         if let Some(translator) = &mut self.translator
-            && self.eager != eager
+            && self.way != (eager, windows)
         {
             translator.translate_eagerly(eager);
+            self.core.windows.allow(windows);
             translator.flush(&mut self.core);
-            self.eager = eager;
+            self.way = (eager, windows);
         }
     }
 

@@ -316,6 +316,9 @@ impl Builder<'_> {
     fn likely_delta(&mut self, to: u8, from: u8, region: Option<u8>) {
         let Some(region) = region else { return self.region_delta(to, from) };
         self.a.rorx(RDI, from, REGION_BITS as u8);
+        if planted::is(Bug::RegionUnchecked) {
+            return self.a.load(to, region_place(region));
+        }
         self.a.bytes(&[0x40, 0x80, 0xff, region]); // cmp dil, region
         let hole = self.a.jcc(cc::NE);
         self.a.load(to, region_place(region));
@@ -343,7 +346,8 @@ impl Builder<'_> {
     /// `slot` too. Leaves flags alone.
     fn through_window(&mut self, ea: &Ea, slot: Option<u8>, keep_rdi: bool, region: Option<u8>) -> Rm {
         let short = i64::from(ea.displacement as i32) == ea.displacement;
-        let simple = ea.index.is_none() && !ea.narrow && short;
+        let plain = ea.index.is_none() || planted::is(Bug::IndexUnchecked);
+        let simple = plain && !ea.narrow && short;
         self.deltas = [None; 2];
         if let Some(address) = ea.constant() {
             self.a.load(RSI, region_place((address >> REGION_BITS) as u8));

@@ -39,11 +39,15 @@ pub enum Bug {
     DeltaThoughtKept,
     /// What fills the micro-TLB for a write looks at the right to read.
     MicroForRead,
+    /// An access is thought to be in the region that was likely.
+    RegionUnchecked,
+    /// The region of an address is looked up without its index.
+    IndexUnchecked,
 }
 
 /// All of them.
 #[cfg(feature = "planted-bugs")]
-pub const ALL: [Bug; 14] = [
+pub const ALL: [Bug; 16] = [
     Bug::PageEndUnchecked,
     Bug::WriteProbesForRead,
     Bug::AddressNotTruncated,
@@ -58,6 +62,8 @@ pub const ALL: [Bug; 14] = [
     Bug::ReturnUnchecked,
     Bug::DeltaThoughtKept,
     Bug::MicroForRead,
+    Bug::RegionUnchecked,
+    Bug::IndexUnchecked,
 ];
 
 #[cfg(feature = "planted-bugs")]
