@@ -348,7 +348,7 @@ impl Assembler {
     }
     /// Zero-extends the low byte of a register to itself.
     pub fn movzx8(&mut self, reg: u8) {
-        self.bytes(&[0x40 | (reg >> 3) * 5, 0x0f, 0xb6, 0xc0 | (reg & 7) * 9]);
+        self.bytes(&[0x40 | ((reg >> 3) * 5), 0x0f, 0xb6, 0xc0 | ((reg & 7) * 9)]);
     }
     pub fn movzx16(&mut self, to: u8, from: u8) {
         self.op(false, &[0x0f, 0xb7], to, Rm::Reg(from));

@@ -256,6 +256,9 @@ impl PendingExit {
     }
 }
 
+/// The regions that the accesses of instructions (offset in the block) are in, or `None` where that changes.
+pub type Learned = Vec<(u16, Option<u8>)>;
+
 /// Inputs of a translation.
 pub struct Source<'a> {
     /// Bytes of the page from the block's start to the page's end, and for an instruction that runs over it
@@ -280,9 +283,8 @@ pub struct Source<'a> {
     pub windowed: bool,
     /// The regions of what registers hold now, at the block's start.
     pub regions: Regions,
-    /// What else is known: the regions that the accesses of instructions (offset in the block) are in, or `None` where
-    /// that changes.
-    pub learned: Vec<(u16, Option<u8>)>,
+    /// What else is known.
+    pub learned: Learned,
     /// The micro-TLB entries that its accesses may have.
     pub micro: std::ops::Range<u16>,
     /// Addresses of instructions that are left to the interpreter, where a debugger stops.

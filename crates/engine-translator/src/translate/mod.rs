@@ -43,7 +43,7 @@ use anyvisor_engine::{GuestIo, Result};
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, Exception, Segment};
-use block::{Context, ExitKind, Source, Thunk, word};
+use block::{Context, ExitKind, Learned, Source, Thunk, word};
 use classify::Features;
 use coalesce::Regions;
 use enter::{EXIT_FAULT, EXIT_INDIRECT, Thunks};
@@ -217,7 +217,7 @@ pub struct Translator {
     hot: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     cold: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     /// In which regions accesses are, by offset in the block, if not where their registers pointed at first.
-    regions: HashMap<Key, Vec<(u16, Option<u8>)>, BuildHasherDefault<AddressHasher>>,
+    regions: AddressMap<Key, Learned>,
     /// When something about regions was learned last.
     learned: u64,
     /// When all micro-TLB entries were taken away last.
@@ -270,7 +270,7 @@ impl Translator {
             short_loops: HashSet::default(),
             hot: HashSet::default(),
             cold: HashSet::default(),
-            regions: HashMap::default(),
+            regions: AddressMap::default(),
             learned: 0,
             recycled: 0,
             micro_owners: Vec::new(),
