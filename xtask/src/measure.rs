@@ -43,18 +43,20 @@ pub fn footprint() -> Result<Footprint> {
     Ok(Footprint { overhead_kib, idle_cpu })
 }
 
-/// KiB of all mappings but the guest's RAM, by proportional share: translated code is mapped twice. The kernel
-/// may merge the RAM's mapping with a neighbour; what is larger than the RAM counts then.
+/// KiB of all mappings but the guest's RAM, by proportional share: translated code is mapped twice, and so are pages of the
+/// RAM. The kernel may merge the RAM's mapping with a neighbour; what is larger than the RAM counts then.
 fn overhead(smaps: &str) -> u64 {
     let ram = MEMORY_MIB * 1024;
-    let (mut total, mut size) = (0, 0);
+    let (mut total, mut size, mut is_ram) = (0, 0, false);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         match (words.next(), words.next().and_then(|w| w.parse::<u64>().ok())) {
             (Some("Size:"), Some(kib)) => size = kib,
+            (Some("Pss:"), _) if is_ram => (),
             (Some("Pss:"), Some(kib)) if size >= ram => total += kib.min(size - ram),
             (Some("Pss:"), Some(kib)) => total += kib,
-            _ => (),
+            (Some(field), _) if field.ends_with(':') => (),
+            _ => is_ram = line.contains("memfd:guest-ram"),
         }
     }
     total
@@ -83,7 +85,8 @@ mod tests {
     #[test]
     fn guest_ram_is_not_overhead() {
         let smaps = format!(
-            "1000-2000 r-xp\nSize: 4 kB\nPss: 3 kB\n3000-4000 rw-p\nSize: {} kB\nPss: 90000 kB\n5000 rw\nSize: 9 kB\nPss: 5 kB\n",
+            "1000-2000 r-xp\nSize: 4 kB\nPss: 3 kB\n3000-4000 rw-p\nSize: {} kB\nPss: 90000 kB\n5000 rw\nSize: 9 kB\nPss: 5 kB\n\
+             6000-7000 rw-s 0 00:01 5 /memfd:guest-ram (deleted)\nSize: 4 kB\nPss: 4 kB\n8000 rw\nSize: 4 kB\nPss: 0 kB\n",
             MEMORY_MIB * 1024 + 7
         );
         assert_eq!(overhead(&smaps), 15);
