@@ -74,6 +74,13 @@ impl CodeMemory {
         }
     }
 
+    /// The `length` bytes of code at `offset`.
+    pub fn read(&self, offset: usize, length: usize) -> Vec<u8> {
+        assert!(offset + length <= self.length);
+        // SAFETY: in bounds of the writable mapping, which nothing else references.
+        unsafe { std::slice::from_raw_parts(self.writable.add(offset), length) }.to_vec()
+    }
+
     /// Writes code at `offset`. x86 keeps instruction fetches coherent with stores of the same thread;
     /// the next jump there sees them (SDM vol. 3A 12.6).
     pub fn write(&mut self, offset: usize, code: &[u8]) {

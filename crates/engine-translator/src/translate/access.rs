@@ -7,7 +7,8 @@
 
 use super::assembler::*;
 use super::block::{
-    Builder, ExitKind, PendingExit, Planned, SAVED_RAX, Thunk, host_register, scratch, slot, word, word_offset,
+    Builder, Constant, ExitKind, PendingExit, Planned, SAVED_RAX, Thunk, host_register, scratch, slot, word,
+    word_offset,
 };
 use super::coalesce::{Access, Role};
 use super::flags::Redo;
@@ -156,7 +157,7 @@ pub struct Elsewhere {
     at: u16,
 }
 
-fn region_place(region: u8) -> Rm {
+pub(super) fn region_place(region: u8) -> Rm {
     Rm::Gs((offset_of!(Cpu, regions) + 8 * usize::from(region)) as i32)
 }
 
@@ -176,6 +177,9 @@ fn constant_index(address: i32) -> usize {
 impl Builder<'_> {
     /// Computes the offset part of `ea` into RSI (zero-extended if narrow). Uses RDI; leaves flags alone.
     pub(super) fn effective_address(&mut self, ea: &Ea) {
+        if ea.base.is_none() && ea.index.is_none() {
+            return self.absolute(RSI, ea.displacement as u64);
+        }
         let narrow = ea.narrow && !planted::is(Bug::AddressNotTruncated);
         let displacement = ea.displacement as i32;
         let load = |a: &mut Assembler, scratch: u8, number: u8| match host_register(number as usize) {
@@ -187,7 +191,7 @@ impl Builder<'_> {
         };
         let a = &mut self.a;
         let rm = match (ea.base, ea.index) {
-            (None, None) => return a.mov_imm(RSI, ea.displacement as u64),
+            (None, None) => unreachable!("a constant"),
             (Some(base), None) => Rm::Base(load(a, RSI, base), displacement),
             (None, Some(index)) => {
                 let index = load(a, RSI, index);
@@ -304,6 +308,22 @@ impl Builder<'_> {
         }
     }
 
+    /// Loads an address that is a constant of this block's place, or minus one.
+    pub(super) fn absolute(&mut self, register: u8, address: u64) {
+        self.moved_constant(register, address, false);
+    }
+
+    pub(super) fn moved_constant(&mut self, register: u8, value: u64, negated: bool) {
+        let before = self.a.position();
+        self.a.mov_imm(register, value);
+        let after = self.a.position();
+        if after - before == 10 {
+            self.constants.push(Constant { at: (after - 8) as u32, negated, region: self.constant_region.take() });
+        } else {
+            self.fixed = true;
+        }
+    }
+
     /// Puts the delta of the region that the address in `from` is in into scratch register `to`. Leaves flags alone.
     pub(super) fn region_delta(&mut self, to: u8, from: u8) {
         self.a.rorx(to, from, REGION_BITS as u8);
@@ -351,6 +371,7 @@ impl Builder<'_> {
         self.deltas = [None; 2];
         if let Some(address) = ea.constant() {
             self.a.load(RSI, region_place((address >> REGION_BITS) as u8));
+            self.constant_region = Some(self.a.position() as u32 - 4);
         } else if simple && (ea.segment.is_none() || ea.base.is_none()) {
             // Displacements do not leave the guard.
             let base = match (ea.segment, ea.base) {
@@ -484,6 +505,7 @@ impl Builder<'_> {
         match ea.constant() {
             Some(address) => {
                 let index = (address >> 12) as usize & (TLB_ENTRIES - 1);
+                self.fixed = true;
                 self.a.mov_imm(RDI, (index << ENTRY_BITS) as u64);
             }
             None => {
@@ -508,6 +530,7 @@ impl Builder<'_> {
     /// Probes for an access at a constant address inside its page: the entry is known, and one comparison
     /// with its tag does. Leaves the page's delta in RSI.
     fn probe_constant(&mut self, address: i32, kind: Tag, flags: bool) {
+        self.fixed = true;
         let tag = kind.offset();
         let entry = self.table() + (constant_index(address) << ENTRY_BITS) as i32;
         let redo = self.redo.filter(|_| flags);
@@ -549,9 +572,10 @@ impl Builder<'_> {
         let displacement = ea.displacement as i32;
         if let Some(address) = ea.constant() {
             if address as i64 == i64::from(displacement) {
+                self.fixed = true;
                 return Rm::Base(register, displacement);
             }
-            self.a.mov_imm(other, address);
+            self.absolute(other, address);
             self.clobber(other);
             return self.sum(register, other, 0, 0, keep_rdi);
         }

@@ -123,6 +123,8 @@ pub struct Translation {
     pub length: u16,
     /// Further bytes on the page, `(offset in page, length)`, that the translation depends on.
     pub peeked: Vec<(u16, u16)>,
+    /// What it takes to move it, if that can be done.
+    pub moving: Option<Box<Moving>>,
     /// The only instruction runs over the page's end, and its other bytes were not given.
     pub incomplete: bool,
     /// Some accesses share a probe.
@@ -135,6 +137,24 @@ pub struct Translation {
     pub micro: u16,
     /// Those that are used, with [`MicroEntry::low`](crate::cpu::MicroEntry::low).
     pub lows: Vec<(u16, i32)>,
+}
+
+/// A 64-bit constant in a block's code that moves with the block's linear address, or against it.
+#[derive(Clone, Copy, Debug)]
+pub struct Constant {
+    pub at: u32,
+    pub negated: bool,
+    /// The displacement that names its region in [`Cpu::regions`], where there is one.
+    pub region: Option<u32>,
+}
+
+/// The places in a block's code that depend on where the block is: in linear memory, and in code memory.
+#[derive(Clone, Debug)]
+pub struct Moving {
+    pub constants: Box<[Constant]>,
+    /// 32-bit numbers of exits.
+    pub numbers: Box<[u32]>,
+    pub thunk_calls: Box<[(u32, Thunk)]>,
 }
 
 /// Shared code that blocks jump to or call.
@@ -298,6 +318,13 @@ pub struct Builder<'a> {
     pub(super) map: Vec<(u32, u16)>,
     pub(super) misses: Vec<Miss>,
     pub(super) elsewhere: Vec<Elsewhere>,
+    /// See [`Moving`].
+    pub(super) constants: Vec<Constant>,
+    pub(super) numbers: Vec<u32>,
+    /// The displacement that names the next constant's region.
+    pub(super) constant_region: Option<u32>,
+    /// There is more that depends on the linear address.
+    pub(super) fixed: bool,
     pub(super) far_jumps: Vec<FarJump>,
     pub(super) exits: Vec<PendingExit>,
     pub(super) syscalls: Vec<OddSyscall>,
@@ -353,6 +380,10 @@ pub fn translate(source: &Source) -> Translation {
         map: Vec::new(),
         misses: Vec::new(),
         elsewhere: Vec::new(),
+        constants: Vec::new(),
+        numbers: Vec::new(),
+        constant_region: None,
+        fixed: false,
         far_jumps: Vec::new(),
         exits: Vec::new(),
         syscalls: Vec::new(),
@@ -486,6 +517,8 @@ impl<'a> Builder<'a> {
         while insns.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
             let offset = decoder.position() as u16;
             let instruction = decoder.decode();
+            // An absolute address of 64 bits.
+            self.fixed |= instruction.memory_base() == Register::None && instruction.memory_displ_size() == 8;
             if instruction.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
                 // Runs over the page's end.
                 if insns.is_empty() {
@@ -933,12 +966,19 @@ impl<'a> Builder<'a> {
         self.odd_syscalls();
         self.odd_bases();
         let exits = self.exit_stubs();
+        let can_move = self.source.windowed && self.source.crossing.is_none() && !self.fixed && !self.incomplete;
+        let moving = can_move.then(|| {
+            let (constants, numbers) = (std::mem::take(&mut self.constants), std::mem::take(&mut self.numbers));
+            let thunk_calls = self.thunk_calls.clone().into();
+            Box::new(Moving { constants: constants.into(), numbers: numbers.into(), thunk_calls })
+        });
         let last = insns.last().expect("a block has an instruction");
         Translation {
             code: self.a.code,
             thunk_calls: self.thunk_calls,
             exits,
             map: self.map,
+            moving,
             length: last.offset + u16::from(last.length),
             peeked: self.peeked,
             incomplete: self.incomplete,

@@ -83,9 +83,10 @@ impl Builder<'_> {
             key = i64::from(key as i32) as u64; // only its low half is compared
         }
         if key as i64 == i64::from(key as i32) {
+            self.fixed = true;
             self.a.push_imm(key as i32);
         } else {
-            self.a.mov_imm(RSI, key);
+            self.moved_constant(RSI, key, true);
             self.a.push(RSI);
         }
     }
@@ -196,6 +197,7 @@ impl Builder<'_> {
     fn through_link(&mut self, context: JumpContext, target: u64, branch: fn(&mut Assembler, Rm)) {
         let target = if context.bits() == 32 { target & 0xffff_ffff } else { target };
         self.a.mov_imm(RSI, u64::from(self.source.first_exit) + self.exits.len() as u64);
+        self.numbers.push(self.a.position() as u32 - 4);
         branch(&mut self.a, Rm::Gs(0));
         // The displacement ends the instruction.
         let hole = Hole { at: self.a.position() - 4 };
@@ -353,6 +355,7 @@ impl Builder<'_> {
                 self.emit_redo(&redo, RSI);
             }
             self.a.store32_imm(Rm::Gs(word_offset(word::EXIT)), self.source.first_exit + i as u32);
+            self.numbers.push(self.a.position() as u32 - 4);
             let jump = self.a.jmp();
             self.thunk_calls.push((jump.at as u32, Thunk::Exit));
             exits.push(BlockExit { kind: exit.kind, site: exit.hole.at as u32, stub: stub as u32 });

@@ -289,7 +289,7 @@ impl Builder<'_> {
         self.a.alu_imm(Alu::And, false, Rm::Reg(RSI), anyvisor_x86::bits::efer::SCE as i32);
         let disabled = self.a.jcc(cc::NE);
         self.syscalls.push(OddSyscall { holes: [odd, disabled], rip: insn.instruction.ip() });
-        self.a.mov_imm(RCX, insn.instruction.next_ip());
+        self.absolute(RCX, insn.instruction.next_ip());
         self.a.alu_imm(Alu::And, false, Rm::Reg(RDI), STATUS);
         self.a.load(RSI, rflags_field());
         self.a.alu_imm(Alu::And, true, Rm::Reg(RSI), !(STATUS | rflags::RF as i32));

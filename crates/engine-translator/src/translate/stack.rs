@@ -105,9 +105,10 @@ impl Builder<'_> {
         let short = self.bits() == 32 || address as i64 == i64::from(address as i32);
         let rm = self.access(&self.stack(-self.word()), self.word() as usize, true, insn.live_in != 0, !short);
         if short {
+            self.fixed = true;
             self.store_word_imm(rm, address as i32);
         } else {
-            self.a.mov_imm(RDI, address);
+            self.absolute(RDI, address);
             self.a.store(rm, RDI);
         }
         self.adjust_stack(-(self.word() as i32));
