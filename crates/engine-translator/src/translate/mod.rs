@@ -1188,6 +1188,11 @@ impl Translator {
         self.hot_loops.len()
     }
 
+    /// Blocks that were made from others of the same code.
+    pub fn moved_blocks(&self) -> u64 {
+        self.statistics.moved
+    }
+
     /// One line for a developer.
     pub fn statistics(&self) -> String {
         let s = &self.statistics;

@@ -3,7 +3,7 @@
 use super::Translator;
 use crate::testing::{Method, TestVm, place};
 use anyvisor_engine::{Exit, Vcpu};
-use anyvisor_x86::bits::gpr;
+use anyvisor_x86::bits::{gpr, rflags};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -155,4 +155,50 @@ fn a_loop_that_samples_meet_is_hoisted_and_still_right() {
     let sum: u64 = (0..1024).map(|i| i * i).sum();
     assert_eq!(test.core().cpu.gpr[gpr::RAX], 20_000 * sum);
     assert!(test.vcpu.translator().unwrap().hoisted() > 0);
+}
+
+/// ```text
+///  lea rsi, [rel 0x20000] / call f / mov rdx, [rel 0x20008] / jnz next / ud2
+/// next: (on the next page) out 0xf4, al
+/// f: mov rax, [rel 0x20010] / mov [rsi], rax / test rsi, rsi / ret
+/// ```
+const PLACED: &[u8] =
+    b"\x48\x8d\x35\xf9\xff\x00\x00\xe8\x14\x00\x00\x00\x48\x8b\x15\xf5\xff\x00\x00\x0f\x85\xe7\x0f\x00\x00\x0f\x0b\
+\x90\x90\x90\x90\x90\x48\x8b\x05\xe9\xff\x00\x00\x48\x89\x06\x48\x85\xf6\xc3";
+
+#[test]
+fn code_at_another_address_is_moved_and_right() {
+    let mut test = TestVm::long_mode_by(PLACED, 3, Method::Translate);
+    test.core().cpu.rflags |= rflags::IOPL;
+    test.load(place::CODE + 0x1000, &[0xe6, 0xf4]);
+    let tables = test.read_u64(place::PML4);
+    for region in [0xab, 0xfe, 0xff] {
+        test.load(place::PML4 + 8 * region, &tables.to_le_bytes());
+    }
+    let mut moved = 0;
+    for (n, base) in
+        [0x7f80_0000_0000u64, 0x7f00_0020_0000, 0x5580_3fe0_0000, 0x5580_0000_0000, 0].into_iter().enumerate()
+    {
+        // The same pages from 2 MiB on, so that a region can have them at other places.
+        test.load(0x3008, &(place::PT | 7).to_le_bytes());
+        test.load(0x3ff8, &(place::PT | 7).to_le_bytes());
+        test.core().flush_all();
+        for round in 0..3u64 {
+            let value = round << 8 | n as u64;
+            test.load(place::DATA + 0x10, &value.to_le_bytes());
+            test.load(place::DATA + 8, &(!value).to_le_bytes());
+            let cpu = &mut test.core().cpu;
+            (cpu.rip, cpu.gpr[gpr::RSP]) = (base + place::CODE, base + place::STACK);
+            assert_eq!(test.run(), Exit::Kicked);
+            let cpu = &test.core().cpu;
+            assert_eq!((cpu.rip, cpu.gpr[gpr::RSI]), (base + place::CODE + 0x1002, base + place::DATA), "{base:#x}");
+            assert_eq!((cpu.gpr[gpr::RAX], cpu.gpr[gpr::RDX]), (value, !value), "{base:#x}");
+            assert_eq!(test.read_u64(place::DATA), value);
+            assert_eq!(test.read_u64(place::STACK - 8), base + place::CODE + 12, "the return address");
+        }
+        let now = test.vcpu.translator().unwrap().moved_blocks();
+        // Not the first, and none to a low address, where constants are shorter.
+        assert_eq!(now > moved, n != 0 && base != 0, "{base:#x}");
+        moved = now;
+    }
 }
