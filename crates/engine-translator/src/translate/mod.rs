@@ -19,6 +19,7 @@ mod enter;
 pub mod fault;
 mod flags;
 mod loops;
+mod moving;
 pub mod planted;
 mod rename;
 mod return_stack;
@@ -43,10 +44,11 @@ use anyvisor_engine::{GuestIo, Result};
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, Exception, Segment};
-use block::{BlockExit, Context, ExitKind, Learned, Moving, Source, Thunk, word};
+use block::{Context, ExitKind, Learned, Moving, Source, Thunk, word};
 use classify::Features;
 use coalesce::Regions;
 use enter::{EXIT_FAULT, EXIT_INDIRECT, Thunks};
+use moving::Place;
 use planted::Bug;
 use return_stack::ReturnStack;
 use std::collections::{HashMap, HashSet};
@@ -93,20 +95,6 @@ struct Key {
     alone: bool,
 }
 
-/// What blocks have in common that differ only in their linear addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Place {
-    gpa: u64,
-    context: Context,
-    alone: bool,
-}
-
-impl Place {
-    fn of(key: &Key) -> Place {
-        Place { gpa: key.gpa, context: key.context, alone: key.alone }
-    }
-}
-
 struct Block {
     key: Key,
     /// Offset of the host code, and its length.
@@ -144,39 +132,6 @@ struct Exit {
     stub: u32,
     block: u32,
     linked: Option<u32>,
-}
-
-impl Exit {
-    /// The same exit of the block `code`, which was at `start` and is now `by` further in linear memory; puts what
-    /// linking and signals have changed in it back.
-    fn moved(&self, start: u32, by: u64, code: &mut [u8]) -> BlockExit {
-        let site = self.site - start;
-        let mut leads = |to: u32| {
-            let displacement = to.wrapping_sub(site + 4);
-            code[site as usize..][..4].copy_from_slice(&displacement.to_le_bytes());
-        };
-        let kind = match self.kind {
-            ExitKind::Direct { target } => {
-                leads(self.stub - start);
-                ExitKind::Direct { target: target.wrapping_add(by) }
-            }
-            ExitKind::Loop { target, inside } => {
-                leads(inside);
-                ExitKind::Loop { target: target.wrapping_add(by), inside }
-            }
-            ExitKind::Far { target, context, .. } => {
-                ExitKind::Far { target: target.wrapping_add(by), context, link: 0 }
-            }
-            ExitKind::Interpret { rip } => ExitKind::Interpret { rip: rip.wrapping_add(by) },
-            ExitKind::OtherRegion { rip, at } => ExitKind::OtherRegion { rip: rip.wrapping_add(by), at },
-            ExitKind::Recheck { patch } => ExitKind::Recheck { patch },
-            ExitKind::Indirect { rip, stack, cut } => {
-                code[cut.at as usize..][..2].copy_from_slice(&cut.whole);
-                ExitKind::Indirect { rip: rip.wrapping_add(by), stack, cut }
-            }
-        };
-        BlockExit { kind, site, stub: self.stub - start }
-    }
 }
 
 /// The translated code of one guest-physical page.
@@ -672,68 +627,6 @@ impl Translator {
         }
         core.cpu.micro_used = self.micro_owners.len() as u32;
         self.install(core, key, translation, next_page, hot || windowed)
-    }
-
-    /// The block for `key`, made from one of the same code at another linear address: where a program or library is
-    /// mapped again, translating it again would only change some constants.
-    fn moved(&mut self, core: &mut Core, key: Key) -> Option<u32> {
-        let &old = self.movable.get(&Place::of(&key))?;
-        let special = [&self.unmixed, &self.uncoalesced, &self.hot_loops, &self.short_loops];
-        let full = self.used + CODE_RESERVE > self.room || self.links.len() + LINK_RESERVE > LINKS;
-        let plain = core.debugger.breakpoints().is_empty() && core.has_windows();
-        if full || !plain || self.regions.contains_key(&key) || special.iter().any(|set| set.contains(&key)) {
-            return None;
-        }
-        let block = &self.blocks[old as usize];
-        let moving = block.moving.as_ref()?;
-        let by = key.rip.wrapping_sub(block.key.rip);
-        // Shorter constants would have shorter instructions.
-        if by & 0xfff != 0 || key.rip >> REGION_BITS == 0 {
-            return None;
-        }
-        let mut code = self.code.read(block.start as usize, block.length as usize);
-        for constant in &moving.constants {
-            let place = &mut code[constant.at as usize..][..8];
-            let value = u64::from_le_bytes((&*place).try_into().expect("8 bytes"));
-            let value = if constant.negated { value.wrapping_neg() } else { value };
-            let new = value.wrapping_add(by);
-            if new >> REGION_BITS == 0 || new >> 47 != 0 {
-                return None;
-            }
-            place.copy_from_slice(&(if constant.negated { new.wrapping_neg() } else { new }).to_le_bytes());
-            if let Some(at) = constant.region {
-                let assembler::Rm::Gs(place) = access::region_place((new >> REGION_BITS) as u8) else {
-                    unreachable!("in the block")
-                };
-                code[at as usize..][..4].copy_from_slice(&place.to_le_bytes());
-            }
-        }
-        let (first, next) = (block.exits.start, self.exits.len() as u32);
-        for &at in &moving.numbers {
-            let place = &mut code[at as usize..][..4];
-            let number = u32::from_le_bytes((&*place).try_into().expect("4 bytes")) - first + next;
-            place.copy_from_slice(&number.to_le_bytes());
-        }
-        let exits = self.exits[first as usize..block.exits.end as usize].iter();
-        let exits = exits.map(|exit| exit.moved(block.start, by, &mut code)).collect();
-        let (&(_, length), peeked) = block.ranges.split_last().expect("a block has bytes");
-        let translation = block::Translation {
-            code,
-            thunk_calls: moving.thunk_calls.to_vec(),
-            exits,
-            map: block.map.to_vec(),
-            length,
-            peeked: peeked.to_vec(),
-            incomplete: false,
-            coalesced: block.coalesced,
-            hoistable: block.hoistable,
-            fast: block.fast,
-            micro: 0,
-            lows: Vec::new(),
-            moving: Some(moving.clone()),
-        };
-        self.statistics.moved += 1;
-        Some(self.install(core, key, translation, None, true))
     }
 
     /// The first bytes of the page after the one that `rip` is on, if they can be executed: their
