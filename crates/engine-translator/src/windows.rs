@@ -157,6 +157,11 @@ impl Windows {
         if self.reservation.is_none() && !self.refused {
             self.reservation = Reservation::new();
             self.refused = self.reservation.is_none();
+            if self.refused {
+                tracing::info!(
+                    "the host has no addresses for windows of user memory (a limit on the address space?): slower"
+                );
+            }
             self.free = (1..WINDOWS as u8).rev().collect();
             if let Some(reservation) = &self.reservation {
                 for region in 0..REGIONS {
@@ -358,16 +363,19 @@ impl Core {
         if self.is_lapic_page(gpa) {
             return None;
         }
-        let code = attributes.load(Ordering::Relaxed) & page::CODE != 0;
-        Some(UserPage { gpa, writable: mapping.writable && mapping.dirty && !code, large: mapping.page_bits > 12 })
+        let mut writable = mapping.writable && mapping.dirty && attributes.load(Ordering::Relaxed) & page::CODE == 0;
+        if self.debugger.watches() {
+            if self.debugger.guards(gva, false) {
+                return None;
+            }
+            writable &= !self.debugger.guards(gva, true);
+        }
+        Some(UserPage { gpa, writable, large: mapping.page_bits > 12 })
     }
 
     /// Maps the page of `gva`, and those around it that the same mapping can serve. Whether an access, a write or not,
     /// can be made now.
     fn fill_window(&mut self, gva: u64, write: bool) -> bool {
-        if self.debugger.watches() {
-            return false;
-        }
         let Some(page) = self.user_page(gva, write) else {
             self.windows.awaited = Some((gva, write));
             return false;

@@ -43,7 +43,7 @@ fn what_invlpg_drops_is_mapped_anew() {
         test.load(FROM + 0x1000 * n, &(0x11 * n).to_le_bytes());
     }
     for n in (0..4).chain(0..4) {
-        test.load(place::PT + 8 * (FROM >> 12), &(FROM + 0x1000 * n | 7).to_le_bytes());
+        test.load(place::PT + 8 * (FROM >> 12), &((FROM + 0x1000 * n) | 7).to_le_bytes());
         test.core().invalidate_page(FROM);
         assert_eq!(run(&mut test, FROM, TO), wrote(0x11 * n as u8));
         assert_eq!(test.read_u64(TO), 0x11 * n);
@@ -129,7 +129,7 @@ fn address_spaces_keep_their_own() {
                 page[..8].copy_from_slice(&(next | 7).to_le_bytes());
             } else {
                 let at = 8 * (FROM >> 12) as usize;
-                page[at..at + 8].copy_from_slice(&(0x40_0000 + 0x1000 * n | 7).to_le_bytes());
+                page[at..at + 8].copy_from_slice(&((0x40_0000 + 0x1000 * n) | 7).to_le_bytes());
             }
             test.load(next - 0x1000, &page);
         }
