@@ -35,9 +35,13 @@ pub const GUARD: u64 = 1 << 32;
 const STRIDE: u64 = (1 << REGION_BITS) + GUARD;
 /// Windows per vCPU. The first stays empty.
 const WINDOWS: usize = 33;
-/// Pages mapped at most. Each may take two of the host's mappings, of which a process has 65,530 by default
+/// Pieces mapped at most. Each may take two of the host's mappings, of which a process has 65,530 by default
 /// (Linux `vm.max_map_count`).
-const MAX_PAGES: usize = 20_000;
+const MAX_PIECES: usize = 20_000;
+/// TSC ticks in which a program must not take all pieces twice: mapping costs more than probes then.
+const SOON: u64 = 2_000_000_000;
+/// Entries of [`Windows::writers`] until the stale ones are dropped.
+const MAX_WRITERS: usize = 200_000;
 const PAGE: u64 = 4096;
 /// Pages that one mapping serves at most, and where the guest has large pages: powers of two.
 const AROUND: u64 = 16;
@@ -116,10 +120,11 @@ struct Space {
     regions: Vec<(u8, u8)>,
     /// Guest-physical page by linear page, with [`WRITABLE`].
     pages: HashMap<u64, u64>,
+    /// How often something was mapped, or taken from the middle.
+    pieces: usize,
 }
 
 /// What is mapped.
-#[derive(Default)]
 pub struct Windows {
     reservation: Option<Reservation>,
     /// The host gives no addresses.
@@ -133,8 +138,13 @@ pub struct Windows {
     kept: Vec<Space>,
     /// Host addresses where guest-physical pages are writable, or were.
     writers: HashMap<u64, Vec<u64>>,
-    /// Pages mapped.
-    mapped: usize,
+    writer_count: usize,
+    /// Pieces that may be mapped.
+    room: usize,
+    /// When the current address space last had all of it.
+    last_full: u64,
+    /// It has that too often.
+    thrashes: bool,
     /// The last access that found nothing in the guest's page tables: linear address, and whether it was a write.
     awaited: Option<(u64, bool)>,
 }
@@ -150,6 +160,25 @@ struct UserPage {
 
 // SAFETY: the reservation belongs to this value, and any thread may map there.
 unsafe impl Send for Windows {}
+
+impl Default for Windows {
+    fn default() -> Self {
+        Windows {
+            reservation: None,
+            refused: false,
+            forbidden: false,
+            free: Vec::new(),
+            current: None,
+            kept: Vec::new(),
+            writers: HashMap::new(),
+            writer_count: 0,
+            room: MAX_PIECES,
+            last_full: 0,
+            thrashes: false,
+            awaited: None,
+        }
+    }
+}
 
 impl Windows {
     /// Reserves the addresses. Whether there are any; for RAM that is in files.
@@ -172,7 +201,7 @@ impl Windows {
         !self.refused
     }
 
-    /// Whether code that is translated from now on may use windows: for tests.
+    /// Whether code that is translated from now on may use windows.
     pub fn allow(&mut self, allowed: bool) {
         self.forbidden = !allowed;
     }
@@ -189,8 +218,8 @@ impl Windows {
                 reservation.clear(reservation.window(window), 1 << REGION_BITS);
             }
         }
-        self.mapped -= space.pages.len();
         space.pages.clear();
+        space.pieces = 0;
     }
 
     fn drop_space(&mut self, mut space: Space) {
@@ -198,9 +227,18 @@ impl Windows {
         self.free.extend(space.regions.iter().map(|&(_, window)| window));
     }
 
+    fn spaces(&self) -> impl Iterator<Item = &Space> {
+        self.current.iter().chain(&self.kept)
+    }
+
     /// Pages mapped, in all address spaces.
     pub fn mapped(&self) -> usize {
-        self.mapped
+        self.spaces().map(|space| space.pages.len()).sum()
+    }
+
+    /// Whether a program takes more pages in turns than can be mapped; forgets it.
+    pub fn take_thrashing(&mut self) -> bool {
+        std::mem::take(&mut self.thrashes)
     }
 
     /// Nothing of the current address space is mapped any more.
@@ -217,7 +255,12 @@ impl Windows {
         while let Some(space) = self.kept.pop() {
             self.drop_space(space);
         }
+        self.forget_writers();
+    }
+
+    fn forget_writers(&mut self) {
         self.writers.clear();
+        self.writer_count = 0;
     }
 
     /// What is mapped for `pcid`, which is not current, goes.
@@ -255,7 +298,7 @@ impl Windows {
     pub fn drop_page(&mut self, gva: u64) {
         let Some(space) = &mut self.current else { return };
         if space.pages.remove(&(gva >> 12)).is_some() {
-            self.mapped -= 1;
+            space.pieces += 1;
             let reservation = self.reservation.as_ref().expect("pages are mapped");
             reservation.clear(place(reservation, space, gva & !(PAGE - 1)), PAGE);
         }
@@ -269,7 +312,7 @@ impl Windows {
         space.pages.retain(|page, _| page & !(count - 1) != first);
         let dropped = before - space.pages.len();
         if dropped != 0 {
-            self.mapped -= dropped;
+            space.pieces += 1;
             let reservation = self.reservation.as_ref().expect("pages are mapped");
             reservation.clear(place(reservation, space, first << 12), count << 12);
         }
@@ -286,7 +329,7 @@ impl Windows {
                 let page = (u64::from(region) << REGION_BITS | offset) >> 12;
                 if space.pages.get(&page) == Some(&(gpa | WRITABLE)) {
                     space.pages.remove(&page);
-                    self.mapped -= 1;
+                    space.pieces += 1;
                     reservation.clear(address, PAGE);
                 }
             }
@@ -383,8 +426,8 @@ impl Core {
         if write && !page.writable {
             return false;
         }
-        if self.windows.mapped >= MAX_PAGES {
-            self.windows.make_room();
+        if self.windows.spaces().map(|space| space.pieces).sum::<usize>() >= self.windows.room {
+            self.make_room();
         }
         if page.large {
             self.note_large(gva);
@@ -394,15 +437,38 @@ impl Core {
         let block = number & !(around - 1);
         let known = &self.windows.current.as_ref().expect("the window is its own").pages;
         let fits = |n: u64| {
-            let other = if known.contains_key(&n) { None } else { self.user_page(n << 12, false) };
-            other.is_some_and(|o| {
-                o.writable == page.writable && o.gpa.wrapping_sub(page.gpa) == n.wrapping_sub(number) << 12
-            })
+            let gpa = page.gpa.wrapping_add(n.wrapping_sub(number) << 12);
+            let same = |other: UserPage| other.writable == page.writable && other.gpa == gpa;
+            if known.contains_key(&n) {
+                return false;
+            }
+            if page.large {
+                // The same entry of the page tables: no other page can differ but by what is in it.
+                return !page.writable || !self.ram.is_code(gpa);
+            }
+            self.user_page(n << 12, false).is_some_and(same)
         };
         let from = (block..number).rev().take_while(|&n| fits(n)).last().unwrap_or(number);
         let to = (number + 1..block + around).take_while(|&n| fits(n)).last().unwrap_or(number);
         let gpa = page.gpa.wrapping_sub((number - from) << 12);
-        self.map_pages(from, to - from + 1, gpa, page.writable) || self.map_pages(number, 1, page.gpa, page.writable)
+        let done = self.map_pages(from, to - from + 1, gpa, page.writable)
+            || self.map_pages(number, 1, page.gpa, page.writable);
+        if !done {
+            self.make_room();
+        }
+        done
+    }
+
+    /// Drops an address space that is not current, or what is mapped of the one that is.
+    fn make_room(&mut self) {
+        if self.windows.kept.is_empty() {
+            let now = self.tsc();
+            self.windows.thrashes |= now.wrapping_sub(std::mem::replace(&mut self.windows.last_full, now)) < SOON;
+            self.windows.clear();
+        } else {
+            let oldest = self.windows.kept.remove(0);
+            self.windows.drop_space(oldest);
+        }
     }
 
     /// Maps `count` pages from linear page `number`, which are guest-physical memory from `gpa`.
@@ -422,16 +488,19 @@ impl Core {
         if !reservation.map(at, length, file, offset, writable) {
             return false;
         }
+        space.pieces += 1;
         for page in 0..count {
             let gpa = gpa + (page << 12);
-            if space.pages.insert(number + page, gpa | u64::from(writable)).is_none() {
-                windows.mapped += 1;
-            }
+            space.pages.insert(number + page, gpa | u64::from(writable));
             if writable {
                 let attributes = self.ram.page_attributes(gpa).expect("RAM pages have attributes");
                 attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);
                 windows.writers.entry(gpa).or_default().push(at + (page << 12));
+                windows.writer_count += 1;
             }
+        }
+        if windows.writer_count >= MAX_WRITERS {
+            windows.list_writers();
         }
         true
     }
@@ -449,7 +518,7 @@ impl Core {
         }
     }
 
-    /// Whether accesses of this VM's user code can be direct.
+    /// Whether memory of this VM's user code can be in windows.
     pub fn has_windows(&mut self) -> bool {
         !self.windows.forbidden
             && self.ram.is_in_files()
@@ -459,16 +528,16 @@ impl Core {
 }
 
 impl Windows {
-    /// Drops address spaces that are not current, or all that is mapped.
-    fn make_room(&mut self) {
-        if self.kept.is_empty() {
-            self.clear_current();
-        } else {
-            let oldest = self.kept.remove(0);
-            self.drop_space(oldest);
-        }
-        if self.mapped == 0 {
-            self.writers.clear();
+    /// Lists anew where pages are writable.
+    fn list_writers(&mut self) {
+        self.forget_writers();
+        let Some(reservation) = &self.reservation else { return };
+        for space in self.current.iter().chain(&self.kept) {
+            for (&page, &gpa) in space.pages.iter().filter(|(_, gpa)| *gpa & WRITABLE != 0) {
+                let address = place(reservation, space, page << 12);
+                self.writers.entry(gpa & !WRITABLE).or_default().push(address);
+                self.writer_count += 1;
+            }
         }
     }
 }

@@ -370,6 +370,12 @@ impl Translator {
             Err(exception) => return system::deliver_exception(core, io, exception),
         };
         core.fill_awaited();
+        if core.windows.take_thrashing() {
+            tracing::debug!("a program uses more scattered pages than can be mapped: no windows from now on");
+            core.windows.allow(false);
+            self.flush(core);
+            return Step::Done;
+        }
         let mut next = block;
         loop {
             let exit = self.enter(core, next);

@@ -192,3 +192,37 @@ fn addresses_beyond_the_user_half_fault() {
         assert_eq!(run(&mut test, address, TO), wrote(FAULTED), "{address:#x}");
     }
 }
+
+#[test]
+fn a_program_that_takes_too_many_pages_is_probed() {
+    let mut test = user(COPY);
+    test.core().windows.room = 8;
+    let pages = 32u64;
+    for n in 0..pages {
+        // Scattered, so that no neighbour comes along.
+        let at = FROM + 0x1000 * (n * 7 % pages);
+        test.load(at, &(0x80 + n).to_le_bytes());
+        test.load(place::PT + 8 * ((FROM >> 12) + n), &(at | 7).to_le_bytes());
+    }
+    test.core().flush_all();
+    for round in 0..3 {
+        for n in 0..pages {
+            assert_eq!(run(&mut test, FROM + 0x1000 * n, place::STACK - 8), wrote(0x80 + n as u8), "round {round}");
+        }
+    }
+    assert!(!test.core().has_windows(), "windows were full again and again");
+}
+
+#[test]
+fn what_is_writable_is_listed_once() {
+    let mut test = user(COPY);
+    run(&mut test, FROM, TO);
+    run(&mut test, FROM, TO);
+    test.core().windows.list_writers();
+    let listed: Vec<_> = test.core().windows.writers.values().map(Vec::len).collect();
+    assert!(!listed.is_empty() && listed.iter().all(|&n| n == 1), "{listed:?}");
+    assert_eq!(test.core().windows.writer_count, listed.len());
+    // And what code is made of is still taken out.
+    test.core().protect_code_page(TO);
+    assert!(!test.core().windows.writers.contains_key(&TO));
+}
