@@ -298,10 +298,10 @@ impl Translator {
         self.eager = eager;
     }
 
-    /// From now on code memory is full before each block.
+    /// From now on code memory has room for blocks of `bytes`, more or less, before it is full.
     #[cfg(test)]
-    pub fn leave_no_room(&mut self) {
-        self.room = 0;
+    pub fn leave_room(&mut self, bytes: usize) {
+        self.room = self.thunk_bytes + CODE_RESERVE + bytes;
     }
 
     /// Tells the signal handler about this translator for as long as this thread runs it. GS must already

@@ -13,11 +13,11 @@ fn check(code: &str) -> TestVm {
     check_prepared(code, |_| {})
 }
 
-fn check_prepared(code: &str, prepare: fn(&mut Translator)) -> TestVm {
+fn check_prepared(code: &str, prepare: impl Fn(&mut Translator)) -> TestVm {
     let code: Vec<u8> = (0..code.len()).step_by(2).map(|i| u8::from_str_radix(&code[i..i + 2], 16).unwrap()).collect();
     let run = |method| {
         let mut test = TestVm::long_mode_by(&code, 0, method);
-        test.vcpu.translator().into_iter().for_each(prepare);
+        test.vcpu.translator().into_iter().for_each(&prepare);
         assert_eq!(test.run(), Exit::Kicked);
         let mut bytes = vec![0; 16 << 20];
         assert!(test.vm.ram.read(0, &mut bytes));
@@ -52,9 +52,12 @@ fn a_bit_of_everything() {
 /// A block that is made, for a jump, a return or a shared probe that does not fit, drops those that lead to it.
 #[test]
 fn code_memory_may_be_full_at_any_time() {
-    check_prepared(include_str!("../../tests/everything.hex").trim(), Translator::leave_no_room);
-    // mov ebx, 0x20ff8 / mov ecx, 500 / l: mov rax, [rbx] / mov rdx, [rbx + 8] / inc rbx / loop l / out 0xf4, al
-    check_prepared("bbf80f0200b9f4010000488b03488b530848ffc3e2f4e6f4", Translator::leave_no_room);
+    for bytes in (0..40).map(|n| 40 * n) {
+        let little = |translator: &mut Translator| translator.leave_room(bytes);
+        check_prepared(include_str!("../../tests/everything.hex").trim(), little);
+        // mov ebx, 0x20ff8 / mov ecx, 50 / l: mov rax, [rbx] / mov rdx, [rbx + 8] / inc rbx / loop l / out 0xf4, al
+        check_prepared("bbf80f0200b932000000488b03488b530848ffc3e2f4e6f4", little);
+    }
 }
 
 const CROSSING: (&[u8], &[u8]) = {
