@@ -40,6 +40,10 @@ const WINDOWS: usize = 33;
 const MAX_PIECES: usize = 20_000;
 /// TSC ticks in which a program must not take all pieces twice: mapping costs more than probes then.
 const SOON: u64 = 2_000_000_000;
+/// After so many page mappings somebody looks how fast they came ...
+const FILLS: u32 = 256;
+/// ... and where: faster than one in this many TSC ticks, and the code that makes them is better off with probes.
+const FILL_TICKS: u64 = 60_000;
 /// Entries of [`Windows::writers`] until the stale ones are dropped.
 const MAX_WRITERS: usize = 200_000;
 const PAGE: u64 = 4096;
@@ -139,6 +143,11 @@ pub struct Windows {
     /// Host addresses where guest-physical pages are writable, or were.
     writers: HashMap<u64, Vec<u64>>,
     writer_count: usize,
+    /// Page mappings since they were last looked into, and when that was.
+    fills: u32,
+    looked: u64,
+    /// They come too fast: somewhere here.
+    complaint: Option<u64>,
     /// Pieces that may be mapped.
     room: usize,
     /// When the current address space last had all of it.
@@ -172,6 +181,9 @@ impl Default for Windows {
             kept: Vec::new(),
             writers: HashMap::new(),
             writer_count: 0,
+            fills: 0,
+            looked: 0,
+            complaint: None,
             room: MAX_PIECES,
             last_full: 0,
             thrashes: false,
@@ -234,6 +246,11 @@ impl Windows {
     /// Pages mapped, in all address spaces.
     pub fn mapped(&self) -> usize {
         self.spaces().map(|space| space.pages.len()).sum()
+    }
+
+    /// Host code whose accesses have pages mapped all the time; forgets it.
+    pub fn take_complaint(&mut self) -> Option<u64> {
+        self.complaint.take()
     }
 
     /// Whether a program takes more pages in turns than can be mapped; forgets it.
@@ -366,9 +383,9 @@ fn place(reservation: &Reservation, space: &Space, gva: u64) -> u64 {
 }
 
 impl Core {
-    /// A host page fault of translated code at `address`, by a write or not. Whether the access can be made
-    /// again; else the instruction is the interpreter's.
-    pub fn window_fault(&mut self, address: u64, write: bool) -> bool {
+    /// A host page fault of translated code at `from`, which accesses `address`, by a write or not. Whether the access can
+    /// be made again; else the instruction is the interpreter's.
+    pub fn window_fault(&mut self, from: u64, address: u64, write: bool) -> bool {
         let Some((window, offset)) = self.windows.reservation.as_ref().and_then(|r| r.find(address)) else {
             return false;
         };
@@ -381,6 +398,13 @@ impl Core {
         let began = self.meter.start();
         let filled = self.fill_window(u64::from(region) << REGION_BITS | offset, write);
         self.meter.stop(began, event::PAGE_MAPPING);
+        self.windows.fills += 1;
+        if self.windows.fills >= FILLS {
+            self.windows.fills = 0;
+            let now = self.tsc();
+            let elapsed = now.wrapping_sub(std::mem::replace(&mut self.windows.looked, now));
+            self.windows.complaint = (elapsed < u64::from(FILLS) * FILL_TICKS).then_some(from);
+        }
         filled
     }
 

@@ -137,7 +137,7 @@ pub unsafe fn on_signal(context: *mut libc::c_void) -> bool {
     let in_window = is_page_fault && core.windows.contains(address);
     if in_window {
         const WRITE: i64 = 1 << 1; // of a page fault's error code (SDM vol. 3A 4.7)
-        if core.window_fault(address, registers[libc::REG_ERR as usize] & WRITE != 0) {
+        if core.window_fault(rip, address, registers[libc::REG_ERR as usize] & WRITE != 0) {
             return true;
         }
     }

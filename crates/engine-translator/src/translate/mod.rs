@@ -223,6 +223,8 @@ pub struct Translator {
     /// should not.
     hot: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     cold: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    /// Blocks whose accesses in windows once had pages mapped too fast.
+    suspects: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     /// In which regions accesses are, by offset in the block, if not where their registers pointed at first.
     regions: AddressMap<Key, Learned>,
     /// When something about regions was learned last.
@@ -278,6 +280,7 @@ impl Translator {
             short_loops: HashSet::default(),
             hot: HashSet::default(),
             cold: HashSet::default(),
+            suspects: HashSet::default(),
             regions: AddressMap::default(),
             learned: 0,
             recycled: 0,
@@ -369,6 +372,10 @@ impl Translator {
             Ok(None) => return self.interpret(core, io),
             Err(exception) => return system::deliver_exception(core, io, exception),
         };
+        if let Some(at) = core.windows.take_complaint() {
+            self.close_windows(core, at);
+            return Step::Done;
+        }
         core.fill_awaited();
         if core.windows.take_thrashing() {
             tracing::debug!("a program uses more scattered pages than can be mapped: no windows from now on");
@@ -593,7 +600,7 @@ impl Translator {
         if self.eager && self.statistics.blocks.is_multiple_of(EAGER_RECYCLE) {
             self.recycle_micro(core);
         }
-        let windowed = key.context.jumps == JumpContext::User && core.has_windows();
+        let windowed = key.context.jumps == JumpContext::User && !self.cold.contains(&key) && core.has_windows();
         let wanted = (self.eager || self.hot.contains(&key)) && !windowed && !key.alone;
         let hot = wanted && !self.cold.contains(&key) && !self.is_micro_full();
         let first_micro = self.micro_owners.len();
@@ -838,9 +845,8 @@ impl Translator {
     /// and one that is met mostly outside its iterations, because they are few, loses that again.
     fn sample(&mut self, core: &mut Core) {
         let at = std::mem::take(&mut core.cpu.translated[word::SAMPLE]);
-        let Some(offset) = self.code.offset_of(at) else { return };
-        let i = self.blocks.partition_point(|b| b.start as usize <= offset);
-        let Some(id) = i.checked_sub(1) else { return };
+        let (Some(offset), Some(id)) = (self.code.offset_of(at), self.block_at(at)) else { return };
+        let id = id as usize;
         let block = &mut self.blocks[id];
         let key = block.key;
         // Kernels run the same code for many stacks and objects: their accesses don't stay on a page.
@@ -888,6 +894,23 @@ impl Translator {
             None => known.push((at, Some(region))),
         }
         self.kill(core, id);
+    }
+
+    /// The block with host code `at` has pages mapped again and again. The second time it is translated with probes.
+    fn close_windows(&mut self, core: &mut Core, at: u64) {
+        let Some(id) = self.block_at(at) else { return };
+        let key = self.blocks[id as usize].key;
+        if !self.suspects.insert(key) {
+            self.cold.insert(key);
+            self.kill(core, id);
+        }
+    }
+
+    /// The block that host address `at` belongs to.
+    fn block_at(&self, at: u64) -> Option<u32> {
+        let offset = self.code.offset_of(at)?;
+        let i = self.blocks.partition_point(|b| b.start as usize <= offset);
+        i.checked_sub(1).map(|i| i as u32)
     }
 
     /// Has `id` and what its jumps lead to translated again, as hot ones.
@@ -1068,6 +1091,7 @@ impl Translator {
         self.short_loops.clear();
         self.hot.clear();
         self.cold.clear();
+        self.suspects.clear();
         self.regions.clear();
         self.micro_owners.clear();
         core.cpu.micro = [MicroEntry::empty(core.cpu.micro_nowhere, 0); MICRO_ENTRIES];

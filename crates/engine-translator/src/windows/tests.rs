@@ -226,3 +226,20 @@ fn what_is_writable_is_listed_once() {
     test.core().protect_code_page(TO);
     assert!(!test.core().windows.writers.contains_key(&TO));
 }
+
+#[test]
+fn code_that_maps_pages_all_the_time_is_probed() {
+    let mut test = user(COPY);
+    // A busy host may take its time in between; then they don't come too fast.
+    for n in 0..200_000u64 {
+        test.load(FROM, &(n & 0x7f).to_le_bytes());
+        test.core().invalidate_page(FROM);
+        let without = test.core().windows.mapped();
+        assert_eq!(run(&mut test, FROM, TO), wrote(n as u8 & 0x7f));
+        if n > 2 && test.core().windows.mapped() == without {
+            assert!(test.core().has_windows(), "other code may have them");
+            return;
+        }
+    }
+    panic!("FROM is mapped again and again");
+}
