@@ -18,6 +18,7 @@ mod encoding;
 mod enter;
 pub mod fault;
 mod flags;
+mod learn;
 mod loops;
 mod moving;
 pub mod planted;
@@ -72,19 +73,10 @@ const MAX_MISFITS: u32 = 64;
 /// ... if they come faster than one in this many TSC ticks; rarer ones cost less than shared probes save.
 const MISFIT_TICKS: u64 = 2_000;
 
-/// Samples outside a loop's iterations, more than inside, after which its probes are hoisted no more.
-const SAMPLES: i8 = 4;
-
 /// Micro-TLB entries that a block can have.
 const BLOCK_MICROS: usize = 24;
-/// Accesses to other regions than thought after which one is looked into ...
-const REGION_BUDGET: i32 = 256;
-/// ... and translated anew, if they come faster than one in this many TSC ticks.
-const REGION_TICKS: u64 = 500;
 /// Translations after which eager translation takes all micro-TLB entries away.
 const EAGER_RECYCLE: u64 = 512;
-/// Blocks that a hot one's jumps lead to, and that are hot with it.
-const HOT_NEIGHBOURS: usize = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
@@ -223,8 +215,10 @@ pub struct Translator {
     /// should not.
     hot: HashSet<Key, BuildHasherDefault<AddressHasher>>,
     cold: HashSet<Key, BuildHasherDefault<AddressHasher>>,
-    /// Blocks whose accesses in windows once had pages mapped too fast.
-    suspects: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    /// How often blocks had pages mapped too fast.
+    suspects: AddressMap<Key, u32>,
+    /// Since when they are counted.
+    suspected: u64,
     /// In which regions accesses are, by offset in the block, if not where their registers pointed at first.
     regions: AddressMap<Key, Learned>,
     /// When something about regions was learned last.
@@ -280,7 +274,8 @@ impl Translator {
             short_loops: HashSet::default(),
             hot: HashSet::default(),
             cold: HashSet::default(),
-            suspects: HashSet::default(),
+            suspects: AddressMap::default(),
+            suspected: 0,
             regions: AddressMap::default(),
             learned: 0,
             recycled: 0,
@@ -839,139 +834,6 @@ impl Translator {
             }
             self.kill(core, id);
         }
-    }
-
-    /// Learns from where translated code was interrupted: a loop that is met there gets its probes hoisted,
-    /// and one that is met mostly outside its iterations, because they are few, loses that again.
-    fn sample(&mut self, core: &mut Core) {
-        let at = std::mem::take(&mut core.cpu.translated[word::SAMPLE]);
-        let (Some(offset), Some(id)) = (self.code.offset_of(at), self.block_at(at)) else { return };
-        let id = id as usize;
-        let block = &mut self.blocks[id];
-        let key = block.key;
-        // Kernels run the same code for many stacks and objects: their accesses don't stay on a page.
-        let user = matches!(key.context.jumps, JumpContext::User | JumpContext::User32);
-        if user && block.alive && !block.hot && !self.cold.contains(&key) && self.may_heat(core) {
-            self.heat(core, id as u32);
-            core.sample_period = Core::SAMPLE_PERIODS.start;
-        } else {
-            core.sample_period = (core.sample_period * 2).min(Core::SAMPLE_PERIODS.end);
-        }
-        let block = &mut self.blocks[id];
-        if block.hoistable && block.fast.is_none() && !self.short_loops.contains(&key) {
-            self.hot_loops.insert(key);
-            return self.kill(core, id as u32);
-        }
-        if !block.alive || !block.hoistable || self.short_loops.contains(&key) {
-            return;
-        }
-        let Some((from, to)) = block.fast else { return };
-        let offset = offset as u32 - block.start;
-        if offset >= from && offset < to {
-            block.samples = (block.samples + 1).min(SAMPLES);
-        } else {
-            block.samples -= 1;
-            if block.samples <= -SAMPLES {
-                self.hot_loops.remove(&key);
-                self.short_loops.insert(key);
-                self.kill(core, id as u32);
-            }
-        }
-    }
-
-    /// An access was in another region than thought, and that has been so often that it may be worth a new translation.
-    fn learn_region(&mut self, core: &mut Core, exit: u32, at: u16) {
-        core.cpu.region_budget = REGION_BUDGET;
-        let now = core.tsc();
-        if now.wrapping_sub(std::mem::replace(&mut self.learned, now)) > REGION_BUDGET as u64 * REGION_TICKS {
-            return;
-        }
-        let region = core.cpu.translated[word::REGION] as u8;
-        let id = self.exits[exit as usize].block;
-        let known = self.regions.entry(self.blocks[id as usize].key).or_default();
-        match known.iter_mut().find(|(other, _)| *other == at) {
-            Some((_, known)) => *known = None,
-            None => known.push((at, Some(region))),
-        }
-        self.kill(core, id);
-    }
-
-    /// The block with host code `at` has pages mapped again and again. The second time it is translated with probes.
-    fn close_windows(&mut self, core: &mut Core, at: u64) {
-        let Some(id) = self.block_at(at) else { return };
-        let key = self.blocks[id as usize].key;
-        if !self.suspects.insert(key) {
-            self.cold.insert(key);
-            self.kill(core, id);
-        }
-    }
-
-    /// The block that host address `at` belongs to.
-    fn block_at(&self, at: u64) -> Option<u32> {
-        let offset = self.code.offset_of(at)?;
-        let i = self.blocks.partition_point(|b| b.start as usize <= offset);
-        i.checked_sub(1).map(|i| i as u32)
-    }
-
-    /// Has `id` and what its jumps lead to translated again, as hot ones.
-    fn heat(&mut self, core: &mut Core, id: u32) {
-        let mut found = vec![id];
-        let mut next = 0;
-        while next < found.len() && found.len() < HOT_NEIGHBOURS {
-            for exit in self.blocks[found[next] as usize].exits.clone() {
-                if let Some(to) = self.exits[exit as usize].linked
-                    && !found.contains(&to)
-                {
-                    found.push(to);
-                }
-            }
-            next += 1;
-        }
-        for id in found {
-            let block = &self.blocks[id as usize];
-            if block.alive && !block.hot && !block.key.alone && !self.cold.contains(&block.key) {
-                self.hot.insert(block.key);
-                self.kill(core, id);
-            }
-        }
-    }
-
-    /// Has the block whose micro-TLB entry this is translated again, without such entries.
-    fn cool(&mut self, core: &mut Core, entry: usize) {
-        let Some(&key) = self.micro_owners.get(entry) else { return };
-        self.hot.remove(&key);
-        self.cold.insert(key);
-        if let Some(&id) = self.index.get(&key) {
-            self.kill(core, id);
-        }
-    }
-
-    /// Takes the micro-TLB entries away from all blocks: there are too few for another one.
-    fn recycle_micro(&mut self, core: &mut Core) {
-        for key in std::mem::take(&mut self.micro_owners) {
-            if let Some(&id) = self.index.get(&key) {
-                self.kill(core, id);
-            }
-        }
-        self.hot.clear();
-        self.recycled = core.tsc();
-        core.cpu.micro = [MicroEntry::empty(core.cpu.micro_nowhere, 0); MICRO_ENTRIES];
-    }
-
-    fn is_micro_full(&self) -> bool {
-        self.micro_owners.len() + BLOCK_MICROS > MICRO_ENTRIES
-    }
-
-    /// Whether there are micro-TLB entries for another hot block. Where very much is hot, a second's first
-    /// get them: translating again costs more than they save.
-    fn may_heat(&mut self, core: &mut Core) -> bool {
-        if self.is_micro_full() {
-            if core.tsc().wrapping_sub(self.recycled) < core.vm.tsc_khz * 1000 {
-                return false;
-            }
-            self.recycle_micro(core);
-        }
-        true
     }
 
     /// The block and the guest address of the instruction that host address `at` belongs to.
