@@ -124,8 +124,32 @@ struct Space {
     regions: Vec<(u8, u8)>,
     /// Guest-physical page by linear page, with [`WRITABLE`].
     pages: HashMap<u64, u64>,
-    /// How often something was mapped, or taken from the middle.
+    /// Mappings that the host needs for them: a page that goes on where the one before ends takes none of its own.
     pieces: usize,
+}
+
+impl Space {
+    /// Whether `page` and the next one are one mapping.
+    fn joined(&self, page: u64) -> bool {
+        let next = || self.pages.get(&page.wrapping_add(1));
+        self.pages.get(&page).is_some_and(|&value| next() == Some(&(value + PAGE)))
+    }
+
+    fn insert(&mut self, page: u64, value: u64) {
+        self.remove(page);
+        self.pages.insert(page, value);
+        self.pieces += 1;
+        self.pieces -= usize::from(self.joined(page)) + usize::from(self.joined(page.wrapping_sub(1)));
+    }
+
+    fn remove(&mut self, page: u64) -> bool {
+        let joints = usize::from(self.joined(page)) + usize::from(self.joined(page.wrapping_sub(1)));
+        let known = self.pages.remove(&page).is_some();
+        if known {
+            self.pieces = self.pieces + joints - 1;
+        }
+        known
+    }
 }
 
 /// What is mapped.
@@ -314,8 +338,7 @@ impl Windows {
     /// The page of `gva` goes, in the current address space.
     pub fn drop_page(&mut self, gva: u64) {
         let Some(space) = &mut self.current else { return };
-        if space.pages.remove(&(gva >> 12)).is_some() {
-            space.pieces += 1;
+        if space.remove(gva >> 12) {
             let reservation = self.reservation.as_ref().expect("pages are mapped");
             reservation.clear(place(reservation, space, gva & !(PAGE - 1)), PAGE);
         }
@@ -325,11 +348,11 @@ impl Windows {
     /// `first`.
     pub fn drop_range(&mut self, first: u64, count: u64) {
         let Some(space) = &mut self.current else { return };
-        let before = space.pages.len();
-        space.pages.retain(|page, _| page & !(count - 1) != first);
-        let dropped = before - space.pages.len();
-        if dropped != 0 {
-            space.pieces += 1;
+        let dropped: Vec<u64> = space.pages.keys().copied().filter(|page| page & !(count - 1) == first).collect();
+        for &page in &dropped {
+            space.remove(page);
+        }
+        if !dropped.is_empty() {
             let reservation = self.reservation.as_ref().expect("pages are mapped");
             reservation.clear(place(reservation, space, first << 12), count << 12);
         }
@@ -345,8 +368,7 @@ impl Windows {
                 let Some(&(region, _)) = space.regions.iter().find(|(_, w)| *w == window) else { continue };
                 let page = (u64::from(region) << REGION_BITS | offset) >> 12;
                 if space.pages.get(&page) == Some(&(gpa | WRITABLE)) {
-                    space.pages.remove(&page);
-                    space.pieces += 1;
+                    space.remove(page);
                     reservation.clear(address, PAGE);
                 }
             }
@@ -512,10 +534,9 @@ impl Core {
         if !reservation.map(at, length, file, offset, writable) {
             return false;
         }
-        space.pieces += 1;
         for page in 0..count {
             let gpa = gpa + (page << 12);
-            space.pages.insert(number + page, gpa | u64::from(writable));
+            space.insert(number + page, gpa | u64::from(writable));
             if writable {
                 let attributes = self.ram.page_attributes(gpa).expect("RAM pages have attributes");
                 attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);

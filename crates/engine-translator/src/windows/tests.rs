@@ -243,3 +243,18 @@ fn code_that_maps_pages_all_the_time_is_probed() {
     }
     panic!("FROM is mapped again and again");
 }
+
+#[test]
+fn mappings_are_counted_as_the_host_has_them() {
+    let mut space = super::Space::default();
+    for (page, gpa, pieces) in
+        [(5, 0x5000, 1), (6, 0x6000, 1), (8, 0x8000, 2), (7, 0x7000, 1), (7, 0x9000, 3), (4, 0x4001, 4)]
+    {
+        space.insert(page, gpa);
+        assert_eq!(space.pieces, pieces, "{page}");
+    }
+    for (page, pieces) in [(7, 3), (5, 3), (5, 3), (6, 2), (4, 1), (8, 0)] {
+        space.remove(page);
+        assert_eq!(space.pieces, pieces, "without {page}");
+    }
+}
