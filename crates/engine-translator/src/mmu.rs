@@ -8,12 +8,13 @@
 //! code was made from the page. A page with a write tag counts as written ([`page::DIRTY`]), so whoever takes
 //! that mark away has the tags dropped too.
 
+mod journal;
 mod spaces;
 
 use crate::core::Core;
 use crate::cpu::{
-    JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, LINKS, Mode, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext,
-    invalid_tag,
+    Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, LINKS, Mode, TLB_CONTEXTS, TLB_ENTRIES, Tag,
+    TlbContext, invalid_tag,
 };
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
 use anyvisor_engine::GuestIo;
@@ -21,6 +22,7 @@ use anyvisor_engine::tally::event;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::cr0;
 use anyvisor_x86::paging::{self, Access, AccessKind, Mapping, PagingMode};
+use journal::Journal;
 use spaces::Spaces;
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
@@ -57,9 +59,9 @@ pub struct Mmu {
     /// Guest-physical page addresses of TLB entries, bit 0: global.
     pages: Box<[[u64; TLB_ENTRIES]; TLB_CONTEXTS]>,
     /// Indices filled since the last flush, per context.
-    journal: [Vec<u16>; TLB_CONTEXTS],
+    journal: [Journal; TLB_CONTEXTS],
     /// Indices in the kernel TLB whose pages are not global.
-    kernel_local: Vec<u16>,
+    kernel_local: Journal,
     /// 2 MiB regions that had an entry from a large page.
     large: HashSet<u64>,
     last_large: u64,
@@ -87,7 +89,7 @@ impl Mmu {
         Mmu {
             pages: vec![[0; TLB_ENTRIES]; TLB_CONTEXTS].into_boxed_slice().try_into().expect("as many as contexts"),
             journal: Default::default(),
-            kernel_local: Vec::new(),
+            kernel_local: Journal::default(),
             large: HashSet::new(),
             last_large: u64::MAX,
             code_pages: Box::new([CodePage::EMPTY; CODE_PAGES]),
@@ -129,6 +131,12 @@ fn code_page_index(gva: u64) -> usize {
 /// Bit of the jump filter.
 fn jump_hash(gva: u64) -> usize {
     ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff
+}
+
+fn drop_entry(cpu: &mut Cpu, context: usize, index: usize) {
+    let entry = &mut cpu.tlb[context][index];
+    entry.read = invalid_tag(index);
+    entry.write = invalid_tag(index);
 }
 
 fn tlb_index(gva: u64) -> usize {
@@ -223,15 +231,12 @@ impl Core {
         entry.host = host as u64;
         entry.delta = (host as u64).wrapping_sub(gva & !0xfff);
         self.mmu.pages[context as usize][index] = gpa | u64::from(mapping.global);
-        self.mmu.journal[context as usize].push(index as u16);
+        self.mmu.journal[context as usize].note(index);
         if context == TlbContext::Kernel && !mapping.global {
-            self.mmu.kernel_local.push(index as u16);
+            self.mmu.kernel_local.note(index);
         }
         if mapping.page_bits > 12 {
             self.note_large(gva);
-        }
-        if self.mmu.journal[context as usize].len() >= 4 * TLB_ENTRIES {
-            self.compact_journal(context);
         }
         Ok(write_tag || !write)
     }
@@ -244,27 +249,15 @@ impl Core {
         }
     }
 
-    fn compact_journal(&mut self, context: TlbContext) {
-        let tlb = &self.cpu.tlb[context as usize];
-        let mut journal = std::mem::take(&mut self.mmu.journal[context as usize]);
-        journal.sort_unstable();
-        journal.dedup();
-        journal.retain(|&i| tlb[i as usize].read != invalid_tag(i as usize));
-        self.mmu.journal[context as usize] = journal;
-        if context == TlbContext::Kernel {
-            self.mmu.kernel_local.sort_unstable();
-            self.mmu.kernel_local.dedup();
-        }
-    }
-
     pub(crate) fn is_lapic_page(&self, gpa: u64) -> bool {
         self.lapic.mmio_base() == Some(gpa & !0xfff)
     }
 
-    fn drop_entry(&mut self, context: usize, index: usize) {
-        let entry = &mut self.cpu.tlb[context][index];
-        entry.read = invalid_tag(index);
-        entry.write = invalid_tag(index);
+    /// Drops all entries of a TLB.
+    fn empty(&mut self, context: usize) {
+        let (cpu, journal) = (&mut *self.cpu, &mut self.mmu.journal[context]);
+        journal.iter().for_each(|index| drop_entry(cpu, context, index));
+        journal.clear();
     }
 
     /// Drops every translation, global ones included.
@@ -288,12 +281,7 @@ impl Core {
         self.cpu.empty_micro();
         self.windows.clear();
         for context in 0..TLB_CONTEXTS {
-            let mut journal = std::mem::take(&mut self.mmu.journal[context]);
-            for &index in &journal {
-                self.drop_entry(context, index as usize);
-            }
-            journal.clear();
-            self.mmu.journal[context] = journal;
+            self.empty(context);
         }
         self.mmu.kernel_local.clear();
         self.mmu.spaces.clear();
@@ -311,22 +299,15 @@ impl Core {
         self.cpu.empty_micro();
         self.windows.clear_current();
         for context in [TlbContext::KernelAc as usize, TlbContext::User as usize] {
-            let mut journal = std::mem::take(&mut self.mmu.journal[context]);
-            for &index in &journal {
-                self.drop_entry(context, index as usize);
-            }
-            journal.clear();
-            self.mmu.journal[context] = journal;
+            self.empty(context);
         }
-        let mut local = std::mem::take(&mut self.mmu.kernel_local);
-        for &index in &local {
-            let index = index as usize;
-            if self.mmu.pages[TlbContext::Kernel as usize][index] & 1 == 0 {
-                self.drop_entry(TlbContext::Kernel as usize, index);
+        let (cpu, kernel) = (&mut *self.cpu, TlbContext::Kernel as usize);
+        for index in self.mmu.kernel_local.iter() {
+            if self.mmu.pages[kernel][index] & 1 == 0 {
+                drop_entry(cpu, kernel, index);
             }
         }
-        local.clear();
-        self.mmu.kernel_local = local;
+        self.mmu.kernel_local.clear();
         self.flush_non_global_jumps();
     }
 
@@ -340,7 +321,7 @@ impl Core {
             let (index, page) = (tlb_index(gva), gva & !0xfff);
             for context in 0..TLB_CONTEXTS {
                 if self.cpu.tlb[context][index].read == 0u64.wrapping_sub(page) {
-                    self.drop_entry(context, index);
+                    drop_entry(&mut self.cpu, context, index);
                 }
             }
         }
@@ -358,11 +339,11 @@ impl Core {
     fn invalidate_large(&mut self, gva: u64) {
         self.windows.drop_range(gva >> 30 << 18, 1 << 18);
         for context in 0..TLB_CONTEXTS {
-            for i in 0..self.mmu.journal[context].len() {
-                let index = self.mmu.journal[context][i] as usize;
-                let page = 0u64.wrapping_sub(self.cpu.tlb[context][index].read);
+            let cpu = &mut *self.cpu;
+            for index in self.mmu.journal[context].iter() {
+                let page = 0u64.wrapping_sub(cpu.tlb[context][index].read);
                 if page >> 30 == gva >> 30 {
-                    self.drop_entry(context, index);
+                    drop_entry(cpu, context, index);
                 }
             }
         }
@@ -383,8 +364,7 @@ impl Core {
         }
         self.cpu.empty_micro();
         for context in 0..TLB_CONTEXTS {
-            for &index in &self.mmu.journal[context] {
-                let index = index as usize;
+            for index in self.mmu.journal[context].iter() {
                 if self.mmu.pages[context][index] & !0xfff == gpa {
                     self.cpu.tlb[context][index].write = invalid_tag(index);
                 }

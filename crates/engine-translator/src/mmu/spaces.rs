@@ -131,15 +131,13 @@ impl Core {
         for context in 0..TLB_CONTEXTS {
             let kernel = context == TlbContext::Kernel as usize;
             let journal = if kernel { &self.mmu.kernel_local } else { &self.mmu.journal[context] };
-            for &index in journal {
-                let index = usize::from(index);
+            for index in journal.iter() {
                 let entry = &mut self.cpu.tlb[context][index];
                 let page = self.mmu.pages[context][index];
                 if entry.read == invalid_tag(index) || page & 1 != 0 {
                     continue;
                 }
                 space.entries.push(KeptEntry { context: context as u8, entry: *entry, page });
-                // Journals repeat themselves: this one is done.
                 entry.read = invalid_tag(index);
                 entry.write = invalid_tag(index);
             }
@@ -174,11 +172,11 @@ impl Core {
                 if self.cpu.tlb[context][index].read != invalid_tag(index) {
                     continue;
                 }
-                self.mmu.kernel_local.push(index as u16);
+                self.mmu.kernel_local.note(index);
             }
             self.cpu.tlb[context][index] = kept.entry;
             self.mmu.pages[context][index] = kept.page;
-            self.mmu.journal[context].push(index as u16);
+            self.mmu.journal[context].note(index);
         }
         for kept in &space.jumps {
             self.cpu.jump_cache[kept.context as usize][usize::from(kept.index)] = kept.entry;
