@@ -112,6 +112,13 @@ impl Exec<'_> {
         if !careful && !compares && op.operation != Operation::Lods {
             let moved = self.chunks(op, count)?;
             count -= moved;
+            if moved != 0 {
+                // What is left is for translated code, or for the next step.
+                if count != 0 {
+                    self.core.cpu.rip = self.start;
+                }
+                return Ok(());
+            }
         }
         let mut left = if careful { 1 } else { SINGLE_ITERATIONS };
         let mut new_flags = None;

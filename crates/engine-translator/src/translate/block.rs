@@ -32,6 +32,9 @@ use std::mem::offset_of;
 const MAX_INSTRUCTIONS: usize = 64;
 /// Conditional branches a block runs through at most.
 const MAX_BRANCHES: usize = 6;
+/// Bytes of host code and instructions that most blocks stay below.
+const USUAL_CODE: usize = 1024;
+const USUAL_INSTRUCTIONS: usize = 24;
 /// Instructions looked at to see whether a branch target overwrites the flags.
 const PEEK_INSTRUCTIONS: usize = 12;
 
@@ -249,6 +252,10 @@ pub(super) struct Insn {
     pub(super) offset: u16,
     pub(super) length: u8,
     pub(super) kind: Kind,
+    /// What it does to each operand.
+    pub(super) accesses: [OpAccess; 5],
+    /// A bit for each general register that it writes or may write.
+    pub(super) written: u16,
     /// Status flags alive before it, at the point where it may miss or fault.
     pub(super) live_in: u32,
     pub(super) live_out: u32,
@@ -314,7 +321,7 @@ pub struct Source<'a> {
 pub struct Builder<'a> {
     pub(super) a: Assembler,
     pub(super) source: &'a Source<'a>,
-    pub(super) info: InstructionInfoFactory,
+    info: &'a mut InstructionInfoFactory,
     pub(super) map: Vec<(u32, u16)>,
     pub(super) misses: Vec<Miss>,
     pub(super) elsewhere: Vec<Elsewhere>,
@@ -372,12 +379,12 @@ pub struct Builder<'a> {
 }
 
 /// Translates the code at `source`. At least one instruction is covered, if only by interpretation.
-pub fn translate(source: &Source) -> Translation {
+pub fn translate(source: &Source, info: &mut InstructionInfoFactory) -> Translation {
     let mut builder = Builder {
-        a: Assembler::default(),
+        a: Assembler { code: Vec::with_capacity(USUAL_CODE) },
         source,
-        info: InstructionInfoFactory::new(),
-        map: Vec::new(),
+        info,
+        map: Vec::with_capacity(USUAL_INSTRUCTIONS),
         misses: Vec::new(),
         elsewhere: Vec::new(),
         constants: Vec::new(),
@@ -512,7 +519,7 @@ impl<'a> Builder<'a> {
     fn decode(&mut self) -> Vec<Insn> {
         let source = self.source;
         let mut decoder = Decoder::with_ip(self.bits(), source.bytes, source.rip, DecoderOptions::NONE);
-        let mut insns: Vec<Insn> = Vec::new();
+        let mut insns: Vec<Insn> = Vec::with_capacity(USUAL_INSTRUCTIONS);
         let mut branches = 0;
         while insns.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
             let offset = decoder.position() as u16;
@@ -562,9 +569,18 @@ impl<'a> Builder<'a> {
         insns
     }
 
-    fn insn(&self, instruction: Instruction, offset: u16, kind: Kind) -> Insn {
+    fn insn(&mut self, instruction: Instruction, offset: u16, kind: Kind) -> Insn {
         let length = instruction.len() as u8;
-        Insn { instruction, offset, length, kind, live_in: ALL_FLAGS, live_out: ALL_FLAGS }
+        let info = self.info.info_options(&instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
+        let mut written = 0;
+        for used in info.used_registers() {
+            let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+            if writes && used.register().is_gpr() {
+                written |= 1 << (used.register().full_register() as u16 - Register::RAX as u16);
+            }
+        }
+        let accesses = std::array::from_fn(|i| info.op_access(i as u32));
+        Insn { instruction, offset, length, kind, accesses, written, live_in: ALL_FLAGS, live_out: ALL_FLAGS }
     }
 
     fn liveness(&mut self, insns: &mut [Insn]) {
@@ -639,7 +655,7 @@ impl<'a> Builder<'a> {
 
     fn plan_accesses(&mut self, insns: &[Insn]) {
         let mut coalescer = Coalescer::new(self.source.mix, self.source.windowed, self.bits());
-        let mut accesses = Vec::new();
+        let mut accesses = Vec::with_capacity(2 * insns.len());
         let share = self.source.coalesce;
         for insn in insns {
             let alone = self.source.windowed && matches!(insn.kind, Kind::Sensitive | Kind::String);
@@ -670,9 +686,8 @@ impl<'a> Builder<'a> {
         let operand = || ea().map(|ea| Access { ea, size: word, write: false });
         match insn.kind {
             Kind::Memory | Kind::BitString => {
-                let info = self.info.info_options(instruction, InstructionInfoOptions::NO_REGISTER_USAGE);
                 let number = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
-                let access = number.map_or(OpAccess::NoMemAccess, |n| info.op_access(n));
+                let access = number.map_or(OpAccess::NoMemAccess, |n| insn.accesses[n as usize]);
                 if access == OpAccess::NoMemAccess {
                     return [None, None];
                 }
@@ -820,10 +835,9 @@ impl<'a> Builder<'a> {
 
     fn memory(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
-        let info = self.info.info_options(instruction, InstructionInfoOptions::NO_REGISTER_USAGE);
         let operand = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
         let Some(operand) = operand else { return false };
-        let access = info.op_access(operand);
+        let access = insn.accesses[operand as usize];
         if access == OpAccess::NoMemAccess {
             return true;
         }

@@ -14,9 +14,7 @@ use super::access::Ea;
 use super::block::Insn;
 use super::planted::{self, Bug};
 use crate::cpu::DELTAS;
-use iced_x86::{
-    Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind, Register,
-};
+use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
 /// The widest range of a group, in bytes: a wider one leaves its page more often.
 const RANGE: i64 = 384;
@@ -95,7 +93,6 @@ pub struct Coalescer {
     /// Of the code: 32 or 64. Addresses and offsets in 32-bit code are meant modulo 2^32.
     bits: u32,
     count: usize,
-    info: InstructionInfoFactory,
 }
 
 impl Coalescer {
@@ -109,7 +106,6 @@ impl Coalescer {
             segments: 0,
             groups: Vec::new(),
             count: 0,
-            info: InstructionInfoFactory::new(),
         }
     }
 
@@ -246,7 +242,9 @@ impl Coalescer {
             }
             _ => {}
         }
-        self.forget_written(instruction);
+        for register in (0..16).filter(|r| insn.written & (1 << r) != 0) {
+            self.forget(register);
+        }
     }
 
     fn lea(&self, instruction: &Instruction) -> Option<Value> {
@@ -258,20 +256,6 @@ impl Coalescer {
         let displacement = instruction.memory_displacement64();
         let displacement = if self.bits == 64 { displacement as i64 } else { i64::from(displacement as i32) };
         Some(Value { offset: value.offset.wrapping_add(displacement), ..value })
-    }
-
-    fn forget_written(&mut self, instruction: &Instruction) {
-        let mut written = 0u16;
-        let info = self.info.info_options(instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
-        for used in info.used_registers() {
-            let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
-            if writes && used.register().is_gpr() {
-                written |= 1 << (used.register().full_register() as usize - Register::RAX as usize);
-            }
-        }
-        for register in (0..16).filter(|r| written & (1 << r) != 0) {
-            self.forget(register);
-        }
     }
 
     /// The role of each access, in order.

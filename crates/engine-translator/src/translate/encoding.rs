@@ -329,11 +329,11 @@ pub struct GprOperand {
 
 /// The explicit general-register operands of `instruction`. Implicit ones (AL, CL, RAX … fixed by the
 /// opcode) are not listed: those registers keep their own names in translated code.
-pub fn gpr_operands(instruction: &Instruction) -> impl Iterator<Item = GprOperand> + use<> {
+pub fn gpr_operands(instruction: &Instruction) -> [Option<GprOperand>; 5] {
     let info = instruction.op_code();
-    let instruction = *instruction;
-    (0..instruction.op_count()).filter_map(move |operand| {
-        if instruction.op_kind(operand) != OpKind::Register {
+    std::array::from_fn(|operand| {
+        let operand = operand as u32;
+        if operand >= instruction.op_count() || instruction.op_kind(operand) != OpKind::Register {
             return None;
         }
         let register = instruction.op_register(operand);

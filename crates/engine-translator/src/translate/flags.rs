@@ -14,7 +14,7 @@ use super::block::{Builder, Insn, host_register, scratch};
 use super::classify::{self, Kind};
 use super::planted::{self, Bug};
 use anyvisor_x86::bits::gpr;
-use iced_x86::{InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind, Register};
+use iced_x86::{Mnemonic as M, OpKind, Register};
 
 /// Where a miss keeps RSI meanwhile; only indirect jumps use it else.
 use super::block::SAVED_RCX as SAVED_RSI;
@@ -129,21 +129,13 @@ impl Builder<'_> {
     }
 
     /// Guest registers that `insn` changes, but for a stack pointer that `redo` follows.
-    fn moved_apart(&mut self, insn: &Insn, redo: &Redo) -> u16 {
-        let mut written = 0;
-        let info = self.info.info_options(&insn.instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
-        for used in info.used_registers() {
-            let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
-            if writes && used.register().is_gpr() {
-                written |= 1 << (used.register().full_register() as u16 - Register::RAX as u16);
-            }
-        }
+    fn moved_apart(&self, insn: &Insn, redo: &Redo) -> u16 {
         let steps = match insn.kind {
             Kind::Push | Kind::CallDirect | Kind::CallIndirect | Kind::Return => true,
             Kind::Pop => insn.instruction.op0_register().full_register() != Register::RSP,
             _ => false,
         };
-        if steps && redo.follows_stack() { written & !(1 << gpr::RSP) } else { written }
+        if steps && redo.follows_stack() { insn.written & !(1 << gpr::RSP) } else { insn.written }
     }
 
     /// The stack pointer moves by `by`.

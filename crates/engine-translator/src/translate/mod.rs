@@ -197,6 +197,7 @@ pub struct Translator {
     /// Whose calls are on it: [`JumpContext::returns`].
     returns: u8,
     features: Features,
+    info: iced_x86::InstructionInfoFactory,
     blocks: Vec<Block>,
     exits: Vec<Exit>,
     index: AddressMap<Key, u32>,
@@ -262,6 +263,7 @@ impl Translator {
             return_stack: ReturnStack::new()?,
             returns: 0,
             features: Features::new(cpuid),
+            info: iced_x86::InstructionInfoFactory::new(),
             blocks: Vec::new(),
             exits: Vec::new(),
             index: AddressMap::default(),
@@ -617,7 +619,7 @@ impl Translator {
             micro: first_micro as u16..(first_micro + if hot { BLOCK_MICROS } else { 0 }) as u16,
             breakpoints: core.debugger.breakpoints().to_vec(),
         };
-        let mut translation = block::translate(&source);
+        let mut translation = block::translate(&source, &mut self.info);
         let mut next_page = None;
         if translation.incomplete
             && let Some((gpa, rest)) = self.next_page(core, key.rip)
@@ -626,7 +628,7 @@ impl Translator {
             bytes.extend_from_slice(&rest);
             source.bytes = &bytes;
             source.crossing = Some(core.cpu.code_generation[key.context.jumps.generation()]);
-            translation = block::translate(&source);
+            translation = block::translate(&source, &mut self.info);
             next_page = Some(gpa >> 12);
         }
         self.micro_owners.resize(usize::from(translation.micro), key);

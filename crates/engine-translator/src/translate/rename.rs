@@ -7,7 +7,7 @@ use super::assembler::*;
 use super::block::{Builder, Insn, host_register, reads_writes, slot};
 use super::encoding::{Fields, Layout, Place, gpr_operands};
 use super::planted::{self, Bug};
-use iced_x86::{Instruction, InstructionInfoOptions, OpAccess, Register};
+use iced_x86::{Instruction, Register};
 
 impl Builder<'_> {
     /// Decides how the registers of an instruction are renamed, without emitting anything.
@@ -15,19 +15,17 @@ impl Builder<'_> {
         let instruction = &insn.instruction;
         let start = insn.offset as usize;
         let layout = Layout::parse(&self.source.bytes[start..start + insn.length as usize], self.bits())?;
-        let info = self.info.info_options(instruction, InstructionInfoOptions::NO_REGISTER_USAGE);
-        let access: [OpAccess; 5] = std::array::from_fn(|i| info.op_access(i as u32));
         let mut fields = Fields { reg: layout.reg, vvvv: layout.vex.map_or(0, |v| v.vvvv), ..Fields::default() };
         let mut rm = memory.unwrap_or(Rm::Reg(layout.rm));
         let mut spills = Spills::new(memory.is_some(), self.held);
         let mut written_in_place = None;
         let (mut high_byte, mut low_byte) = (false, false);
         // Reads first: a register that is only written may then share the scratch of one that is read.
-        let operands: Vec<_> = gpr_operands(instruction).collect();
+        let operands = gpr_operands(instruction);
         let mut placed = 0u32;
         for pass in 0..3 {
-            for operand in &operands {
-                let (reads, writes) = reads_writes(access[operand.operand as usize]);
+            for operand in operands.iter().flatten() {
+                let (reads, writes) = reads_writes(insn.accesses[operand.operand as usize]);
                 // XOR r, r and its kin count as reading neither operand; here both matter.
                 let idiom = matches!(instruction.mnemonic(), iced_x86::Mnemonic::Xor | iced_x86::Mnemonic::Sub);
                 let reads = reads || !writes || idiom;
