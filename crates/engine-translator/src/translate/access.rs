@@ -7,8 +7,7 @@
 
 use super::assembler::*;
 use super::block::{
-    Builder, Constant, ExitKind, PendingExit, Planned, SAVED_RAX, Thunk, host_register, scratch, slot, word,
-    word_offset,
+    Builder, Constant, Planned, SAVED_RAX, Thunk, host_register, scratch, slot,
 };
 use super::coalesce::{Access, Role};
 use super::flags::Redo;
@@ -349,14 +348,9 @@ impl Builder<'_> {
     pub(super) fn elsewhere(&mut self) {
         for access in std::mem::take(&mut self.elsewhere) {
             self.a.bind(access.hole);
-            self.a.movzx8(RDI);
-            self.a.store(Rm::Gs(word_offset(word::REGION)), RDI);
-            self.a.alu_imm(Alu::Sub, false, Rm::Gs(offset_of!(Cpu, region_budget) as i32), 1);
-            let hole = self.a.jcc(cc::S);
-            let rip = self.source.rip.wrapping_add(u64::from(access.at));
-            self.exits.push(PendingExit::new(hole, ExitKind::OtherRegion { rip, at: access.at }));
-            self.a
-                .load(access.to, Rm::GsScaled { index: RDI, scale: 3, displacement: offset_of!(Cpu, regions) as i32 });
+            self.map.push((self.a.position() as u32, access.at));
+            let call = self.a.call();
+            self.thunk_calls.push((call.at as u32, Thunk::Elsewhere { to: access.to }));
             let back = self.a.jmp();
             self.a.bind_to(back, access.back);
         }

@@ -73,9 +73,6 @@ pub enum ExitKind {
     Loop { target: u64, inside: u32 },
     /// Interpret the instruction at this address.
     Interpret { rip: u64 },
-    /// Interpret the instruction at this address, which is `at` in the block: its access is in the region of
-    /// [`word::REGION`], not where it was thought to be.
-    OtherRegion { rip: u64, at: u16 },
     /// The meaning of linear addresses may have changed since this instruction, which runs over the end of
     /// the page, was last checked. The generation it was checked at is the 32-bit immediate at `patch`.
     Recheck { patch: u32 },
@@ -181,6 +178,10 @@ pub enum Thunk {
         context: u8,
         moves: bool,
         log: u8,
+    },
+    /// Puts the delta of the region in the low byte of RDI, which was thought to be another, into `to`.
+    Elsewhere {
+        to: u8,
     },
 }
 
@@ -310,6 +311,8 @@ pub struct Source<'a> {
     pub windowed: bool,
     /// The regions of what registers hold now, at the block's start.
     pub regions: Regions,
+    /// The region that others are likely in, where a guess is worth its code.
+    pub guess: Option<u8>,
     /// What else is known.
     pub learned: Learned,
     /// The micro-TLB entries that its accesses may have.
@@ -662,7 +665,7 @@ impl<'a> Builder<'a> {
             for access in self.accesses(insn).into_iter().flatten() {
                 let region = match self.source.learned.iter().find(|(at, _)| *at == insn.offset) {
                     Some(&(_, region)) => region,
-                    None => coalescer.region(&access.ea, &self.source.regions),
+                    None => coalescer.region(&access.ea, &self.source.regions).or(self.source.guess),
                 };
                 coalescer.access(&access, alone);
                 accesses.push((access, region));

@@ -28,6 +28,10 @@ const MICRO_TICKS: u64 = 4_000;
 /// The exit number that means: go on at [`word::TARGET`].
 pub const EXIT_INDIRECT: u32 = u32::MAX - 1;
 
+/// The exit number that means: the access of the instruction that [`word::FAULT`] belongs to was in the region of
+/// [`word::REGION`], not where it was thought to be, and has to be interpreted.
+pub const EXIT_ELSEWHERE: u32 = u32::MAX - 2;
+
 /// The exit number that means: interpret the instruction that [`word::FAULT`] belongs to.
 pub const EXIT_FAULT: u32 = u32::MAX;
 
@@ -48,6 +52,8 @@ pub struct Thunks {
     pub fill_micro: [[[usize; 2]; Tag::ALL.len()]; TLB_CONTEXTS],
     /// By context, MOVS, log2 of the size.
     pub repeat: [[[usize; 4]; 2]; TLB_CONTEXTS],
+    /// By register, RSI and RDI.
+    pub elsewhere: [usize; 2],
 }
 
 /// Generates the thunks for code memory that starts at offset 0.
@@ -89,6 +95,10 @@ pub fn generate() -> (Vec<u8>, Thunks) {
                 super::strings::repeat(&mut a, context, moves == 1, log as u8, thunks.fault);
             }
         }
+    }
+    for (i, to) in [RSI, RDI].into_iter().enumerate() {
+        thunks.elsewhere[i] = a.position();
+        elsewhere(&mut a, to, thunks.exit);
     }
     (a.code, thunks)
 }
@@ -249,6 +259,25 @@ fn fill_micro(a: &mut Assembler, context: usize, tag: Tag, flags: bool, fill: us
     }
     let to_fill = a.jmp();
     a.bind_to(to_fill, fill);
+}
+
+/// Entered by a call from an access that is not in the region it was thought to be in, with that in RDI's low byte. Leaves
+/// the region's delta in `to`, or leaves the block if there have been many such calls. Destroys flags.
+fn elsewhere(a: &mut Assembler, to: u8, exit: usize) {
+    a.movzx8(RDI);
+    a.alu_imm(Alu::Sub, false, Rm::Gs(offset_of!(Cpu, region_budget) as i32), 1);
+    let often = a.jcc(cc::S);
+    a.load(to, Rm::GsScaled { index: RDI, scale: 3, displacement: offset_of!(Cpu, regions) as i32 });
+    a.ret();
+    a.bind(often);
+    a.store(Rm::Gs(word_offset(word::REGION)), RDI);
+    // The byte before the return address is the call's.
+    a.pop(RSI);
+    a.lea(RSI, Rm::Base(RSI, -1));
+    a.store(Rm::Gs(word_offset(word::FAULT)), RSI);
+    a.store32_imm(Rm::Gs(word_offset(word::EXIT)), EXIT_ELSEWHERE);
+    let to_exit = a.jmp();
+    a.bind_to(to_exit, exit);
 }
 
 /// Guest registers that have a host register, with it.

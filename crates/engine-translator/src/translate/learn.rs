@@ -32,13 +32,19 @@ impl Translator {
         let key = block.key;
         // Kernels run the same code for many stacks and objects: their accesses don't stay on a page.
         let user = matches!(key.context.jumps, JumpContext::User | JumpContext::User32);
-        if user && block.alive && !block.hot && !self.cold.contains(&key) && self.may_heat(core) {
+        let heatable = user && block.alive && !block.manner.hot && !key.alone && !self.cold.contains(&key);
+        if heatable && block.manner.windowed && block.met {
+            self.hot.insert(key);
+            core.sample_period = Core::SAMPLE_PERIODS.start;
+            return self.kill(core, id as u32);
+        } else if heatable && !block.manner.windowed && self.may_heat(core) {
             self.heat(core, id as u32);
             core.sample_period = Core::SAMPLE_PERIODS.start;
         } else {
             core.sample_period = (core.sample_period * 2).min(Core::SAMPLE_PERIODS.end);
         }
         let block = &mut self.blocks[id];
+        block.met = true;
         if block.hoistable && block.fast.is_none() && !self.short_loops.contains(&key) {
             self.hot_loops.insert(key);
             return self.kill(core, id as u32);
@@ -60,16 +66,18 @@ impl Translator {
         }
     }
 
-    /// An access was in another region than thought, and that has been so often that it may be worth a new translation.
-    pub(super) fn learn_region(&mut self, core: &mut Core, exit: u32, at: u16) {
+    /// The access of the instruction at `rip`, of block `id`, was in another region than thought, and that has been so often that it may be worth a new translation.
+    pub(super) fn learn_region(&mut self, core: &mut Core, id: u32, rip: u64) {
         core.cpu.region_budget = REGION_BUDGET;
         let now = core.tsc();
         if now.wrapping_sub(std::mem::replace(&mut self.learned, now)) > REGION_BUDGET as u64 * REGION_TICKS {
             return;
         }
         let region = core.cpu.translated[word::REGION] as u8;
-        let id = self.exits[exit as usize].block;
-        let known = self.regions.entry(self.blocks[id as usize].key).or_default();
+        self.guess = region;
+        let key = self.blocks[id as usize].key;
+        let at = rip.wrapping_sub(key.rip) as u16;
+        let known = self.regions.entry(key).or_default();
         match known.iter_mut().find(|(other, _)| *other == at) {
             Some((_, known)) => *known = None,
             None => known.push((at, Some(region))),
@@ -118,7 +126,7 @@ impl Translator {
         }
         for id in found {
             let block = &self.blocks[id as usize];
-            if block.alive && !block.hot && !block.key.alone && !self.cold.contains(&block.key) {
+            if block.alive && !block.manner.hot && !block.key.alone && !self.cold.contains(&block.key) {
                 self.hot.insert(block.key);
                 self.kill(core, id);
             }

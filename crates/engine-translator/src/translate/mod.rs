@@ -48,7 +48,7 @@ use anyvisor_x86::{Cpuid, Exception, Segment};
 use block::{Context, ExitKind, Learned, Moving, Source, Thunk, word};
 use classify::Features;
 use coalesce::Regions;
-use enter::{EXIT_FAULT, EXIT_INDIRECT, Thunks};
+use enter::{EXIT_ELSEWHERE, EXIT_FAULT, EXIT_INDIRECT, Thunks};
 use moving::Place;
 use planted::Bug;
 use return_stack::ReturnStack;
@@ -111,10 +111,19 @@ struct Block {
     hoistable: bool,
     fast: Option<(u32, u32)>,
     samples: i8,
-    /// It is translated as a hot one.
-    hot: bool,
+    manner: Manner,
+    /// A sample has met it.
+    met: bool,
     /// What it takes to make the same for another linear address.
     moving: Option<Box<Moving>>,
+}
+
+/// How a block is translated.
+#[derive(Clone, Copy)]
+struct Manner {
+    windowed: bool,
+    /// As one that samples have met: with micro-TLB entries, or with a guess for every region.
+    hot: bool,
 }
 
 struct Exit {
@@ -198,6 +207,8 @@ pub struct Translator {
     returns: u8,
     features: Features,
     info: iced_x86::InstructionInfoFactory,
+    /// The region that accesses have been in lately when they were not where they were thought to be.
+    guess: u8,
     blocks: Vec<Block>,
     exits: Vec<Exit>,
     index: AddressMap<Key, u32>,
@@ -264,6 +275,7 @@ impl Translator {
             returns: 0,
             features: Features::new(cpuid),
             info: iced_x86::InstructionInfoFactory::new(),
+            guess: 0,
             blocks: Vec::new(),
             exits: Vec::new(),
             index: AddressMap::default(),
@@ -403,6 +415,12 @@ impl Translator {
                 }
                 return self.interpret(core, io);
             }
+            if exit == EXIT_ELSEWHERE {
+                let (block, rip) = self.guest_position(core.cpu.translated[word::FAULT]);
+                core.cpu.rip = rip;
+                self.learn_region(core, block, rip);
+                return self.interpret(core, io);
+            }
             if exit == EXIT_INDIRECT {
                 core.cpu.rip = core.cpu.translated[word::TARGET];
                 return Step::Done;
@@ -411,11 +429,6 @@ impl Translator {
             match self.exits[exit as usize].kind {
                 ExitKind::Interpret { rip } => {
                     core.cpu.rip = rip;
-                    return self.interpret(core, io);
-                }
-                ExitKind::OtherRegion { rip, at } => {
-                    core.cpu.rip = rip;
-                    self.learn_region(core, exit, at);
                     return self.interpret(core, io);
                 }
                 ExitKind::Recheck { patch } => {
@@ -598,8 +611,8 @@ impl Translator {
             self.recycle_micro(core);
         }
         let windowed = key.context.jumps == JumpContext::User && !self.cold.contains(&key) && core.has_windows();
-        let wanted = (self.eager || self.hot.contains(&key)) && !windowed && !key.alone;
-        let hot = wanted && !self.cold.contains(&key) && !self.is_micro_full();
+        let popular = (self.eager || self.hot.contains(&key)) && !key.alone;
+        let micro = popular && !windowed && !self.cold.contains(&key) && !self.is_micro_full();
         let first_micro = self.micro_owners.len();
         let first_exit = self.exits.len() as u32;
         let mut source = Source {
@@ -615,8 +628,9 @@ impl Translator {
             hoist: self.eager || self.hot_loops.contains(&key),
             windowed,
             regions: regions(&core.cpu),
+            guess: (windowed && popular).then_some(self.guess),
             learned: self.regions.get(&key).cloned().unwrap_or_default(),
-            micro: first_micro as u16..(first_micro + if hot { BLOCK_MICROS } else { 0 }) as u16,
+            micro: first_micro as u16..(first_micro + if micro { BLOCK_MICROS } else { 0 }) as u16,
             breakpoints: core.debugger.breakpoints().to_vec(),
         };
         let mut translation = block::translate(&source, &mut self.info);
@@ -636,7 +650,8 @@ impl Translator {
             core.cpu.micro[usize::from(entry)] = MicroEntry::empty(core.cpu.micro_nowhere, low as u64);
         }
         core.cpu.micro_used = self.micro_owners.len() as u32;
-        self.install(core, key, translation, next_page, hot || windowed)
+        let hot = if windowed { popular } else { micro };
+        self.install(core, key, translation, next_page, Manner { windowed, hot })
     }
 
     /// The first bytes of the page after the one that `rip` is on, if they can be executed: their
@@ -671,7 +686,7 @@ impl Translator {
         key: Key,
         mut translation: block::Translation,
         next_page: Option<u64>,
-        hot: bool,
+        manner: Manner,
     ) -> u32 {
         let first_exit = self.exits.len() as u32;
         let start = self.used;
@@ -688,6 +703,7 @@ impl Translator {
                 Thunk::Repeat { context, moves, log } => {
                     self.thunks.repeat[context as usize][usize::from(moves)][log as usize]
                 }
+                Thunk::Elsewhere { to } => self.thunks.elsewhere[usize::from(to == assembler::RDI)],
             };
             let displacement = (target as i64 - (start as i64 + i64::from(at) + 4)) as i32;
             translation.code[at as usize..at as usize + 4].copy_from_slice(&displacement.to_le_bytes());
@@ -739,7 +755,8 @@ impl Translator {
             hoistable: translation.hoistable,
             fast: translation.fast,
             samples: 0,
-            hot,
+            manner,
+            met: false,
             moving: translation.moving,
         });
         if self.blocks[id as usize].moving.is_some() {

@@ -34,7 +34,7 @@ impl Translator {
     /// mapped again, translating it again would only change some constants.
     pub(super) fn moved(&mut self, core: &mut Core, key: Key) -> Option<u32> {
         let &old = self.movable.get(&Place::of(&key))?;
-        let special = [&self.unmixed, &self.uncoalesced, &self.hot_loops, &self.short_loops, &self.cold];
+        let special = [&self.unmixed, &self.uncoalesced, &self.hot_loops, &self.short_loops, &self.hot, &self.cold];
         let full = self.used + CODE_RESERVE > self.room || self.links.len() + LINK_RESERVE > LINKS;
         let plain = core.debugger.breakpoints().is_empty() && core.has_windows();
         if full || !plain || self.regions.contains_key(&key) || special.iter().any(|set| set.contains(&key)) {
@@ -89,7 +89,8 @@ impl Translator {
             moving: Some(moving.clone()),
         };
         self.statistics.moved += 1;
-        Some(self.install(core, key, translation, None, true))
+        let manner = block.manner;
+        Some(self.install(core, key, translation, None, manner))
     }
 }
 
@@ -115,7 +116,6 @@ impl Exit {
                 ExitKind::Far { target: target.wrapping_add(by), context, link: 0 }
             }
             ExitKind::Interpret { rip } => ExitKind::Interpret { rip: rip.wrapping_add(by) },
-            ExitKind::OtherRegion { rip, at } => ExitKind::OtherRegion { rip: rip.wrapping_add(by), at },
             ExitKind::Recheck { patch } => ExitKind::Recheck { patch },
             ExitKind::Indirect { rip, stack, cut } => {
                 code[cut.at as usize..][..2].copy_from_slice(&cut.whole);
