@@ -6,9 +6,7 @@
 //! they wait in AX meanwhile.
 
 use super::assembler::*;
-use super::block::{
-    Builder, Constant, Planned, SAVED_RAX, Thunk, host_register, scratch, slot,
-};
+use super::block::{Builder, Constant, Planned, SAVED_RAX, Thunk, host_register, scratch, slot};
 use super::coalesce::{Access, Role};
 use super::flags::Redo;
 use super::planted::{self, Bug};
@@ -215,7 +213,8 @@ impl Builder<'_> {
     /// status flags are alive.
     pub(super) fn access(&mut self, ea: &Ea, size: usize, write: bool, flags: bool, keep_rdi: bool) -> Rm {
         let hold_flags = std::mem::take(&mut self.hold_flags);
-        let Planned { access, role, region } = self.planned.next().expect("every access is planned");
+        let Planned { access, role, region } = self.planned[self.next_planned];
+        self.next_planned += 1;
         assert_eq!(access, Access { ea: *ea, size, write }, "accesses are emitted as planned");
         let mut tag = if write { Tag::Write } else { Tag::Read };
         let (slot, low, high) = match role {
@@ -346,7 +345,8 @@ impl Builder<'_> {
 
     /// The out-of-line parts of accesses to likely regions.
     pub(super) fn elsewhere(&mut self) {
-        for access in std::mem::take(&mut self.elsewhere) {
+        let mut elsewhere = std::mem::take(&mut self.elsewhere);
+        for access in elsewhere.drain(..) {
             self.a.bind(access.hole);
             self.map.push((self.a.position() as u32, access.at));
             let call = self.a.call();
@@ -354,6 +354,7 @@ impl Builder<'_> {
             let back = self.a.jmp();
             self.a.bind_to(back, access.back);
         }
+        self.elsewhere = elsewhere;
     }
 
     /// The operand at `ea` where the guest's own mapping is, whose faults are the host's. Its region's delta is that of
@@ -685,7 +686,8 @@ impl Builder<'_> {
 
     /// The out-of-line parts of all probes.
     pub(super) fn misses(&mut self) {
-        for miss in std::mem::take(&mut self.misses) {
+        let mut misses = std::mem::take(&mut self.misses);
+        for miss in misses.drain(..) {
             self.a.bind(miss.hole);
             self.map.push((self.a.position() as u32, miss.offset));
             if let Some(address) = miss.constant {
@@ -720,5 +722,6 @@ impl Builder<'_> {
             let back = self.a.jmp();
             self.a.bind_to(back, miss.retry);
         }
+        self.misses = misses;
     }
 }

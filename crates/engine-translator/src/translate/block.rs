@@ -15,7 +15,7 @@
 use super::access::{Ea, Elsewhere, Miss};
 use super::assembler::*;
 use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
-use super::coalesce::{Access, Coalescer, Regions, Role};
+use super::coalesce::{Access, Coalescer, Groups, Regions, Role};
 use super::control::FarJump;
 use super::encoding::{Fields, Layout};
 use super::flags::Redo;
@@ -32,8 +32,7 @@ use std::mem::offset_of;
 const MAX_INSTRUCTIONS: usize = 64;
 /// Conditional branches a block runs through at most.
 const MAX_BRANCHES: usize = 6;
-/// Bytes of host code and instructions that most blocks stay below.
-const USUAL_CODE: usize = 1024;
+/// Instructions and stubs that most blocks stay below.
 const USUAL_INSTRUCTIONS: usize = 24;
 /// Instructions looked at to see whether a branch target overwrites the flags.
 const PEEK_INSTRUCTIONS: usize = 12;
@@ -324,7 +323,8 @@ pub struct Source<'a> {
 pub struct Builder<'a> {
     pub(super) a: Assembler,
     pub(super) source: &'a Source<'a>,
-    info: &'a mut InstructionInfoFactory,
+    insns: Vec<Insn>,
+    pub(super) groups: Groups,
     pub(super) map: Vec<(u32, u16)>,
     pub(super) misses: Vec<Miss>,
     pub(super) elsewhere: Vec<Elsewhere>,
@@ -356,7 +356,8 @@ pub struct Builder<'a> {
     /// The micro-TLB entry that holds a group's delta, where one does.
     pub(super) places: [Option<u16>; DELTAS],
     /// The accesses to come, with their roles.
-    pub(super) planned: std::vec::IntoIter<Planned>,
+    pub(super) planned: Vec<Planned>,
+    pub(super) next_planned: usize,
     coalesced: bool,
     hoistable: bool,
     pub(super) fast: Option<(u32, u32)>,
@@ -381,21 +382,52 @@ pub struct Builder<'a> {
     pub(super) origin: (u64, i32),
 }
 
+/// Memory that translations use in turn.
+#[derive(Default)]
+pub struct Workspace {
+    code: Vec<u8>,
+    info: Info,
+    insns: Vec<Insn>,
+    groups: Groups,
+    planned: Vec<Planned>,
+    misses: Vec<Miss>,
+    elsewhere: Vec<Elsewhere>,
+    far_jumps: Vec<FarJump>,
+    exits: Vec<PendingExit>,
+}
+
+struct Info(InstructionInfoFactory);
+
+impl Default for Info {
+    fn default() -> Self {
+        Info(InstructionInfoFactory::new())
+    }
+}
+
+impl Workspace {
+    /// Takes back the memory of a translation's code.
+    pub fn recycle(&mut self, mut code: Vec<u8>) {
+        code.clear();
+        self.code = code;
+    }
+}
+
 /// Translates the code at `source`. At least one instruction is covered, if only by interpretation.
-pub fn translate(source: &Source, info: &mut InstructionInfoFactory) -> Translation {
+pub fn translate(source: &Source, workspace: &mut Workspace) -> Translation {
     let mut builder = Builder {
-        a: Assembler { code: Vec::with_capacity(USUAL_CODE) },
+        a: Assembler { code: std::mem::take(&mut workspace.code) },
         source,
-        info,
+        insns: std::mem::take(&mut workspace.insns),
+        groups: std::mem::take(&mut workspace.groups),
         map: Vec::with_capacity(USUAL_INSTRUCTIONS),
-        misses: Vec::new(),
-        elsewhere: Vec::new(),
+        misses: std::mem::take(&mut workspace.misses),
+        elsewhere: std::mem::take(&mut workspace.elsewhere),
         constants: Vec::new(),
         numbers: Vec::new(),
         constant_region: None,
         fixed: false,
-        far_jumps: Vec::new(),
-        exits: Vec::new(),
+        far_jumps: std::mem::take(&mut workspace.far_jumps),
+        exits: std::mem::take(&mut workspace.exits),
         syscalls: Vec::new(),
         odd_bases: Vec::new(),
         thunk_calls: Vec::new(),
@@ -407,7 +439,8 @@ pub fn translate(source: &Source, info: &mut InstructionInfoFactory) -> Translat
         micro: source.micro.clone(),
         lows: Vec::new(),
         places: [None; DELTAS],
-        planned: Vec::new().into_iter(),
+        planned: std::mem::take(&mut workspace.planned),
+        next_planned: 0,
         coalesced: false,
         hoistable: false,
         fast: None,
@@ -422,11 +455,12 @@ pub fn translate(source: &Source, info: &mut InstructionInfoFactory) -> Translat
         overwrites_rax: false,
         origin: (source.rip, 0),
     };
-    let insns = builder.decode();
+    let insns = builder.decode(&mut workspace.info.0);
     builder.hoist(&insns);
     builder.plan_accesses(&insns);
     builder.body(&insns);
-    builder.finish(&insns)
+    builder.insns = insns;
+    builder.finish(workspace)
 }
 
 impl<'a> Builder<'a> {
@@ -480,7 +514,7 @@ impl<'a> Builder<'a> {
             // What follows may fault.
             return false;
         }
-        let follows = matches!(self.planned.as_slice().first(), Some(Planned { role: Role::Follower { .. }, .. }));
+        let follows = matches!(self.planned.get(self.next_planned), Some(Planned { role: Role::Follower { .. }, .. }));
         let instruction = &insn.instruction;
         let plain = match insn.kind {
             Kind::Push | Kind::Pop => match instruction.op0_kind() {
@@ -519,10 +553,11 @@ impl<'a> Builder<'a> {
 
     // Pass 1: decoding and flag liveness.
 
-    fn decode(&mut self) -> Vec<Insn> {
+    fn decode(&mut self, info: &mut InstructionInfoFactory) -> Vec<Insn> {
         let source = self.source;
         let mut decoder = Decoder::with_ip(self.bits(), source.bytes, source.rip, DecoderOptions::NONE);
-        let mut insns: Vec<Insn> = Vec::with_capacity(USUAL_INSTRUCTIONS);
+        let mut insns = std::mem::take(&mut self.insns);
+        insns.clear();
         let mut branches = 0;
         while insns.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
             let offset = decoder.position() as u16;
@@ -533,7 +568,7 @@ impl<'a> Builder<'a> {
                 // Runs over the page's end.
                 if insns.is_empty() {
                     self.incomplete = true;
-                    insns.push(self.insn(instruction, offset, Kind::Interpret));
+                    insns.push(decoded(info, instruction, offset, Kind::Interpret));
                 }
                 break;
             }
@@ -547,7 +582,7 @@ impl<'a> Builder<'a> {
             if !enabled || (kind == Kind::ReadTsc && !source.context.tsc) || breakpoint {
                 kind = Kind::Interpret;
             }
-            insns.push(self.insn(instruction, offset, kind));
+            insns.push(decoded(info, instruction, offset, kind));
             if source.crossing.is_some() {
                 break;
             }
@@ -570,20 +605,6 @@ impl<'a> Builder<'a> {
         }
         self.liveness(&mut insns);
         insns
-    }
-
-    fn insn(&mut self, instruction: Instruction, offset: u16, kind: Kind) -> Insn {
-        let length = instruction.len() as u8;
-        let info = self.info.info_options(&instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
-        let mut written = 0;
-        for used in info.used_registers() {
-            let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
-            if writes && used.register().is_gpr() {
-                written |= 1 << (used.register().full_register() as u16 - Register::RAX as u16);
-            }
-        }
-        let accesses = std::array::from_fn(|i| info.op_access(i as u32));
-        Insn { instruction, offset, length, kind, accesses, written, live_in: ALL_FLAGS, live_out: ALL_FLAGS }
     }
 
     fn liveness(&mut self, insns: &mut [Insn]) {
@@ -648,18 +669,20 @@ impl<'a> Builder<'a> {
         let Some(plan) = self.plan_loop(body) else { return };
         self.hoistable = true;
         if self.source.hoist {
-            let accesses: Vec<_> = body.iter().flat_map(|insn| self.accesses(insn)).flatten().collect();
-            let plan_of = |(access, role)| Planned { access, role, region: None };
-            let planned: Vec<_> = accesses.into_iter().zip(plan.roles.iter().copied()).map(plan_of).collect();
-            self.planned = planned.into_iter();
+            let mut planned = std::mem::take(&mut self.planned);
+            planned.clear();
+            let accesses = body.iter().flat_map(|insn| self.accesses(insn)).flatten();
+            planned.extend(accesses.zip(&plan.roles).map(|(access, &role)| Planned { access, role, region: None }));
+            (self.planned, self.next_planned) = (planned, 0);
             self.fast_loop(body, &plan);
         }
     }
 
     fn plan_accesses(&mut self, insns: &[Insn]) {
-        let mut coalescer = Coalescer::new(self.source.mix, self.source.windowed, self.bits());
-        let mut accesses = Vec::with_capacity(2 * insns.len());
-        let share = self.source.coalesce;
+        let (mix, windowed, bits) = (self.source.mix, self.source.windowed, self.bits());
+        let (mut groups, mut planned) = (std::mem::take(&mut self.groups), std::mem::take(&mut self.planned));
+        planned.clear();
+        let mut coalescer = Coalescer::new(&mut groups, mix, windowed, bits);
         for insn in insns {
             let alone = self.source.windowed && matches!(insn.kind, Kind::Sensitive | Kind::String);
             for access in self.accesses(insn).into_iter().flatten() {
@@ -668,14 +691,17 @@ impl<'a> Builder<'a> {
                     None => coalescer.region(&access.ea, &self.source.regions).or(self.source.guess),
                 };
                 coalescer.access(&access, alone);
-                accesses.push((access, region));
+                planned.push(Planned { access, role: Role::Single, region });
             }
             coalescer.execute(insn);
         }
-        let roles = if share { coalescer.roles() } else { vec![Role::Single; accesses.len()] };
-        self.coalesced = roles.iter().any(|r| *r != Role::Single);
-        let plan_of = |((access, region), role)| Planned { access, role, region };
-        self.planned = accesses.into_iter().zip(roles).map(plan_of).collect::<Vec<_>>().into_iter();
+        if self.source.coalesce {
+            for (planned, role) in planned.iter_mut().zip(coalescer.roles()) {
+                planned.role = role;
+                self.coalesced |= role != Role::Single;
+            }
+        }
+        (self.planned, self.next_planned, self.groups) = (planned, 0, groups);
     }
 
     /// The memory accesses that emitting `insn` will make, in order.
@@ -976,7 +1002,7 @@ impl<'a> Builder<'a> {
         true
     }
 
-    fn finish(mut self, insns: &[Insn]) -> Translation {
+    fn finish(mut self, workspace: &mut Workspace) -> Translation {
         self.misses();
         self.elsewhere();
         self.far_jumps();
@@ -989,14 +1015,22 @@ impl<'a> Builder<'a> {
             let thunk_calls = self.thunk_calls.clone().into();
             Box::new(Moving { constants: constants.into(), numbers: numbers.into(), thunk_calls })
         });
-        let last = insns.last().expect("a block has an instruction");
+        let last = self.insns.last().expect("a block has an instruction");
+        let length = last.offset + u16::from(last.length);
+        workspace.insns = self.insns;
+        workspace.groups = self.groups;
+        workspace.planned = self.planned;
+        workspace.misses = self.misses;
+        workspace.elsewhere = self.elsewhere;
+        workspace.far_jumps = self.far_jumps;
+        workspace.exits = self.exits;
         Translation {
             code: self.a.code,
             thunk_calls: self.thunk_calls,
             exits,
             map: self.map,
             moving,
-            length: last.offset + u16::from(last.length),
+            length,
             peeked: self.peeked,
             incomplete: self.incomplete,
             coalesced: self.coalesced,
@@ -1006,6 +1040,20 @@ impl<'a> Builder<'a> {
             lows: self.lows,
         }
     }
+}
+
+fn decoded(info: &mut InstructionInfoFactory, instruction: Instruction, offset: u16, kind: Kind) -> Insn {
+    let length = instruction.len() as u8;
+    let usage = info.info_options(&instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
+    let mut written = 0;
+    for used in usage.used_registers() {
+        let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+        if writes && used.register().is_gpr() {
+            written |= 1 << (used.register().full_register() as u16 - Register::RAX as u16);
+        }
+    }
+    let accesses = std::array::from_fn(|i| usage.op_access(i as u32));
+    Insn { instruction, offset, length, kind, accesses, written, live_in: ALL_FLAGS, live_out: ALL_FLAGS }
 }
 
 fn ends_block(instruction: &Instruction, kind: Kind) -> bool {

@@ -77,35 +77,49 @@ struct Group {
     led_by_write: bool,
     low: i64,
     high: i64,
-    members: Vec<(usize, i64)>,
+    /// The number of the first access, and its offset.
+    first: (usize, i64),
+    members: usize,
+    /// Of its delta, where it has one.
+    slot: Option<u8>,
+    /// The delta is there before the first access.
+    hoisted: bool,
+}
+
+/// The memory that coalescers use in turn.
+#[derive(Default)]
+pub struct Groups {
+    groups: Vec<Group>,
+    /// The group of each access, where it is in one.
+    owners: Vec<Option<u16>>,
 }
 
 /// Tracks register values through a block.
-pub struct Coalescer {
+pub struct Coalescer<'a> {
     values: [Value; 16],
     next: u32,
     segments: u32,
-    groups: Vec<Group>,
+    found: &'a mut Groups,
     /// Reads may lead writes.
     mix: bool,
     /// Accesses go through windows: see [`crate::windows`].
     windowed: bool,
     /// Of the code: 32 or 64. Addresses and offsets in 32-bit code are meant modulo 2^32.
     bits: u32,
-    count: usize,
 }
 
-impl Coalescer {
-    pub fn new(mix: bool, windowed: bool, bits: u32) -> Coalescer {
+impl Coalescer<'_> {
+    pub fn new(found: &mut Groups, mix: bool, windowed: bool, bits: u32) -> Coalescer<'_> {
+        found.groups.clear();
+        found.owners.clear();
         Coalescer {
+            found,
             mix: mix || windowed,
             windowed,
             bits,
             values: std::array::from_fn(|i| Value { origin: i as u32, offset: 0 }),
             next: 16,
             segments: 0,
-            groups: Vec::new(),
-            count: 0,
         }
     }
 
@@ -113,31 +127,37 @@ impl Coalescer {
     /// [`Self::adjust`] has told.
     /// With `alone` it is in no group.
     pub fn access(&mut self, access: &Access, alone: bool) {
-        let number = self.count;
-        self.count += 1;
-        if alone {
-            return;
-        }
-        let Some((origin, offset)) = self.address(&access.ea) else { return };
+        let number = self.found.owners.len();
+        let owner = if alone { None } else { self.group(access, number) };
+        self.found.owners.push(owner);
+    }
+
+    /// The group for access `number`.
+    fn group(&mut self, access: &Access, number: usize) -> Option<u16> {
+        let (origin, offset) = self.address(&access.ea)?;
         if matches!(origin, Origin::Page(_)) && offset + access.size as i64 > 4096 {
-            return;
+            return None;
         }
         let end = offset + access.size as i64;
         let mix = self.mix;
         let range = if self.windowed { WINDOW_RANGE } else { RANGE };
-        let fits = |g: &&mut Group| {
+        let fits = |g: &Group| {
             g.origin == origin && (g.write || !access.write || mix) && g.high.max(end) - g.low.min(offset) <= range
         };
-        if let Some(group) = self.groups.iter_mut().rev().find(fits) {
+        let groups = &mut self.found.groups;
+        if let Some(i) = groups.iter().rposition(fits) {
+            let group = &mut groups[i];
             group.write |= access.write;
             group.low = group.low.min(offset);
             group.high = group.high.max(end);
-            group.members.push((number, offset));
-        } else {
-            let members = vec![(number, offset)];
-            let write = access.write;
-            self.groups.push(Group { origin, write, led_by_write: write, low: offset, high: end, members });
+            group.members += 1;
+            return Some(i as u16);
         }
+        let write = access.write;
+        let (first, members, slot, hoisted) = ((number, offset), 1, None, false);
+        let (low, high) = (offset, end);
+        groups.push(Group { origin, write, led_by_write: write, low, high, first, members, slot, hoisted });
+        Some(groups.len() as u16 - 1)
     }
 
     /// The region ([`crate::windows`]) that the address is likely in, from those of what the registers held at the block's
@@ -258,38 +278,38 @@ impl Coalescer {
         Some(Value { offset: value.offset.wrapping_add(displacement), ..value })
     }
 
-    /// The role of each access, in order.
-    pub fn roles(self) -> Vec<Role> {
-        let mut roles = vec![Role::Single; self.count];
-        let shared = self.groups.iter().filter(|g| g.members.len() > 1).take(DELTAS);
+    /// Lets accesses share probes: the role of each, in order.
+    pub fn roles(self) -> impl Iterator<Item = Role> {
+        let shared = self.found.groups.iter_mut().filter(|g| g.members > 1).take(DELTAS);
         for (slot, group) in shared.enumerate() {
-            group.assign(slot as u8, &mut roles);
+            group.slot = Some(slot as u8);
         }
-        roles
+        self.found.roles()
     }
 
     /// What can be checked before a loop, if all that was noted is its body and anything can.
     pub fn loop_plan(self) -> Option<LoopPlan> {
-        let mut plan = LoopPlan { hoists: Vec::new(), limit: None, roles: vec![Role::Single; self.count] };
+        let mut plan = LoopPlan { hoists: Vec::new(), limit: None, roles: Vec::new() };
         let mut slot = 0;
-        for group in &self.groups {
+        for i in 0..self.found.groups.len() {
             if usize::from(slot) == DELTAS {
                 break;
             }
+            let group = &self.found.groups[i];
+            let mut hoisted = false;
             if plan.hoists.len() < MAX_HOISTS
                 && let Some(hoist) = self.hoist(group, slot, &mut plan.limit)
             {
                 plan.hoists.push(hoist);
-                for &(member, _) in &group.members {
-                    plan.roles[member] = Role::Follower { slot };
-                }
-            } else if group.members.len() > 1 {
-                group.assign(slot, &mut plan.roles);
-            } else {
+                hoisted = true;
+            } else if group.members == 1 {
                 continue;
             }
+            let group = &mut self.found.groups[i];
+            (group.slot, group.hoisted) = (Some(slot), hoisted);
             slot += 1;
         }
+        plan.roles = self.found.roles().collect();
         (!plan.hoists.is_empty()).then_some(plan)
     }
 
@@ -358,20 +378,31 @@ impl Coalescer {
     }
 }
 
+impl Groups {
+    /// The role of each access, in order.
+    fn roles(&self) -> impl Iterator<Item = Role> {
+        self.owners.iter().enumerate().map(|(number, owner)| match owner {
+            Some(owner) => self.groups[usize::from(*owner)].role(number),
+            None => Role::Single,
+        })
+    }
+}
+
 impl Group {
-    /// Gives the first member the probe and the others its result.
-    fn assign(&self, slot: u8, roles: &mut [Role]) {
-        let (leader, at) = self.members[0];
+    /// The first access has the probe and the others its result.
+    fn role(&self, number: usize) -> Role {
+        let Some(slot) = self.slot else { return Role::Single };
+        let (leader, at) = self.first;
+        if self.hoisted || number != leader {
+            return Role::Follower { slot };
+        }
         // A constant address's page is known: its own bytes are all there is to check.
         let (low, high) = match self.origin {
             Origin::Page(_) => (0, 0),
             _ if planted::is(Bug::LeaderChecksItself) => (0, 0),
             _ => ((self.low - at) as i32, (self.high - at) as i32),
         };
-        roles[leader] = Role::Leader { slot, low, high, upgrade: self.write && !self.led_by_write };
-        for &(member, _) in &self.members[1..] {
-            roles[member] = Role::Follower { slot };
-        }
+        Role::Leader { slot, low, high, upgrade: self.write && !self.led_by_write }
     }
 }
 

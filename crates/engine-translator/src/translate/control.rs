@@ -330,18 +330,21 @@ impl Builder<'_> {
 
     /// The out-of-line parts of conditional jumps to other pages.
     pub(super) fn far_jumps(&mut self) {
-        for jump in std::mem::take(&mut self.far_jumps) {
+        let mut jumps = std::mem::take(&mut self.far_jumps);
+        for jump in jumps.drain(..) {
             self.a.bind(jump.hole);
             self.redo = jump.redo;
             self.destroyed = false;
             self.far(jump.target, jump.flags);
         }
+        self.far_jumps = jumps;
     }
 
     /// The stubs that unlinked exits jump to: each tells its number and leaves.
     pub(super) fn exit_stubs(&mut self) -> Vec<BlockExit> {
-        let mut exits = Vec::new();
-        for (i, exit) in std::mem::take(&mut self.exits).into_iter().enumerate() {
+        let mut pending = std::mem::take(&mut self.exits);
+        let mut exits = Vec::with_capacity(pending.len());
+        for (i, exit) in pending.drain(..).enumerate() {
             let stub = self.a.position();
             if let ExitKind::Far { .. } = exit.kind {
                 exits.push(BlockExit { kind: exit.kind, site: exit.hole.at as u32, stub: 0 });
@@ -360,6 +363,7 @@ impl Builder<'_> {
             self.thunk_calls.push((jump.at as u32, Thunk::Exit));
             exits.push(BlockExit { kind: exit.kind, site: exit.hole.at as u32, stub: stub as u32 });
         }
+        self.exits = pending;
         exits
     }
 }

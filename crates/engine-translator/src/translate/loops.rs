@@ -58,14 +58,18 @@ impl Builder<'_> {
 
     /// Plans the accesses of the loop `body`; those of the plan come first.
     pub(super) fn plan_loop(&mut self, body: &[Insn]) -> Option<LoopPlan> {
-        let mut coalescer = Coalescer::new(self.source.mix, self.source.windowed, self.bits());
+        let (mix, windowed, bits) = (self.source.mix, self.source.windowed, self.bits());
+        let mut groups = std::mem::take(&mut self.groups);
+        let mut coalescer = Coalescer::new(&mut groups, mix, windowed, bits);
         for insn in body {
             for access in self.accesses(insn).into_iter().flatten() {
                 coalescer.access(&access, false);
             }
             coalescer.execute(insn);
         }
-        coalescer.loop_plan()
+        let plan = coalescer.loop_plan();
+        self.groups = groups;
+        plan
     }
 
     /// Emits the check and the fast body; what follows is the plain block.

@@ -206,7 +206,7 @@ pub struct Translator {
     /// Whose calls are on it: [`JumpContext::returns`].
     returns: u8,
     features: Features,
-    info: iced_x86::InstructionInfoFactory,
+    workspace: block::Workspace,
     /// The region that accesses have been in lately when they were not where they were thought to be.
     guess: u8,
     blocks: Vec<Block>,
@@ -274,7 +274,7 @@ impl Translator {
             return_stack: ReturnStack::new()?,
             returns: 0,
             features: Features::new(cpuid),
-            info: iced_x86::InstructionInfoFactory::new(),
+            workspace: block::Workspace::default(),
             guess: 0,
             blocks: Vec::new(),
             exits: Vec::new(),
@@ -633,7 +633,7 @@ impl Translator {
             micro: first_micro as u16..(first_micro + if micro { BLOCK_MICROS } else { 0 }) as u16,
             breakpoints: core.debugger.breakpoints().to_vec(),
         };
-        let mut translation = block::translate(&source, &mut self.info);
+        let mut translation = block::translate(&source, &mut self.workspace);
         let mut next_page = None;
         if translation.incomplete
             && let Some((gpa, rest)) = self.next_page(core, key.rip)
@@ -642,7 +642,7 @@ impl Translator {
             bytes.extend_from_slice(&rest);
             source.bytes = &bytes;
             source.crossing = Some(core.cpu.code_generation[key.context.jumps.generation()]);
-            translation = block::translate(&source, &mut self.info);
+            translation = block::translate(&source, &mut self.workspace);
             next_page = Some(gpa >> 12);
         }
         self.micro_owners.resize(usize::from(translation.micro), key);
@@ -759,6 +759,7 @@ impl Translator {
             met: false,
             moving: translation.moving,
         });
+        self.workspace.recycle(translation.code);
         if self.blocks[id as usize].moving.is_some() {
             self.movable.insert(Place::of(&key), id);
         }
