@@ -669,11 +669,6 @@ impl<'a> Builder<'a> {
         let Some(plan) = self.plan_loop(body) else { return };
         self.hoistable = true;
         if self.source.hoist {
-            let mut planned = std::mem::take(&mut self.planned);
-            planned.clear();
-            let accesses = body.iter().flat_map(|insn| self.accesses(insn)).flatten();
-            planned.extend(accesses.zip(&plan.roles).map(|(access, &role)| Planned { access, role, region: None }));
-            (self.planned, self.next_planned) = (planned, 0);
             self.fast_loop(body, &plan);
         }
     }
@@ -686,10 +681,7 @@ impl<'a> Builder<'a> {
         for insn in insns {
             let alone = self.source.windowed && matches!(insn.kind, Kind::Sensitive | Kind::String);
             for access in self.accesses(insn).into_iter().flatten() {
-                let region = match self.source.learned.iter().find(|(at, _)| *at == insn.offset) {
-                    Some(&(_, region)) => region,
-                    None => coalescer.region(&access.ea, &self.source.regions).or(self.source.guess),
-                };
+                let region = self.region(insn, &access, &coalescer);
                 coalescer.access(&access, alone);
                 planned.push(Planned { access, role: Role::Single, region });
             }
@@ -702,6 +694,14 @@ impl<'a> Builder<'a> {
             }
         }
         (self.planned, self.next_planned, self.groups) = (planned, 0, groups);
+    }
+
+    /// The region that the next access of the block, one of `insn`, is likely in.
+    pub(super) fn region(&self, insn: &Insn, access: &Access, coalescer: &Coalescer) -> Option<u8> {
+        match self.source.learned.iter().find(|(at, _)| *at == insn.offset) {
+            Some(&(_, region)) => region,
+            None => coalescer.region(&access.ea, &self.source.regions).or(self.source.guess),
+        }
     }
 
     /// The memory accesses that emitting `insn` will make, in order.

@@ -287,9 +287,9 @@ impl Coalescer<'_> {
         self.found.roles()
     }
 
-    /// What can be checked before a loop, if all that was noted is its body and anything can.
-    pub fn loop_plan(self) -> Option<LoopPlan> {
-        let mut plan = LoopPlan { hoists: Vec::new(), limit: None, roles: Vec::new() };
+    /// What can be checked before a loop, if all that was noted is its body; and the roles that this leaves.
+    pub fn loop_plan(self) -> (LoopPlan, impl Iterator<Item = Role>) {
+        let mut plan = LoopPlan { hoists: Vec::new(), limit: None };
         let mut slot = 0;
         for i in 0..self.found.groups.len() {
             if usize::from(slot) == DELTAS {
@@ -309,8 +309,7 @@ impl Coalescer<'_> {
             (group.slot, group.hoisted) = (Some(slot), hoisted);
             slot += 1;
         }
-        plan.roles = self.found.roles().collect();
-        (!plan.hoists.is_empty()).then_some(plan)
+        (plan, self.found.roles())
     }
 
     /// What an iteration adds to a register, if that is always the same.
@@ -458,5 +457,4 @@ pub struct LoopPlan {
     pub hoists: Vec<Hoist>,
     /// There if any of `hoists` moves.
     pub limit: Option<Limit>,
-    pub roles: Vec<Role>,
 }

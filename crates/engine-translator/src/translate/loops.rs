@@ -26,7 +26,7 @@
 use super::assembler::*;
 use super::block::*;
 use super::classify::Kind;
-use super::coalesce::{Budget, Coalescer, Hoist, Limit, LoopPlan};
+use super::coalesce::{Budget, Coalescer, Hoist, Limit, LoopPlan, Role};
 use super::planted::{self, Bug};
 use crate::cpu::{DELTAS, TlbEntry};
 use std::mem::offset_of;
@@ -59,17 +59,21 @@ impl Builder<'_> {
     /// Plans the accesses of the loop `body`; those of the plan come first.
     pub(super) fn plan_loop(&mut self, body: &[Insn]) -> Option<LoopPlan> {
         let (mix, windowed, bits) = (self.source.mix, self.source.windowed, self.bits());
-        let mut groups = std::mem::take(&mut self.groups);
+        let (mut groups, mut planned) = (std::mem::take(&mut self.groups), std::mem::take(&mut self.planned));
+        planned.clear();
         let mut coalescer = Coalescer::new(&mut groups, mix, windowed, bits);
         for insn in body {
             for access in self.accesses(insn).into_iter().flatten() {
+                let region = self.region(insn, &access, &coalescer);
                 coalescer.access(&access, false);
+                planned.push(Planned { access, role: Role::Single, region });
             }
             coalescer.execute(insn);
         }
-        let plan = coalescer.loop_plan();
-        self.groups = groups;
-        plan
+        let (plan, roles) = coalescer.loop_plan();
+        planned.iter_mut().zip(roles).for_each(|(planned, role)| planned.role = role);
+        (self.planned, self.next_planned, self.groups) = (planned, 0, groups);
+        (!plan.hoists.is_empty()).then_some(plan)
     }
 
     /// Emits the check and the fast body; what follows is the plain block.

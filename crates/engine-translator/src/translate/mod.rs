@@ -613,6 +613,7 @@ impl Translator {
         let windowed = key.context.jumps == JumpContext::User && !self.cold.contains(&key) && core.has_windows();
         let popular = (self.eager || self.hot.contains(&key)) && !key.alone;
         let micro = popular && !windowed && !self.cold.contains(&key) && !self.is_micro_full();
+        let hoist = self.eager || self.hot_loops.contains(&key);
         let first_micro = self.micro_owners.len();
         let first_exit = self.exits.len() as u32;
         let mut source = Source {
@@ -625,10 +626,10 @@ impl Translator {
             first_exit,
             coalesce: !key.alone && !self.uncoalesced.contains(&key),
             mix: !self.unmixed.contains(&key),
-            hoist: self.eager || self.hot_loops.contains(&key),
+            hoist,
             windowed,
             regions: regions(&core.cpu),
-            guess: (windowed && popular).then_some(self.guess),
+            guess: (windowed && (popular || hoist)).then_some(self.guess),
             learned: self.regions.get(&key).cloned().unwrap_or_default(),
             micro: first_micro as u16..(first_micro + if micro { BLOCK_MICROS } else { 0 }) as u16,
             breakpoints: core.debugger.breakpoints().to_vec(),
