@@ -68,6 +68,7 @@ impl Rm {
 pub mod cc {
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
+    pub const BE: u8 = 6;
     pub const A: u8 = 7;
     pub const S: u8 = 8;
     pub const O: u8 = 0;

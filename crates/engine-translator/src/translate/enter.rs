@@ -92,7 +92,8 @@ pub fn generate() -> (Vec<u8>, Thunks) {
         for moves in 0..2 {
             for log in 0..4 {
                 thunks.repeat[context][moves][log] = a.position();
-                super::strings::repeat(&mut a, context, moves == 1, log as u8, thunks.fault);
+                let fill = &thunks.fill[context];
+                super::strings::repeat(&mut a, context, moves == 1, log as u8, fill, thunks.fault);
             }
         }
     }

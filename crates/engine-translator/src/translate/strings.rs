@@ -4,7 +4,7 @@
 use super::assembler::*;
 use super::block::*;
 use super::coalesce::Access;
-use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry};
+use crate::cpu::{Cpu, TLB_ENTRIES, Tag, TlbEntry};
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 use std::mem::offset_of;
 
@@ -74,8 +74,14 @@ impl Builder<'_> {
         let moves = matches!(instruction.mnemonic(), M::Movsb | M::Movsw | M::Movsd | M::Movsq);
         let context = self.source.context.tlb;
         if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
+            let again = self.a.position();
             let call = self.a.call();
             self.thunk_calls.push((call.at as u32, Thunk::Repeat { context, moves, log }));
+            // It also comes back when the TLB has got a page that it did not have.
+            let done = self.a.short(0xe3);
+            let back = self.a.position() + 2 - again;
+            self.a.bytes(&[0xeb, (back as u8).wrapping_neg()]);
+            self.a.bind_short(done);
             return true;
         }
         let (size, flags) = (1usize << log, insn.live_in != 0);
@@ -126,10 +132,10 @@ const SAVED_RDX: usize = 4;
 const SAVED_RBX: usize = 5;
 const SAVED_FLAGS: usize = 6;
 
-/// The thunk for REP MOVS (`moves`) or REP STOS in TLB context `context`: called with guest registers in
-/// place, returns when RCX is 0. A probe that misses, or pending work, leaves through `fault` with the
-/// guest registers precise, and the interpreter goes on from there.
-pub fn repeat(a: &mut Assembler, context: usize, moves: bool, log: u8, fault: usize) {
+/// The thunk for REP MOVS (`moves`) or REP STOS in TLB context `context`: called with guest registers in place, returns when
+/// RCX is 0, or as `fill`, the thunks by tag for a TLB miss with live flags, does. An element across pages, or pending work,
+/// leaves through `fault` with the guest registers precise, and the interpreter goes on from there.
+pub fn repeat(a: &mut Assembler, context: usize, moves: bool, log: u8, fill: &[[usize; 2]], fault: usize) {
     let table = offset_of!(Cpu, tlb) + context * size_of::<[TlbEntry; TLB_ENTRIES]>();
     let size = 1i32 << log;
     a.store(scratch(SAVED_AX), RAX);
@@ -142,16 +148,19 @@ pub fn repeat(a: &mut Assembler, context: usize, moves: bool, log: u8, fault: us
     a.alu_imm(Alu::Cmp, true, Rm::Reg(RCX), 0);
     let done = a.jcc(cc::E);
     a.alu_imm(Alu::Cmp, false, pending(), 0);
-    let mut leave = vec![a.jcc(cc::NE)];
+    let interrupted = a.jcc(cc::NE);
+    let mut missed = Vec::new();
     if moves {
-        probe(a, table + offset_of!(TlbEntry, read), GUEST_RSI, RSI, size, &mut leave);
+        let hole = probe(a, table + offset_of!(TlbEntry, read), GUEST_RSI, RSI, size);
+        missed.push((hole, RSI, Tag::Read));
         a.mov_imm(RDX, 4096);
         a.alu32(Alu::Sub, RDX, Rm::Reg(RSI));
         a.alu(Alu::Add, RSI, Rm::GsBase(RDI, (table + offset_of!(TlbEntry, host)) as i32));
     } else {
         a.mov_imm(RDX, 4096);
     }
-    probe(a, table + offset_of!(TlbEntry, write), GUEST_RDI, RBX, size, &mut leave);
+    let hole = probe(a, table + offset_of!(TlbEntry, write), GUEST_RDI, RBX, size);
+    missed.push((hole, RBX, Tag::Write));
     a.mov_imm(RAX, 4096);
     a.alu32(Alu::Sub, RAX, Rm::Reg(RBX));
     a.alu(Alu::Add, RBX, Rm::GsBase(RDI, (table + offset_of!(TlbEntry, host)) as i32));
@@ -196,6 +205,26 @@ pub fn repeat(a: &mut Assembler, context: usize, moves: bool, log: u8, fault: us
     a.bind(done);
     restore(a);
     a.ret();
+    let mut leave = vec![interrupted];
+    for (hole, address, tag) in missed {
+        a.bind(hole);
+        a.alu_imm(Alu::Cmp, true, Rm::Reg(address), 4095);
+        let crosses = a.jcc(cc::BE);
+        if moves && tag == Tag::Write {
+            // Pages that take each other's entry would do so for ever.
+            a.mov(RAX, GUEST_RSI);
+            a.alu(Alu::Xor, RAX, Rm::Reg(GUEST_RDI));
+            a.alu_imm(Alu::And, false, Rm::Reg(RAX), ((TLB_ENTRIES - 1) << 12) as i32);
+            leave.push(a.jcc(cc::E));
+        }
+        if address != RSI {
+            a.mov(RSI, address);
+        }
+        restore(a);
+        let to_fill = a.jmp();
+        a.bind_to(to_fill, fill[tag as usize][1]);
+        leave.push(crosses);
+    }
     for hole in leave {
         a.bind(hole);
     }
@@ -208,15 +237,15 @@ pub fn repeat(a: &mut Assembler, context: usize, moves: bool, log: u8, fault: us
     a.bind_to(out, fault);
 }
 
-/// Probes for the element at `address`: its offset in the page to `to`, the entry's offset to RDI.
-fn probe(a: &mut Assembler, tag: usize, address: u8, to: u8, size: i32, leave: &mut Vec<Hole>) {
+/// Probes for the element at `address`: its offset in the page, if it is there, to `to`, the entry's offset to RDI.
+fn probe(a: &mut Assembler, tag: usize, address: u8, to: u8, size: i32) -> Hole {
     a.mov(to, address);
     a.mov32(RDI, to);
     a.shr32(RDI, 7);
     a.alu_imm(Alu::And, false, Rm::Reg(RDI), ((TLB_ENTRIES - 1) << 5) as i32);
     a.alu(Alu::Add, to, Rm::GsBase(RDI, tag as i32));
     a.alu_imm(Alu::Cmp, true, Rm::Reg(to), 4096 - size);
-    leave.push(a.jcc(cc::A));
+    a.jcc(cc::A)
 }
 
 fn restore(a: &mut Assembler) {

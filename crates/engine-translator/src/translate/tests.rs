@@ -60,6 +60,23 @@ fn code_memory_may_be_full_at_any_time() {
     }
 }
 
+/// REP MOVS between pages that take each other's place in the TLB, elements across pages on both sides, and REP STOS:
+/// ```text
+///  mov qword [0x3090], 0x6000e7 ; 36 MiB is at 6 MiB too
+///  mov byte [0x600123], 0x5a / mov esi, 0x2400010 / mov edi, 0x400010 / mov ecx, 0x2000 / rep movsb
+///  mov esi, 0x2400ffd / mov edi, 0x401ffa / mov ecx, 0x300 / rep movsq
+///  mov edi, 0x403fff / mov ecx, 0x1000 / mov eax, 0x1234 / rep stosw / out 0xf4, al
+/// ```
+#[test]
+fn repeated_strings_over_pages() {
+    check(concat!(
+        "48c7042590300000e7006000c6042523016000",
+        "5abe10004002bf10004000b900200000f3a4",
+        "befd0f4002bffa1f4000b900030000f348a5",
+        "bfff3f4000b900100000b83412000066f3abe6f4"
+    ));
+}
+
 const CROSSING: (&[u8], &[u8]) = {
     let mut first = [0x90; 4096];
     first[0] = 0xe9; // jmp +0xff9
