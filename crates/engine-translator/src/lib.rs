@@ -9,6 +9,7 @@ pub mod code_memory;
 pub mod core;
 pub mod cpu;
 pub mod debugger;
+mod hash;
 pub mod host;
 pub mod interpret;
 mod measure;

@@ -16,6 +16,7 @@ use crate::cpu::{
     Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, LINKS, Mode, TLB_CONTEXTS, TLB_ENTRIES, Tag,
     TlbContext, invalid_tag,
 };
+use crate::hash::AddressSet;
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
 use anyvisor_engine::GuestIo;
 use anyvisor_engine::tally::event;
@@ -24,7 +25,6 @@ use anyvisor_x86::bits::cr0;
 use anyvisor_x86::paging::{self, Access, AccessKind, Mapping, PagingMode};
 use journal::Journal;
 use spaces::Spaces;
-use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 
 /// The local APIC's page in xAPIC mode, when not moved.
@@ -63,7 +63,7 @@ pub struct Mmu {
     /// Indices in the kernel TLB whose pages are not global.
     kernel_local: Journal,
     /// 2 MiB regions that had an entry from a large page.
-    large: HashSet<u64>,
+    large: AddressSet<u64>,
     last_large: u64,
     /// Pages lately fetched from, by linear page number.
     code_pages: Box<[CodePage; CODE_PAGES]>,
@@ -90,7 +90,7 @@ impl Mmu {
             pages: vec![[0; TLB_ENTRIES]; TLB_CONTEXTS].into_boxed_slice().try_into().expect("as many as contexts"),
             journal: Default::default(),
             kernel_local: Journal::default(),
-            large: HashSet::new(),
+            large: AddressSet::default(),
             last_large: u64::MAX,
             code_pages: Box::new([CodePage::EMPTY; CODE_PAGES]),
             jump_filter: Box::new([[0; 64]; 2]),

@@ -20,10 +20,10 @@
 
 use crate::core::Core;
 use crate::cpu::Cpu;
+use crate::hash::AddressMap;
 use crate::ram::page;
 use anyvisor_engine::tally::event;
 use anyvisor_x86::paging::{self, Access, AccessKind};
-use std::collections::HashMap;
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering;
 
@@ -123,7 +123,7 @@ struct Space {
     /// Region and window.
     regions: Vec<(u8, u8)>,
     /// Guest-physical page by linear page, with [`WRITABLE`].
-    pages: HashMap<u64, u64>,
+    pages: AddressMap<u64, u64>,
     /// Mappings that the host needs for them: a page that goes on where the one before ends takes none of its own.
     pieces: usize,
 }
@@ -165,7 +165,7 @@ pub struct Windows {
     /// Others, the one that left last at the end.
     kept: Vec<Space>,
     /// Host addresses where guest-physical pages are writable, or were.
-    writers: HashMap<u64, Vec<u64>>,
+    writers: AddressMap<u64, Vec<u64>>,
     writer_count: usize,
     /// Page mappings since they were last looked into, and when that was.
     fills: u32,
@@ -203,7 +203,7 @@ impl Default for Windows {
             free: Vec::new(),
             current: None,
             kept: Vec::new(),
-            writers: HashMap::new(),
+            writers: AddressMap::default(),
             writer_count: 0,
             fills: 0,
             looked: 0,

@@ -36,6 +36,7 @@ use crate::core::Core;
 use crate::cpu::{
     CLOSED, Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, LINKS, MICRO_ENTRIES, MicroEntry, Mode, TlbContext,
 };
+use crate::hash::{AddressMap, AddressSet};
 use crate::interpret::{self, Step};
 use crate::system;
 use crate::timer;
@@ -52,8 +53,7 @@ use enter::{EXIT_ELSEWHERE, EXIT_FAULT, EXIT_INDIRECT, Thunks};
 use moving::Place;
 use planted::Bug;
 use return_stack::ReturnStack;
-use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::HashMap;
 use std::mem::offset_of;
 use std::sync::atomic::Ordering;
 pub use twins::Twins;
@@ -145,32 +145,6 @@ struct CodePage {
     hits: u32,
 }
 
-/// Multiplicative hashing: keys are addresses, and nobody attacks their own translation cache.
-#[derive(Default)]
-struct AddressHasher(u64);
-
-impl Hasher for AddressHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for &b in bytes {
-            self.write_u64(u64::from(b));
-        }
-    }
-    fn write_u8(&mut self, value: u8) {
-        self.write_u64(u64::from(value));
-    }
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-    fn write_isize(&mut self, value: isize) {
-        self.write_u64(value as u64);
-    }
-}
-
-type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
-
 /// How control comes to a block that is looked for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Via {
@@ -218,15 +192,15 @@ pub struct Translator {
     /// The link to each target of jumps to other pages, by the context of the code there.
     links: AddressMap<(JumpContext, u64), u32>,
     /// Blocks in which reads that lead writes did not pay, and those in which no shared probes did.
-    unmixed: HashSet<Key, BuildHasherDefault<AddressHasher>>,
-    uncoalesced: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    unmixed: AddressSet<Key>,
+    uncoalesced: AddressSet<Key>,
     /// Loops that samples met; and those of them that hoisted probes do not pay for.
-    hot_loops: HashSet<Key, BuildHasherDefault<AddressHasher>>,
-    short_loops: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    hot_loops: AddressSet<Key>,
+    short_loops: AddressSet<Key>,
     /// Blocks that samples met, and their neighbours: their accesses have micro-TLB entries. And those that
     /// should not.
-    hot: HashSet<Key, BuildHasherDefault<AddressHasher>>,
-    cold: HashSet<Key, BuildHasherDefault<AddressHasher>>,
+    hot: AddressSet<Key>,
+    cold: AddressSet<Key>,
     /// How often blocks had pages mapped too fast.
     suspects: AddressMap<Key, u32>,
     /// Since when they are counted.
@@ -282,12 +256,12 @@ impl Translator {
             movable: AddressMap::default(),
             pages: AddressMap::default(),
             links: AddressMap::default(),
-            unmixed: HashSet::default(),
-            uncoalesced: HashSet::default(),
-            hot_loops: HashSet::default(),
-            short_loops: HashSet::default(),
-            hot: HashSet::default(),
-            cold: HashSet::default(),
+            unmixed: AddressSet::default(),
+            uncoalesced: AddressSet::default(),
+            hot_loops: AddressSet::default(),
+            short_loops: AddressSet::default(),
+            hot: AddressSet::default(),
+            cold: AddressSet::default(),
             suspects: AddressMap::default(),
             suspected: 0,
             regions: AddressMap::default(),
