@@ -32,19 +32,13 @@ impl Translator {
         let key = block.key;
         // Kernels run the same code for many stacks and objects: their accesses don't stay on a page.
         let user = matches!(key.context.jumps, JumpContext::User | JumpContext::User32);
-        let heatable = user && block.alive && !block.manner.hot && !key.alone && !self.cold.contains(&key);
-        if heatable && block.manner.windowed && block.met {
-            self.hot.insert(key);
-            core.sample_period = Core::SAMPLE_PERIODS.start;
-            return self.kill(core, id as u32);
-        } else if heatable && !block.manner.windowed && self.may_heat(core) {
+        if user && block.alive && !block.hot && !self.cold.contains(&key) && self.may_heat(core) {
             self.heat(core, id as u32);
             core.sample_period = Core::SAMPLE_PERIODS.start;
         } else {
             core.sample_period = (core.sample_period * 2).min(Core::SAMPLE_PERIODS.end);
         }
         let block = &mut self.blocks[id];
-        block.met = true;
         if block.hoistable && block.fast.is_none() && !self.short_loops.contains(&key) {
             self.hot_loops.insert(key);
             return self.kill(core, id as u32);
@@ -126,7 +120,7 @@ impl Translator {
         }
         for id in found {
             let block = &self.blocks[id as usize];
-            if block.alive && !block.manner.hot && !block.key.alone && !self.cold.contains(&block.key) {
+            if block.alive && !block.hot && !block.key.alone && !self.cold.contains(&block.key) {
                 self.hot.insert(block.key);
                 self.kill(core, id);
             }

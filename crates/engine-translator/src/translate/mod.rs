@@ -111,19 +111,10 @@ struct Block {
     hoistable: bool,
     fast: Option<(u32, u32)>,
     samples: i8,
-    manner: Manner,
-    /// A sample has met it.
-    met: bool,
+    /// It is translated as a hot one.
+    hot: bool,
     /// What it takes to make the same for another linear address.
     moving: Option<Box<Moving>>,
-}
-
-/// How a block is translated.
-#[derive(Clone, Copy)]
-struct Manner {
-    windowed: bool,
-    /// As one that samples have met: with micro-TLB entries, or with a guess for every region.
-    hot: bool,
 }
 
 struct Exit {
@@ -585,8 +576,8 @@ impl Translator {
             self.recycle_micro(core);
         }
         let windowed = key.context.jumps == JumpContext::User && !self.cold.contains(&key) && core.has_windows();
-        let popular = (self.eager || self.hot.contains(&key)) && !key.alone;
-        let micro = popular && !windowed && !self.cold.contains(&key) && !self.is_micro_full();
+        let wanted = (self.eager || self.hot.contains(&key)) && !windowed && !key.alone;
+        let hot = wanted && !self.cold.contains(&key) && !self.is_micro_full();
         let hoist = self.eager || self.hot_loops.contains(&key);
         let first_micro = self.micro_owners.len();
         let first_exit = self.exits.len() as u32;
@@ -603,9 +594,9 @@ impl Translator {
             hoist,
             windowed,
             regions: regions(&core.cpu),
-            guess: (windowed && (popular || hoist)).then_some(self.guess),
+            guess: (windowed && hoist).then_some(self.guess),
             learned: self.regions.get(&key).cloned().unwrap_or_default(),
-            micro: first_micro as u16..(first_micro + if micro { BLOCK_MICROS } else { 0 }) as u16,
+            micro: first_micro as u16..(first_micro + if hot { BLOCK_MICROS } else { 0 }) as u16,
             breakpoints: core.debugger.breakpoints().to_vec(),
         };
         let mut translation = block::translate(&source, &mut self.workspace);
@@ -625,8 +616,7 @@ impl Translator {
             core.cpu.micro[usize::from(entry)] = MicroEntry::empty(core.cpu.micro_nowhere, low as u64);
         }
         core.cpu.micro_used = self.micro_owners.len() as u32;
-        let hot = if windowed { popular } else { micro };
-        self.install(core, key, translation, next_page, Manner { windowed, hot })
+        self.install(core, key, translation, next_page, hot || windowed)
     }
 
     /// The first bytes of the page after the one that `rip` is on, if they can be executed: their
@@ -661,7 +651,7 @@ impl Translator {
         key: Key,
         mut translation: block::Translation,
         next_page: Option<u64>,
-        manner: Manner,
+        hot: bool,
     ) -> u32 {
         let first_exit = self.exits.len() as u32;
         let start = self.used;
@@ -730,8 +720,7 @@ impl Translator {
             hoistable: translation.hoistable,
             fast: translation.fast,
             samples: 0,
-            manner,
-            met: false,
+            hot,
             moving: translation.moving,
         });
         self.workspace.recycle(translation.code);

@@ -34,7 +34,7 @@ impl Translator {
     /// mapped again, translating it again would only change some constants.
     pub(super) fn moved(&mut self, core: &mut Core, key: Key) -> Option<u32> {
         let &old = self.movable.get(&Place::of(&key))?;
-        let special = [&self.unmixed, &self.uncoalesced, &self.hot_loops, &self.short_loops, &self.hot, &self.cold];
+        let special = [&self.unmixed, &self.uncoalesced, &self.hot_loops, &self.short_loops, &self.cold];
         let full = self.used + CODE_RESERVE > self.room || self.links.len() + LINK_RESERVE > LINKS;
         let plain = core.debugger.breakpoints().is_empty() && core.has_windows();
         if full || !plain || self.regions.contains_key(&key) || special.iter().any(|set| set.contains(&key)) {
@@ -89,8 +89,7 @@ impl Translator {
             moving: Some(moving.clone()),
         };
         self.statistics.moved += 1;
-        let manner = block.manner;
-        Some(self.install(core, key, translation, None, manner))
+        Some(self.install(core, key, translation, None, true))
     }
 }
 
