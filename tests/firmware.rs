@@ -26,26 +26,43 @@ fn boot_with(firmware: &str, disk: &Path, more: &[&str]) -> vm::Vm {
 const MODULES: [&str; 6] =
     ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
 
+/// GRUB's configuration for [`Linux::files`].
+const START_LINUX: &str = "echo GRUB loads Linux\nlinux /boot/vmlinuz console=ttyS0 quiet\ninitrd /boot/initrd\nboot";
+
+/// A kernel, and an initramfs that loads [`MODULES`] and more, and runs a script.
+struct Linux {
+    kernel: Vec<u8>,
+    initramfs: Vec<u8>,
+}
+
+impl Linux {
+    fn new(more: &[&str], script: &str) -> Linux {
+        let names = [&MODULES[..], more].concat();
+        let load = format!("for m in {}; do [ -e /$m.ko ] && insmod /$m.ko; done", names.join(" "));
+        let modules = assets::modules(&names).expect("the kernel's modules");
+        let initramfs = assets::initramfs_with(&format!("{load}\n{script}"), &modules).expect("busybox");
+        Linux { kernel: std::fs::read(assets::kernel().expect("a kernel")).unwrap(), initramfs }
+    }
+
+    fn files(&self) -> [(&str, &[u8]); 2] {
+        [("boot/vmlinuz", &self.kernel), ("boot/initrd", &self.initramfs)]
+    }
+}
+
 /// From the reset vector to a shell: BIOS, boot sector, GRUB, kernel and initramfs from the disk, which Linux finds again.
 #[test]
 fn seabios_and_grub_boot_linux_from_a_disk() {
     let folder = assets::scratch_folder();
     let disk = folder.path().join("disk");
-    let script = format!(
-        r#"for m in {}; do [ -e /$m.ko ] && insmod /$m.ko; done
-mkdir /disk; mount -t ext4 -o ro /dev/vda1 /disk && echo "found $(ls /disk/boot)"
+    let linux = Linux::new(
+        &[],
+        r#"mkdir /disk; mount -t ext4 -o ro /dev/vda1 /disk && echo "found $(ls /disk/boot)"
 grep -E 'System RAM|BOOT_IMAGE' /proc/iomem /proc/cmdline
 echo "e820 $(dmesg | grep -c BIOS-e820) acpi $(dmesg | grep -c 'ACPI: DSDT') power $(dmesg | grep -c 'S5')"
 dmesg | grep -E 'BUG:|Oops|WARNING:|Call Trace|ACPI.*[Ee]rror'
 exec setsid cttyhack sh -i"#,
-        MODULES.join(" ")
     );
-    let modules = assets::modules(&MODULES).expect("the kernel's modules");
-    let initramfs = assets::initramfs_with(&script, &modules).expect("busybox");
-    let kernel = std::fs::read(assets::kernel().expect("a kernel")).unwrap();
-    let configuration = "echo GRUB loads Linux\nlinux /boot/vmlinuz console=ttyS0 quiet\ninitrd /boot/initrd\nboot";
-    let files = [("boot/vmlinuz", kernel.as_slice()), ("boot/initrd", initramfs.as_slice())];
-    grub::bios_image(&disk, 48, configuration, &files).expect("an image");
+    grub::bios_image(&disk, 48, START_LINUX, &linux.files()).expect("an image");
     let mut vm = boot(&disk, &["--memory", "256M"]);
     vm.wait_for("SeaBIOS (version", PATIENCE);
     vm.wait_for("GRUB loads Linux", PATIENCE);
@@ -98,21 +115,15 @@ fn a_disk_without_a_boot_sector_is_told() {
 fn ovmf_and_grub_boot_linux_from_a_disk() {
     let folder = assets::scratch_folder();
     let (disk, snapshot) = (folder.path().join("disk"), folder.path().join("snapshot").display().to_string());
-    let script = format!(
-        r#"for m in {}; do [ -e /$m.ko ] && insmod /$m.ko; done
-echo "partition $(cat /sys/block/vda/vda1/size) uefi $(cat /sys/firmware/efi/fw_platform_size)"
+    let linux = Linux::new(
+        &[],
+        r#"echo "partition $(cat /sys/block/vda/vda1/size) uefi $(cat /sys/firmware/efi/fw_platform_size)"
 dmesg | grep -E 'ACPI: PM: .supports|efi: EFI v'
 echo "reserved $(grep -c 'PCI MMCONFIG 0000' /proc/iomem)"
 dmesg | grep -E 'BUG:|Oops|WARNING:|Call Trace|ACPI.*[Ee]rror|ACPI Warning'
 exec setsid cttyhack sh -i"#,
-        MODULES.join(" ")
     );
-    let modules = assets::modules(&MODULES).expect("the kernel's modules");
-    let initramfs = assets::initramfs_with(&script, &modules).expect("busybox");
-    let kernel = std::fs::read(assets::kernel().expect("a kernel")).unwrap();
-    let configuration = "echo GRUB loads Linux\nlinux /boot/vmlinuz console=ttyS0 quiet\ninitrd /boot/initrd\nboot";
-    let files = [("boot/vmlinuz", kernel.as_slice()), ("boot/initrd", initramfs.as_slice())];
-    grub::efi_image(&disk, 64, configuration, &files).expect("an image");
+    grub::efi_image(&disk, 64, START_LINUX, &linux.files()).expect("an image");
     let id = format!("ovmf-{}", std::process::id());
     let mut vm = boot_ovmf("OVMF_CODE.fd", &disk, &["--memory", "256M", "--id", &id]);
     vm.wait_for("GRUB loads Linux", PATIENCE);
@@ -158,21 +169,15 @@ fn the_shell_of_ovmf_sees_a_disk() {
 fn uefi_variables_are_kept() {
     let folder = assets::scratch_folder();
     let (disk, variables) = (folder.path().join("disk"), folder.path().join("variables"));
-    let script = format!(
-        r#"for m in {} efivarfs; do [ -e /$m.ko ] && insmod /$m.ko; done
-mount -t efivarfs efivarfs /sys/firmware/efi/efivars
+    let linux = Linux::new(
+        &["efivarfs"],
+        r#"mount -t efivarfs efivarfs /sys/firmware/efi/efivars
 f=/sys/firmware/efi/efivars/Answer-5b4d1d0e-93d4-4d5e-8c0b-0f6f0a4a7c11
 if [ -e $f ]; then echo "kept $(tail -c 4 $f)"; poweroff -f; fi
 printf '\007\000\000\000x=42' >$f && echo "set $(tail -c 4 $f)"
 reboot -f"#,
-        MODULES.join(" ")
     );
-    let modules = assets::modules(&[&MODULES[..], &["efivarfs"]].concat()).expect("the kernel's modules");
-    let initramfs = assets::initramfs_with(&script, &modules).expect("busybox");
-    let kernel = std::fs::read(assets::kernel().expect("a kernel")).unwrap();
-    let configuration = "linux /boot/vmlinuz console=ttyS0 quiet\ninitrd /boot/initrd\nboot";
-    let files = [("boot/vmlinuz", kernel.as_slice()), ("boot/initrd", initramfs.as_slice())];
-    grub::efi_image(&disk, 64, configuration, &files).expect("an image");
+    grub::efi_image(&disk, 64, START_LINUX, &linux.files()).expect("an image");
     std::fs::copy(grub::ovmf("OVMF_VARS_4M.fd").expect("OVMF"), &variables).unwrap();
     let firmware = format!("{},vars={}", grub::ovmf("OVMF_CODE_4M.fd").unwrap().display(), variables.display());
     let ended = boot_with(&firmware, &disk, &["--memory", "256M", "--on-reboot", "restart"]).end(PATIENCE);

@@ -96,11 +96,10 @@ impl Reservation {
         }
     }
 
-    /// Maps pages of a file. One is made ready to use; more are as they are touched.
+    /// Maps pages of a file, ready to use.
     fn map(&self, address: u64, length: u64, file: RawFd, offset: u64, writable: bool) -> bool {
         let rights = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
-        let populate = if length == PAGE { libc::MAP_POPULATE } else { 0 };
-        let flags = libc::MAP_SHARED | libc::MAP_FIXED | populate;
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
         assert!(self.contains(address) && self.contains(address + length - 1));
         // SAFETY: as above.
         let done =
