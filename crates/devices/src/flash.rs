@@ -111,7 +111,8 @@ impl Flash {
         None
     }
 
-    /// Takes the last change back as far as the guest is told: it could not be kept.
+    /// Tells the guest that its last change failed, because it could not be kept. What it reads then is the changed contents
+    /// all the same: of a failed command's cells the data sheet promises nothing.
     pub fn fail(&mut self) {
         self.state.status |= PROGRAM_ERROR | ERASE_ERROR;
     }

@@ -45,6 +45,20 @@ impl Stamp {
     }
 }
 
+/// Opens a file, as a FIFO too without waiting for somebody at its other end.
+pub(crate) fn open_file(path: &Path, read_only: bool) -> io::Result<File> {
+    OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
+/// Locks a file, for readers together or for one writer alone; `false` if others have it locked.
+pub(crate) fn lock(file: &File, read_only: bool) -> io::Result<bool> {
+    match if read_only { file.try_lock_shared() } else { file.try_lock() } {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
 /// Opens and locks the images of `disks`.
 ///
 /// # Errors
@@ -68,24 +82,16 @@ impl Image {
             };
             Error::user(format!("cannot open disk '{shown}': {error}{hint}"))
         };
-        // A FIFO would wait for somebody at its other end.
-        let mut options = OpenOptions::new();
-        options.read(true).write(!disk.read_only).custom_flags(libc::O_NONBLOCK);
-        let mut file = options.open(&disk.path).map_err(trouble)?;
+        let mut file = open_file(&disk.path, disk.read_only).map_err(trouble)?;
         let kind = file.metadata().map_err(trouble)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::user(format!("disk '{shown}' is neither a file nor a block device; check --disk")));
         }
-        let locked = if disk.read_only { file.try_lock_shared() } else { file.try_lock() };
-        match locked {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let what = if disk.read_only { "written by another program" } else { "in use by another program" };
-                return Err(Error::user(format!(
-                    "disk '{shown}' is {what}; end that, or have both use it with --disk {shown},ro"
-                )));
-            }
-            Err(TryLockError::Error(error)) => return Err(trouble(error)),
+        if !lock(&file, disk.read_only).map_err(trouble)? {
+            let what = if disk.read_only { "written by another program" } else { "in use by another program" };
+            return Err(Error::user(format!(
+                "disk '{shown}' is {what}; end that, or have both use it with --disk {shown},ro"
+            )));
         }
         let length = file.seek(SeekFrom::End(0)).map_err(trouble)?;
         if disk.format.is_none()

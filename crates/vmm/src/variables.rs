@@ -4,12 +4,12 @@
 //! outlives this process, and after a save the host.
 
 use crate::config::show_size;
-use crate::disk::Stamp;
+use crate::disk::{self, Stamp};
 use crate::{Error, Result, layout};
 use anyvisor_devices::flash::BLOCK;
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// The open file.
@@ -31,9 +31,7 @@ impl Variables {
                 "cannot open '{shown}', the file for UEFI variables: {error}; check --firmware FILE,vars="
             ))
         };
-        // A FIFO would wait for somebody at its other end.
-        let file =
-            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(trouble)?;
+        let file = disk::open_file(path, false).map_err(trouble)?;
         let found = file.metadata().map_err(trouble)?;
         let length = found.len();
         if !found.is_file() || length == 0 || length > layout::VARIABLES_MAX || !length.is_multiple_of(BLOCK) {
@@ -44,18 +42,20 @@ impl Variables {
                 show_size(BLOCK)
             )));
         }
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::user(format!(
-                    "'{shown}', the file for UEFI variables, is in use by another program; end that, or give this VM its own"
-                )));
-            }
-            Err(TryLockError::Error(error)) => return Err(trouble(error)),
+        if !disk::lock(&file, false).map_err(trouble)? {
+            return Err(Error::user(format!(
+                "'{shown}', the file for UEFI variables, is in use by another program; end that, or give this VM its own"
+            )));
         }
         let mut bytes = vec![0; length as usize];
         file.read_exact_at(&mut bytes, 0).map_err(trouble)?;
         Ok((Variables { path: path.to_owned(), file, length }, bytes))
+    }
+
+    /// Takes the file from the host's disk again, such that it can be written or not.
+    #[cfg(test)]
+    pub fn reopen(&mut self, writable: bool) {
+        self.file = disk::open_file(&self.path, !writable).unwrap();
     }
 
     pub fn path(&self) -> &Path {
