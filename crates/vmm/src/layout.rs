@@ -47,6 +47,8 @@ pub const FLASH_MAX: u64 = 16 << 20;
 /// Most flash memory for UEFI variables, which is below that with the firmware, and most firmware then.
 pub const VARIABLES_MAX: u64 = 1 << 20;
 pub const FLASH_MAX_BESIDE_VARIABLES: u64 = 7 << 20;
+/// Most flash memory in a machine with a test device, whose memory is below.
+pub const FLASH_MAX_BESIDE_TEST_DEVICE: u64 = HIGH_RAM - TEST_MEMORY - anyvisor_devices::test_device::MEMORY_SIZE;
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Memory of the test device, where a machine has one.
 pub const TEST_MEMORY: u64 = anyvisor_devices::test_device::MEMORY;

@@ -271,6 +271,7 @@ impl Machine {
             Some(firmware) => boot::with_flash(memory, &firmware.image)?,
             None => memory,
         };
+        room_for_test_device(config, &memory)?;
         let entry = load(config, &memory)?;
         let vm = engine.create_vm(memory.clone())?;
         let images = Images::open(config, &memory)?;
@@ -385,6 +386,21 @@ impl Images {
             )));
         }
         Ok(Images { disks, variables: Some(Variables::open(path)?) })
+    }
+}
+
+/// Refuses flash memory where a test device has its own memory.
+fn room_for_test_device(config: &Config, memory: &GuestMemoryMmap) -> Result<()> {
+    let (flash, most) = (memory::flash_size(memory), layout::FLASH_MAX_BESIDE_TEST_DEVICE);
+    match &config.firmware {
+        Some(firmware) if config.test_device && flash > most => Err(Error::user(format!(
+            "firmware '{}' of {} lies where --test-device has its memory; give firmware of at most {}, or leave --test-device \
+             out",
+            firmware.image.display(),
+            show_size(flash),
+            show_size(most)
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -341,6 +341,38 @@ fn the_test_device_is_an_option() {
 }
 
 #[test]
+fn firmware_leaves_the_test_device_its_memory() {
+    let scratch = tempfile::tempdir().unwrap();
+    let image = scratch.path().join("firmware");
+    let started = |size: u64, test_device| {
+        std::fs::File::create(&image).unwrap().set_len(size).unwrap();
+        let firmware = crate::config::Firmware { image: image.clone(), variables: None };
+        let change = |config: &mut Config| (config.firmware, config.test_device) = (Some(firmware), test_device);
+        let guest = move |_: &FakeVm, _, io: &dyn GuestIo| {
+            if test_device {
+                let mut data = [0];
+                io.mmio_write(0xff00_ffff, &[7]);
+                io.mmio_read(0xff00_ffff, &mut data);
+                assert_eq!(data, [7]);
+            }
+            outb(io, 0xf4, 5);
+            Exit::Kicked
+        };
+        play(change, b"", guest).end
+    };
+    for (size, test_device) in [(layout::FLASH_MAX, false), (layout::FLASH_MAX_BESIDE_TEST_DEVICE, true)] {
+        assert_eq!(started(size, test_device).unwrap(), End::DebugExit(5));
+    }
+    for size in [layout::FLASH_MAX_BESIDE_TEST_DEVICE + 4096, layout::FLASH_MAX] {
+        let message = started(size, true).unwrap_err().to_string();
+        assert!(
+            message.contains("--test-device") && message.contains("at most 16320K") && !message.contains('\n'),
+            "{message}"
+        );
+    }
+}
+
+#[test]
 fn all_vcpus_stop_and_only_the_first_starts_in_the_kernel() {
     let outcome = play(
         |config| config.cpus = 3,

@@ -257,6 +257,8 @@ impl Manifest {
         require(self.clock <= LATEST, "an impossible time")?;
         let possible = flash <= layout::FLASH_MAX && (flash == 0 || self.machine.firmware.is_some());
         require(possible && flash.is_multiple_of(PAGE), "impossible flash memory")?;
+        let apart = !self.machine.test_device || flash <= layout::FLASH_MAX_BESIDE_TEST_DEVICE;
+        require(apart, "flash memory where the test device's is")?;
         require(self.memory.extents <= self.machine.memory_size() / PAGE, "more pieces of memory than pages")?;
         for vcpu in &self.vcpus {
             let state = &vcpu.state;
