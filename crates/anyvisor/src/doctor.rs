@@ -76,7 +76,9 @@ fn host(out: &mut String, cpuinfo: &str) -> std::fmt::Result {
         writeln!(out, "  is itself a virtual machine")?;
     }
     let Pool { total, free } = Pool::of_host();
-    writeln!(out, "  transparent huge pages: {}", memory::transparent_state())?;
+    writeln!(out, "  transparent huge pages: {}", memory::transparent_state(memory::TRANSPARENT))?;
+    let in_files = memory::transparent_state(memory::TRANSPARENT_IN_FILES);
+    writeln!(out, "  the same for the translator's RAM (shmem_enabled): {in_files}")?;
     writeln!(out, "  pool of 2M pages (vm.nr_hugepages): {free} free of {total}")?;
     Ok(())
 }

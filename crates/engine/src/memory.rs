@@ -1,9 +1,22 @@
-//! Guest RAM for tests and tools.
+//! Guest RAM in files: the file for a caller who maps it, or all of it mapped, for tests and tools.
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// What files with guest RAM are called, in /proc/PID/maps for instance.
+pub const FILE_NAME: &str = "guest-ram";
+
+/// A file of `size` bytes in memory.
+///
+/// # Errors
+/// The host gives none, or none of that size.
+pub fn ram_file(size: u64) -> io::Result<File> {
+    let file = File::from(memfd_create(FILE_NAME, MemfdFlags::CLOEXEC)?);
+    file.set_len(size)?;
+    Ok(file)
+}
 
 /// RAM at `ranges`, of first address and size, as [`Engine::wants_files`](crate::Engine::wants_files): shared mappings of
 /// a file in memory.
@@ -11,8 +24,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 /// # Errors
 /// The host gives no such file, or refuses a mapping.
 pub fn in_file(ranges: &[(GuestAddress, usize)]) -> io::Result<GuestMemoryMmap> {
-    let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
-    file.set_len(ranges.iter().map(|&(_, size)| size as u64).sum())?;
+    let file = ram_file(ranges.iter().map(|&(_, size)| size as u64).sum())?;
     let mut offset = 0;
     let mut pieces = Vec::new();
     for &(start, size) in ranges {

@@ -10,7 +10,8 @@
 use crate::config::{HUGE, HugePages, show_size};
 use crate::{Error, Result, layout};
 use anyvisor_devices::virtio::queue::Piece;
-use rustix::fs::MemfdFlags;
+use anyvisor_engine::memory::{FILE_NAME, ram_file};
+use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -27,11 +28,14 @@ const PIECES_MAX: usize = 1024;
 const ATTEMPTS: usize = 8;
 
 /// Linux' switch for transparent huge pages (Documentation/admin-guide/mm/transhuge.rst).
-const TRANSPARENT: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+pub const TRANSPARENT: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+/// The same for those of files in memory.
+pub const TRANSPARENT_IN_FILES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 /// Linux' pool of 2 MiB pages (Documentation/admin-guide/mm/hugetlbpage.rst).
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// RAM of `size` bytes in the pieces of [`layout::ram_pieces`], on pages of the wanted kind.
+/// RAM of `size` bytes in the pieces of [`layout::ram_pieces`], on pages of the wanted kind. Where the host may choose, it is
+/// in a file if `in_file` (see [`Engine::wants_files`](anyvisor_engine::Engine::wants_files)).
 ///
 /// # Errors
 /// [`Error::User`] if the host cannot give that much, or not such pages.
@@ -44,7 +48,9 @@ pub fn allocate(size: u64, pages: HugePages, in_file: bool) -> Result<GuestMemor
     }
     let file = match pages {
         HugePages::Pool => Some(pool_file(size)?),
-        HugePages::IfThere if in_file => Some(plain_file(size)?),
+        HugePages::IfThere if in_file => {
+            Some(ram_file(size).map_err(|error| Error::host("cannot make a file for guest memory", error))?)
+        }
         _ => None,
     };
     let mut offset = 0;
@@ -120,7 +126,7 @@ impl Drop for Filler {
     }
 }
 
-/// `memory` and flash memory of `size` bytes that ends at 4 GiB: erased, and RAM as far as an engine knows.
+/// `memory` and flash memory of `size` bytes that ends at 4 GiB: all zeros, and RAM as far as an engine knows.
 ///
 /// # Errors
 /// [`Error::User`] if the host cannot give it.
@@ -217,25 +223,17 @@ fn transparent_are_on() -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// This host's switch for transparent huge pages, in its own word: `always`, `madvise` (those who ask) or `never`.
-pub fn transparent_state() -> String {
-    let text = std::fs::read_to_string(TRANSPARENT).unwrap_or_default();
+/// What one of this host's switches for transparent huge pages says, [`TRANSPARENT`] or [`TRANSPARENT_IN_FILES`], in its own
+/// word: `always`, `madvise` or `advise` (those who ask), `never`, and more for files.
+pub fn transparent_state(switch: &str) -> String {
+    let text = std::fs::read_to_string(switch).unwrap_or_default();
     let chosen = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
     chosen.map_or("none in this kernel", |(word, _)| word).to_owned()
 }
 
-/// A file of `size` bytes in memory.
-fn plain_file(size: u64) -> Result<File> {
-    let trouble = |error| Error::host("cannot make a file for guest memory", error);
-    let file = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(|e| trouble(e.into()))?;
-    let file = File::from(file);
-    file.set_len(size).map_err(trouble)?;
-    Ok(file)
-}
-
 /// A file of `size` bytes in the pool.
 fn pool_file(size: u64) -> Result<File> {
-    let file = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
+    let file = memfd_create(FILE_NAME, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
     let file = File::from(file.map_err(|error| {
         let what = "this host's kernel has no pool of huge pages of 2M";
         Error::user(format!("{what} ({error}); use hugepages=thp, or leave hugepages out"))
