@@ -780,6 +780,8 @@ fn xsave_leaf_with_keys(table: &mut Cpuid) {
     let mut sizes = table.get(0xd, 0).unwrap_or_default();
     sizes.eax |= xcr0::PKRU as u32;
     sizes.ecx = (PKRU_OFFSET + PKRU_SIZE) as u32;
+    // As without it: the size with all that the table shows. Engines put there what XCR0 has enabled.
+    sizes.ebx = sizes.ecx;
     table.replace(0xd, 0, sizes);
     let component = CpuidResult { eax: PKRU_SIZE as u32, ebx: PKRU_OFFSET as u32, ecx: 0, edx: 0 };
     table.set(0xd, Some(9), component);
@@ -926,7 +928,7 @@ mod tests {
         assert_eq!(keyed.to_string(), "host,-smap,+pku,+pks");
         let table = keyed.table(&rich_host(), 1, 0).unwrap();
         assert!(table.has(&PKU) && table.has(&PKS) && !CpuModel::Host.table(&rich_host(), 1, 0).unwrap().has(&PKU));
-        assert_eq!(table.get(0xd, 0).map(|leaf| (leaf.eax, leaf.ecx)), Some((0x207, 840)));
+        assert_eq!(table.get(0xd, 0), Some(CpuidResult { eax: 0x207, ebx: 840, ecx: 840, edx: 0 }));
         assert_eq!(table.get(0xd, 9).map(|leaf| (leaf.eax, leaf.ebx)), Some((8, 832)));
         let mut without = rich_host();
         without.replace(7, 0, CpuidResult { ecx: !(1 << 3), ..without.get(7, 0).unwrap() });
