@@ -45,10 +45,8 @@ pub fn kernel() -> Result<PathBuf> {
             std::fs::copy(&found, to).with_context(|| format!("copying {}", found.display()))?;
             return Ok(());
         }
-        let archive = Archive::of_host();
-        let unpacked = archive.fetch(&archive.kernel_package(KERNEL_PACKAGE)?)?;
-        let found = kernel_of(&unpacked)?;
-        std::fs::copy(found, to)?;
+        let unpacked = Archive::of_host().fetch_kernel(KERNEL_PACKAGE).with_context(|| instead("vmlinuz"))?;
+        std::fs::copy(kernel_of(&unpacked)?, to)?;
         Ok(())
     })
 }
@@ -59,8 +57,7 @@ pub fn kernel() -> Result<PathBuf> {
 /// When it cannot be fetched.
 pub fn pc_kernel() -> Result<PathBuf> {
     cached("vmlinuz-pc", |to| {
-        let archive = Archive::of_host();
-        let unpacked = archive.fetch(&archive.kernel_package(PC_KERNEL_PACKAGE)?)?;
+        let unpacked = Archive::of_host().fetch_kernel(PC_KERNEL_PACKAGE).with_context(|| instead("vmlinuz-pc"))?;
         std::fs::copy(kernel_of(&unpacked)?, to)?;
         // 400 MiB of modules.
         std::fs::remove_dir_all(unpacked)?;
@@ -73,14 +70,20 @@ pub fn pc_kernel() -> Result<PathBuf> {
 /// # Errors
 /// When it cannot be fetched.
 pub fn kernel_32(flavour: &str) -> Result<PathBuf> {
-    cached(&format!("vmlinuz-{flavour}"), |to| {
-        let archive = Archive::of("i386")?;
-        let unpacked = archive.fetch(&archive.kernel_package(&format!("linux-image-{flavour}"))?)?;
+    let name = format!("vmlinuz-{flavour}");
+    cached(&name, |to| {
+        let package = format!("linux-image-{flavour}");
+        let unpacked = Archive::of("i386")?.fetch_kernel(&package).with_context(|| instead(&name))?;
         std::fs::copy(kernel_of(&unpacked)?, to)?;
         // Its modules are large, and nobody needs them.
         std::fs::remove_dir_all(unpacked)?;
         Ok(())
     })
+}
+
+/// What to do where kernel `name` cannot be fetched.
+fn instead(name: &str) -> String {
+    format!("no kernel for {name}; put one there", name = folder().join(name).display())
 }
 
 /// A statically linked 32-bit busybox.
@@ -163,14 +166,15 @@ pub fn kexec() -> Result<PathBuf> {
     compiled("kexec", &["-O2"])
 }
 
-/// A program of `tests/guests`, linked statically. Its name says which source it was made of.
+/// A program of `tests/guests`, linked statically. Its name says what it was made of, and how.
 fn compiled(name: &str, options: &[&str]) -> Result<PathBuf> {
     let source = root().join("tests/guests").join(format!("{name}.c"));
-    let digest = sha2::Sha256::digest(std::fs::read(&source)?);
+    let how = [options, &["-static"]].concat();
+    let digest = sha2::Sha256::digest([std::fs::read(&source)?, how.join("\0").into_bytes()].concat());
     let made = format!("{name}-{:08x}", u32::from_be_bytes(digest[..4].try_into()?));
     cached(&made, |to| {
         let mut command = Command::new("gcc");
-        command.args(options).args(["-static", "-o"]).arg(to).arg(&source);
+        command.args(&how).arg("-o").arg(to).arg(&source);
         run(&mut command).with_context(|| format!("compiling {name}.c (is gcc installed?)"))
     })
 }
@@ -216,6 +220,8 @@ fn first_kernel(folder: &Path) -> Option<PathBuf> {
 
 /// A distribution's archive, of the host's architecture or of another, without changing anything of the host's.
 struct Archive {
+    /// By apt's name; none for the host's.
+    architecture: Option<String>,
     options: Vec<String>,
     /// Where its packages go: those of other architectures apart.
     place: PathBuf,
@@ -223,7 +229,7 @@ struct Archive {
 
 impl Archive {
     fn of_host() -> Archive {
-        Archive { options: vec![], place: folder() }
+        Archive { architecture: None, options: vec![], place: folder() }
     }
 
     /// For packages of `architecture`, by apt's name.
@@ -240,7 +246,8 @@ impl Archive {
             "Dir::State::status=/dev/null".to_owned(),
             "Acquire::Languages=none".to_owned(),
         ];
-        Ok(Archive { options: settings.into_iter().flat_map(|s| ["-o".to_owned(), s]).collect(), place })
+        let options = settings.into_iter().flat_map(|s| ["-o".to_owned(), s]).collect();
+        Ok(Archive { architecture: Some(architecture.to_owned()), options, place })
     }
 
     fn apt(&self, program: &str) -> Command {
@@ -251,6 +258,7 @@ impl Archive {
 
     /// The versioned package that the meta-package `meta` of a kernel stands for.
     fn kernel_package(&self, meta: &str) -> Result<String> {
+        let mut update = None;
         for attempt in 0..2 {
             let output = self.apt("apt-cache").args(["depends", meta]).output().context("running apt-cache")?;
             let text = String::from_utf8_lossy(&output.stdout);
@@ -260,10 +268,20 @@ impl Archive {
             }
             if attempt == 0 {
                 // Package lists may be missing; the host's own are root's to fetch.
-                let _ = run(self.apt("apt-get").arg("update"));
+                update = run(self.apt("apt-get").arg("update")).err();
             }
         }
-        bail!("{meta} is not in this host's package lists; put a kernel in {}", folder().display())
+        let lists = match &self.architecture {
+            None => "this host's package lists".to_owned(),
+            Some(architecture) => format!("the package lists for {architecture} of this host's distribution"),
+        };
+        let why = update.map(|error| format!(", which could not be updated: {error:#}")).unwrap_or_default();
+        bail!("{meta} is not in {lists}{why}")
+    }
+
+    /// Downloads and unpacks the kernel that `meta` stands for; the folder with it.
+    fn fetch_kernel(&self, meta: &str) -> Result<PathBuf> {
+        self.fetch(&self.kernel_package(meta)?)
     }
 
     /// Downloads a package and unpacks it; the folder with its contents.
