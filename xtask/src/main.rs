@@ -55,7 +55,7 @@ enum Task {
     Start(start::Options),
     /// Tests the KVM engine in a Linux on an emulated CPU with AMD-V or VT-x
     TestNested(nested::Options),
-    /// Runs CPU tests written by others, fetched and built outside of the repository
+    /// Runs CPU tests written by others, which are kept outside of the repository
     Suites(suites::Options),
     /// Compares random instructions on the host CPU, the interpreter and the translator
     FuzzInsn {

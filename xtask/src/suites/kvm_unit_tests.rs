@@ -82,7 +82,7 @@ impl Entry {
     }
 }
 
-/// Builds the suite and runs its list in QEMU, for later tables.
+/// Runs the suite's list in QEMU, for later tables.
 ///
 /// # Errors
 /// It cannot be had or started.

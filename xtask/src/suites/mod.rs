@@ -24,7 +24,7 @@ use table::Verdict;
 pub struct Options {
     /// Which suite
     suite: Name,
-    /// Where it is, built; it is copied and not changed
+    /// Where the suite is, built, or for selftests-x86 a kernel's source; it is copied and not changed
     #[arg(long, value_name = "FOLDER")]
     source: Option<PathBuf>,
     /// Where copies, builds and QEMU's results are kept [default: the user's cache folder]
@@ -50,7 +50,7 @@ enum Name {
     KvmUnitTests32,
     /// test386.asm, built (--source)
     Test386,
-    /// Linux' tools/testing/selftests/x86
+    /// Linux' tools/testing/selftests/x86, of Debian's kernel source (or --source)
     SelftestsX86,
     /// FEX's assembly tests, as FEX's build leaves them (--source)
     Fex,

@@ -21,6 +21,9 @@ const DONE: u8 = 0xff;
 /// The group whose results are compared, as the row is called.
 const RESULTS: &str = "results of EE";
 
+/// What to do where something is missing.
+const GIVE: &str = "give the folder of its sources and ROMs (post-64K.bin, post-128K.bin, print.bin): --source FOLDER";
+
 /// ROMs, as their rows are prefixed.
 const ROMS: [&str; 2] = ["64K", "128K"];
 
@@ -61,15 +64,13 @@ pub fn run_in_tcg(place: &Place) -> Result<()> {
 }
 
 fn fetch(place: &Place) -> Result<PathBuf> {
-    place.obtain(NAME, super::copy_whole, |_| {
-        bail!("test386.asm is taken as built; give the folder of its sources and ROMs (post-64K.bin, post-128K.bin, print.bin): --source FOLDER")
-    })
+    place.obtain(NAME, super::copy_whole, |_| bail!("test386.asm is taken as built; {GIVE}"))
 }
 
 /// The ROM `name`.
 fn rom(folder: &Path, name: &str) -> Result<PathBuf> {
     let rom = folder.join(format!("{name}.bin"));
-    rom.exists().then_some(rom).with_context(|| format!("{} has no {name}.bin", folder.display()))
+    rom.exists().then_some(rom).with_context(|| format!("{} has no {name}.bin; {GIVE}", folder.display()))
 }
 
 fn anyvisor(rom: &Path) -> Command {
