@@ -196,12 +196,19 @@ fn share(args: &Args) -> Result<bool> {
     }
     // A thread for each, or one that says much would wait for those before it.
     let jobs: Vec<_> = children.into_iter().map(|child| std::thread::spawn(|| follow(child))).collect();
-    let mut sum = Tally::default();
+    // What the others have found counts, even if one has crashed.
+    let (mut sum, mut crash) = (Tally::default(), None);
     for job in jobs {
-        sum.add(&job.join().map_err(|_| anyhow!("following a job failed"))??);
+        match job.join().unwrap_or_else(|_| Err(anyhow!("following a job failed"))) {
+            Ok(tally) => sum.add(&tally),
+            Err(error) => crash = crash.or(Some(error)),
+        }
     }
     summary(args, &sum, began.elapsed());
-    Ok(sum.different == 0)
+    match crash {
+        Some(error) => Err(error.context("the sum lacks the cases of a job")),
+        None => Ok(sum.different == 0),
+    }
 }
 
 /// Passes on what a job says; returns its counts.
