@@ -109,6 +109,8 @@ pub struct Guest {
     way: (bool, bool),
     attached: bool,
     cases: u64,
+    /// See [`Guest::steps`].
+    steps: u32,
     /// Which image the data pages hold, but for those of `dirty`.
     image: Option<u64>,
     dirty: Pages,
@@ -139,6 +141,7 @@ impl Guest {
             way: (false, true),
             attached: false,
             cases: 0,
+            steps: 0,
             image: None,
             dirty: ALL_PAGES,
             written: None,
@@ -194,6 +197,11 @@ impl Guest {
         self.outcome(x87)
     }
 
+    /// How many instructions, or iterations of one, the last case had. Of the interpreter only.
+    pub fn steps(&self) -> u64 {
+        self.steps.into()
+    }
+
     /// Whether `case` goes where nothing but a return address that it has overwritten can lead: to the middle of one
     /// of its instructions, say. For the interpreter only.
     pub fn strays(&mut self, case: &Case, image: &[u8], flow: &Flow) -> bool {
@@ -220,12 +228,12 @@ impl Guest {
     }
 
     fn execute(&mut self, x87: &X87) -> X87 {
-        let core = &mut self.core;
+        let (core, steps) = (&mut self.core, &mut self.steps);
+        *steps = 0;
         match &mut self.translator {
             None => with_x87(x87, || {
-                let mut patience = PATIENCE;
-                while !core.cpu.halted && core.cpu.pending.load(Ordering::Relaxed) == 0 && patience > 0 {
-                    patience -= 1;
+                while !core.cpu.halted && core.cpu.pending.load(Ordering::Relaxed) == 0 && *steps < PATIENCE {
+                    *steps += 1;
                     if interpret::step(core, &NoDevices) == interpret::Step::Shutdown {
                         break;
                     }
