@@ -2,6 +2,7 @@
 
 use anyvisor_tests::elf::{HALT, print, pvh};
 use anyvisor_tests::{assets, vm};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -113,8 +114,14 @@ fn transparent_huge_pages() {
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
+/// Tests of the pool take turns: its size is read and then written, and what one has added another's VM may take.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// Pages that this test has added to the host's pool; it takes them away again.
-struct Pool(u64);
+struct Pool {
+    added: u64,
+    _turn: MutexGuard<'static, ()>,
+}
 
 impl Pool {
     fn size() -> Option<u64> {
@@ -122,9 +129,10 @@ impl Pool {
     }
 
     fn grow(pages: u64) -> Result<Pool, String> {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let before = Pool::size().ok_or("this kernel has no pool of huge pages")?;
         std::fs::write(POOL, (before + pages).to_string()).map_err(|e| format!("the pool cannot be enlarged: {e}"))?;
-        let added = Pool(pages);
+        let added = Pool { added: pages, _turn };
         let after = Pool::size().unwrap_or(0);
         if after < before + pages {
             Err(format!("the pool has {after} pages, not {}", before + pages))
@@ -137,7 +145,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         let size = Pool::size().unwrap_or(0);
-        let _ = std::fs::write(POOL, size.saturating_sub(self.0).to_string());
+        let _ = std::fs::write(POOL, size.saturating_sub(self.added).to_string());
     }
 }
 
