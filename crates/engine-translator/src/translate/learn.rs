@@ -60,7 +60,8 @@ impl Translator {
         }
     }
 
-    /// The access of the instruction at `rip`, of block `id`, was in another region than thought, and that has been so often that it may be worth a new translation.
+    /// The access of the instruction at `rip`, of block `id`, was in another region than thought, and that has been so often
+    /// that it may be worth a new translation.
     pub(super) fn learn_region(&mut self, core: &mut Core, id: u32, rip: u64) {
         core.cpu.region_budget = REGION_BUDGET;
         let now = core.tsc();
