@@ -61,6 +61,11 @@ fn smaps(vm: &vm::Vm, of_interest: &str, field: &str) -> u64 {
     wanted.filter_map(|entry| value(entry)).sum()
 }
 
+/// KiB of RAM on transparent huge pages, of the VM's own or of a file.
+fn on_transparent_pages(vm: &vm::Vm) -> u64 {
+    smaps(vm, " hg", "AnonHugePages:") + smaps(vm, " hg", "ShmemPmdMapped:")
+}
+
 /// The guest's dots go on, and nothing else is seen.
 #[track_caller]
 fn works(vm: &mut vm::Vm) {
@@ -95,7 +100,7 @@ fn transparent_huge_pages() {
         }
         vm.wait_for("written", PATIENCE);
         works(&mut vm);
-        let huge = smaps(&vm, " hg", "AnonHugePages:");
+        let huge = on_transparent_pages(&vm);
         assert!(huge >= 56 << 10, "{engine}: {huge} KiB of 60 MiB are on huge pages");
         // A restored VM has them, too.
         let scratch = assets::scratch_folder();
@@ -106,7 +111,7 @@ fn transparent_huge_pages() {
         let restore = ["run", "--engine", engine, "--restore", &folder.display().to_string(), "--memory"];
         let mut vm = vm::Vm::start(&[&restore[..], &["64M,hugepages=thp"]].concat()).expect("anyvisor starts");
         works(&mut vm);
-        let huge = smaps(&vm, " hg", "AnonHugePages:");
+        let huge = on_transparent_pages(&vm);
         assert!(huge >= 56 << 10, "{engine}: {huge} KiB of 60 MiB are on huge pages after a restore");
         end(vm);
     }

@@ -56,7 +56,7 @@ fn overhead(smaps: &str) -> u64 {
             (Some("Pss:"), Some(kib)) if size >= ram => total += kib.min(size - ram),
             (Some("Pss:"), Some(kib)) => total += kib,
             (Some(field), _) if field.ends_with(':') => (),
-            _ => is_ram = line.contains("memfd:guest-ram"),
+            _ => is_ram = line.contains("guest-ram"),
         }
     }
     total
@@ -86,7 +86,7 @@ mod tests {
     fn guest_ram_is_not_overhead() {
         let smaps = format!(
             "1000-2000 r-xp\nSize: 4 kB\nPss: 3 kB\n3000-4000 rw-p\nSize: {} kB\nPss: 90000 kB\n5000 rw\nSize: 9 kB\nPss: 5 kB\n\
-             6000-7000 rw-s 0 00:01 5 /memfd:guest-ram (deleted)\nSize: 4 kB\nPss: 4 kB\n8000 rw\nSize: 4 kB\nPss: 0 kB\n",
+             6000-7000 rw-s 0 00:01 5 /guest-ram\nSize: 4 kB\nPss: 4 kB\n8000 rw\nSize: 4 kB\nPss: 0 kB\n",
             MEMORY_MIB * 1024 + 7
         );
         assert_eq!(overhead(&smaps), 15);

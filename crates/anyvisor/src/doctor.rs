@@ -5,6 +5,7 @@ use anyvisor_engine::Engine;
 use anyvisor_engine_kvm::Kvm;
 use anyvisor_engine_translator::Translator;
 use anyvisor_vmm::Result;
+use anyvisor_vmm::config::HUGE;
 use anyvisor_vmm::memory::{self, Pool};
 use anyvisor_x86::cpuid::CpuModel;
 use std::fmt::Write;
@@ -78,7 +79,11 @@ fn host(out: &mut String, cpuinfo: &str) -> std::fmt::Result {
     let Pool { total, free } = Pool::of_host();
     writeln!(out, "  transparent huge pages: {}", memory::transparent_state(memory::TRANSPARENT))?;
     let in_files = memory::transparent_state(memory::TRANSPARENT_IN_FILES);
-    writeln!(out, "  the same for the translator's RAM (shmem_enabled): {in_files}")?;
+    let on_request = match memory::transparent_file(HUGE) {
+        Ok(_) => "in a tmpfs of its own".into(),
+        Err(why) => format!("private, no tmpfs of its own ({why})"),
+    };
+    writeln!(out, "  the same for the translator's RAM (shmem_enabled): {in_files}; with hugepages=thp: {on_request}")?;
     writeln!(out, "  pool of 2M pages (vm.nr_hugepages): {free} free of {total}")?;
     Ok(())
 }

@@ -221,7 +221,10 @@ impl Core {
         }
         let write_tag = may_write && mapping.dirty && attributes.load(Ordering::Relaxed) & page::CODE == 0;
         if write_tag {
-            attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);
+            let before = attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);
+            if before & page::DIRTY == 0 {
+                self.ram.allocate_around(gpa);
+            }
         }
         let index = tlb_index(gva);
         let tag = 0u64.wrapping_sub(gva & !0xfff);

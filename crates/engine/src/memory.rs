@@ -1,6 +1,6 @@
 //! Guest RAM in files: the file for a caller who maps it, or all of it mapped, for tests and tools.
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, fstatfs, memfd_create};
 use std::fs::File;
 use std::io;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
@@ -16,6 +16,13 @@ pub fn ram_file(size: u64) -> io::Result<File> {
     let file = File::from(memfd_create(FILE_NAME, MemfdFlags::CLOEXEC)?);
     file.set_len(size)?;
     Ok(file)
+}
+
+/// Whether `file` is in a pool of huge pages (hugetlbfs), of which only whole huge pages can be mapped.
+pub fn is_in_pool(file: &File) -> bool {
+    /// `HUGETLBFS_MAGIC` (Linux uapi magic.h).
+    const MAGIC: i64 = 0x9584_58f6;
+    fstatfs(file).is_ok_and(|system| system.f_type == MAGIC)
 }
 
 /// RAM at `ranges`, of first address and size, as [`Engine::wants_files`](crate::Engine::wants_files): shared mappings of

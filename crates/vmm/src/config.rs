@@ -153,7 +153,7 @@ pub enum HugePages {
     /// Transparent huge pages as far as the host gives them; 4 KiB pages otherwise.
     #[default]
     IfThere,
-    /// Transparent huge pages: refused where the host has them switched off, and a restored VM gets them too.
+    /// Transparent huge pages, in a file too: refused where the host has them switched off. A restored VM gets them, too.
     Transparent,
     /// 2 MiB pages of the host's pool, taken out of it before the guest starts.
     Pool,

@@ -32,8 +32,6 @@ use std::mem::offset_of;
 const MAX_INSTRUCTIONS: usize = 64;
 /// Conditional branches a block runs through at most.
 const MAX_BRANCHES: usize = 6;
-/// Instructions and stubs that most blocks stay below.
-const USUAL_INSTRUCTIONS: usize = 24;
 /// Instructions looked at to see whether a branch target overwrites the flags.
 const PEEK_INSTRUCTIONS: usize = 12;
 
@@ -111,6 +109,7 @@ pub struct BlockExit {
 }
 
 /// A finished translation, not yet placed.
+#[derive(Default)]
 pub struct Translation {
     pub code: Vec<u8>,
     /// Jumps to thunks: position of the displacement, and which.
@@ -122,8 +121,11 @@ pub struct Translation {
     pub length: u16,
     /// Further bytes on the page, `(offset in page, length)`, that the translation depends on.
     pub peeked: Vec<(u16, u16)>,
-    /// What it takes to move it, if that can be done.
-    pub moving: Option<Box<Moving>>,
+    /// It can be moved, with these.
+    pub movable: bool,
+    pub constants: Vec<Constant>,
+    /// Where 32-bit numbers of exits are.
+    pub numbers: Vec<u32>,
     /// The only instruction runs over the page's end, and its other bytes were not given.
     pub incomplete: bool,
     /// Some accesses share a probe.
@@ -145,15 +147,6 @@ pub struct Constant {
     pub negated: bool,
     /// The displacement that names its region in [`Cpu::regions`], where there is one.
     pub region: Option<u32>,
-}
-
-/// The places in a block's code that depend on where the block is: in linear memory, and in code memory.
-#[derive(Clone, Debug)]
-pub struct Moving {
-    pub constants: Box<[Constant]>,
-    /// 32-bit numbers of exits.
-    pub numbers: Box<[u32]>,
-    pub thunk_calls: Box<[(u32, Thunk)]>,
 }
 
 /// Shared code that blocks jump to or call.
@@ -328,7 +321,7 @@ pub struct Builder<'a> {
     pub(super) map: Vec<(u32, u16)>,
     pub(super) misses: Vec<Miss>,
     pub(super) elsewhere: Vec<Elsewhere>,
-    /// See [`Moving`].
+    /// See [`Translation`].
     pub(super) constants: Vec<Constant>,
     pub(super) numbers: Vec<u32>,
     /// The displacement that names the next constant's region.
@@ -337,6 +330,7 @@ pub struct Builder<'a> {
     pub(super) fixed: bool,
     pub(super) far_jumps: Vec<FarJump>,
     pub(super) exits: Vec<PendingExit>,
+    pub(super) finished_exits: Vec<BlockExit>,
     pub(super) syscalls: Vec<OddSyscall>,
     pub(super) odd_bases: Vec<OddBase>,
     pub(super) thunk_calls: Vec<(u32, Thunk)>,
@@ -385,7 +379,7 @@ pub struct Builder<'a> {
 /// Memory that translations use in turn.
 #[derive(Default)]
 pub struct Workspace {
-    code: Vec<u8>,
+    spare: Translation,
     info: Info,
     insns: Vec<Insn>,
     groups: Groups,
@@ -405,39 +399,48 @@ impl Default for Info {
 }
 
 impl Workspace {
-    /// Takes back the memory of a translation's code.
-    pub fn recycle(&mut self, mut code: Vec<u8>) {
-        code.clear();
-        self.code = code;
+    /// Takes back the memory of a translation.
+    pub fn recycle(&mut self, mut translation: Translation) {
+        translation.code.clear();
+        translation.thunk_calls.clear();
+        translation.exits.clear();
+        translation.map.clear();
+        translation.peeked.clear();
+        translation.constants.clear();
+        translation.numbers.clear();
+        translation.lows.clear();
+        self.spare = translation;
     }
 }
 
 /// Translates the code at `source`. At least one instruction is covered, if only by interpretation.
 pub fn translate(source: &Source, workspace: &mut Workspace) -> Translation {
+    let spare = std::mem::take(&mut workspace.spare);
     let mut builder = Builder {
-        a: Assembler { code: std::mem::take(&mut workspace.code) },
+        a: Assembler { code: spare.code },
         source,
         insns: std::mem::take(&mut workspace.insns),
         groups: std::mem::take(&mut workspace.groups),
-        map: Vec::with_capacity(USUAL_INSTRUCTIONS),
+        map: spare.map,
         misses: std::mem::take(&mut workspace.misses),
         elsewhere: std::mem::take(&mut workspace.elsewhere),
-        constants: Vec::new(),
-        numbers: Vec::new(),
+        constants: spare.constants,
+        numbers: spare.numbers,
         constant_region: None,
         fixed: false,
         far_jumps: std::mem::take(&mut workspace.far_jumps),
         exits: std::mem::take(&mut workspace.exits),
+        finished_exits: spare.exits,
         syscalls: Vec::new(),
         odd_bases: Vec::new(),
-        thunk_calls: Vec::new(),
-        peeked: Vec::new(),
+        thunk_calls: spare.thunk_calls,
+        peeked: spare.peeked,
         at: 0,
         flags_in_ax: false,
         deferred: 0,
         faults_first: false,
         micro: source.micro.clone(),
-        lows: Vec::new(),
+        lows: spare.lows,
         places: [None; DELTAS],
         planned: std::mem::take(&mut workspace.planned),
         next_planned: 0,
@@ -1008,13 +1011,7 @@ impl<'a> Builder<'a> {
         self.far_jumps();
         self.odd_syscalls();
         self.odd_bases();
-        let exits = self.exit_stubs();
-        let can_move = self.source.windowed && self.source.crossing.is_none() && !self.fixed && !self.incomplete;
-        let moving = can_move.then(|| {
-            let (constants, numbers) = (std::mem::take(&mut self.constants), std::mem::take(&mut self.numbers));
-            let thunk_calls = self.thunk_calls.clone().into();
-            Box::new(Moving { constants: constants.into(), numbers: numbers.into(), thunk_calls })
-        });
+        self.exit_stubs();
         let last = self.insns.last().expect("a block has an instruction");
         let length = last.offset + u16::from(last.length);
         workspace.insns = self.insns;
@@ -1027,9 +1024,11 @@ impl<'a> Builder<'a> {
         Translation {
             code: self.a.code,
             thunk_calls: self.thunk_calls,
-            exits,
+            exits: self.finished_exits,
             map: self.map,
-            moving,
+            movable: self.source.windowed && self.source.crossing.is_none() && !self.fixed && !self.incomplete,
+            constants: self.constants,
+            numbers: self.numbers,
             length,
             peeked: self.peeked,
             incomplete: self.incomplete,

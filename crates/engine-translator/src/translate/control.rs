@@ -341,13 +341,12 @@ impl Builder<'_> {
     }
 
     /// The stubs that unlinked exits jump to: each tells its number and leaves.
-    pub(super) fn exit_stubs(&mut self) -> Vec<BlockExit> {
+    pub(super) fn exit_stubs(&mut self) {
         let mut pending = std::mem::take(&mut self.exits);
-        let mut exits = Vec::with_capacity(pending.len());
         for (i, exit) in pending.drain(..).enumerate() {
             let stub = self.a.position();
             if let ExitKind::Far { .. } = exit.kind {
-                exits.push(BlockExit { kind: exit.kind, site: exit.hole.at as u32, stub: 0 });
+                self.finished_exits.push(BlockExit { kind: exit.kind, site: exit.hole.at as u32, stub: 0 });
                 continue;
             }
             match exit.kind {
@@ -361,9 +360,8 @@ impl Builder<'_> {
             self.numbers.push(self.a.position() as u32 - 4);
             let jump = self.a.jmp();
             self.thunk_calls.push((jump.at as u32, Thunk::Exit));
-            exits.push(BlockExit { kind: exit.kind, site: exit.hole.at as u32, stub: stub as u32 });
+            self.finished_exits.push(BlockExit { kind: exit.kind, site: exit.hole.at as u32, stub: stub as u32 });
         }
         self.exits = pending;
-        exits
     }
 }

@@ -22,6 +22,7 @@ mod learn;
 mod loops;
 mod moving;
 pub mod planted;
+mod pool;
 mod rename;
 mod return_stack;
 mod sensitive;
@@ -46,12 +47,13 @@ use anyvisor_engine::{GuestIo, Result};
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, Exception, Segment};
-use block::{Context, ExitKind, Learned, Moving, Source, Thunk, word};
+use block::{Constant, Context, ExitKind, Learned, Source, Thunk, word};
 use classify::Features;
 use coalesce::Regions;
 use enter::{EXIT_ELSEWHERE, EXIT_FAULT, EXIT_INDIRECT, Thunks};
-use moving::Place;
+use moving::{Moving, Place};
 use planted::Bug;
+use pool::{List, Pool};
 use return_stack::ReturnStack;
 use std::collections::HashMap;
 use std::mem::offset_of;
@@ -92,10 +94,11 @@ struct Block {
     /// Offset of the host code, and its length.
     start: u32,
     length: u32,
-    map: Box<[(u32, u16)]>,
+    /// Host positions in it, ascending, with the offset of the guest instruction they belong to.
+    map: List<(u32, u16)>,
     exits: std::ops::Range<u32>,
     /// Bytes of the page that it was made from: offset and length.
-    ranges: Box<[(u16, u16)]>,
+    ranges: List<(u16, u16)>,
     /// Where the rest of an instruction that runs over the page's end was: guest-physical page.
     next_page: Option<u64>,
     /// Exits of blocks that are linked to this one.
@@ -114,7 +117,17 @@ struct Block {
     /// It is translated as a hot one.
     hot: bool,
     /// What it takes to make the same for another linear address.
-    moving: Option<Box<Moving>>,
+    moving: Option<Moving>,
+}
+
+/// The lists of all blocks.
+#[derive(Default)]
+struct Lists {
+    maps: Pool<(u32, u16)>,
+    ranges: Pool<(u16, u16)>,
+    constants: Pool<Constant>,
+    numbers: Pool<u32>,
+    thunk_calls: Pool<(u32, Thunk)>,
 }
 
 struct Exit {
@@ -124,6 +137,16 @@ struct Exit {
     stub: u32,
     block: u32,
     linked: Option<u32>,
+}
+
+impl Lists {
+    fn clear(&mut self) {
+        self.maps.clear();
+        self.ranges.clear();
+        self.constants.clear();
+        self.numbers.clear();
+        self.thunk_calls.clear();
+    }
 }
 
 /// The translated code of one guest-physical page.
@@ -172,9 +195,14 @@ pub struct Translator {
     returns: u8,
     features: Features,
     workspace: block::Workspace,
+    /// The last page that a block was made from, as it was then.
+    page: Vec<u8>,
     /// The region that accesses have been in lately when they were not where they were thought to be.
     guess: u8,
     blocks: Vec<Block>,
+    /// Where each block's code starts.
+    starts: Vec<u32>,
+    lists: Lists,
     exits: Vec<Exit>,
     index: AddressMap<Key, u32>,
     /// The last block that can be moved, by where its code is in guest-physical memory.
@@ -240,8 +268,11 @@ impl Translator {
             returns: 0,
             features: Features::new(cpuid),
             workspace: block::Workspace::default(),
+            page: Vec::new(),
             guess: 0,
             blocks: Vec::new(),
+            starts: Vec::new(),
+            lists: Lists::default(),
             exits: Vec::new(),
             index: AddressMap::default(),
             movable: AddressMap::default(),
@@ -531,14 +562,16 @@ impl Translator {
         let block = match known.or_else(|| self.moved(core, key)) {
             Some(block) => block,
             None => {
-                let mut page = [0; 4096];
+                let mut page = std::mem::take(&mut self.page);
+                page.resize(4096, 0);
                 let page_start = host.wrapping_sub((gpa & 0xfff) as usize);
                 core.protect_code_page(gpa);
                 // SAFETY: fetch_page returned the host address of a byte in a page of RAM.
                 unsafe { crate::ram::copy_from_guest(page_start, &mut page) };
                 let began = core.meter.start();
-                let block = self.translate(core, key, &page);
+                let block = self.translate(core, key, page.as_slice().try_into().expect("a page"));
                 core.meter.stop(began, event::TRANSLATION);
+                self.page = page;
                 block
             }
         };
@@ -692,11 +725,12 @@ impl Translator {
                 linked: None,
             });
         }
-        let mut ranges = translation.peeked;
-        ranges.push(((key.gpa & 0xfff) as u16, translation.length.min(0x1000 - (key.gpa & 0xfff) as u16)));
+        let offset = (key.gpa & 0xfff) as u16;
+        translation.peeked.push((offset, translation.length.min(0x1000 - offset)));
+        let ranges = &translation.peeked;
         let code_page = self.pages.entry(key.gpa >> 12).or_default();
         code_page.blocks.push(id);
-        for &(offset, length) in &ranges {
+        for &(offset, length) in ranges {
             code_page.granules |= granules(u64::from(offset), u64::from(length));
         }
         if let Some(page) = next_page {
@@ -704,13 +738,21 @@ impl Translator {
             code_page.blocks.push(id);
             code_page.granules |= 1;
         }
+        let moving = translation.movable.then(|| Moving {
+            constants: self.lists.constants.add(&translation.constants),
+            numbers: self.lists.numbers.add(&translation.numbers),
+            thunk_calls: self.lists.thunk_calls.add(&translation.thunk_calls),
+        });
+        if moving.is_some() {
+            self.movable.insert(Place::of(&key), id);
+        }
         self.blocks.push(Block {
             key,
-            ranges: ranges.into_boxed_slice(),
+            ranges: self.lists.ranges.add(ranges),
             next_page,
             start: base,
             length: translation.code.len() as u32,
-            map: translation.map.into_boxed_slice(),
+            map: self.lists.maps.add(&translation.map),
             exits: first_exit..self.exits.len() as u32,
             incoming: Vec::new(),
             alive: true,
@@ -721,12 +763,10 @@ impl Translator {
             fast: translation.fast,
             samples: 0,
             hot,
-            moving: translation.moving,
+            moving,
         });
-        self.workspace.recycle(translation.code);
-        if self.blocks[id as usize].moving.is_some() {
-            self.movable.insert(Place::of(&key), id);
-        }
+        self.starts.push(base);
+        self.workspace.recycle(translation);
         self.index.insert(key, id);
         self.statistics.blocks += 1;
         for exit in first_exit..self.exits.len() as u32 {
@@ -823,11 +863,12 @@ impl Translator {
     /// The block and the guest address of the instruction that host address `at` belongs to.
     fn guest_position(&self, at: u64) -> (u32, u64) {
         let offset = self.code.offset_of(at).expect("a fault in translated code") as u32;
-        let i = self.blocks.partition_point(|b| b.start <= offset);
+        let i = self.starts.partition_point(|&start| start <= offset);
         let block = &self.blocks[i.checked_sub(1).expect("a fault in a block, not in a thunk")];
         assert!(offset <= block.start + block.length, "a fault between blocks");
-        let j = block.map.partition_point(|&(host, _)| host <= offset - block.start);
-        (i as u32 - 1, block.key.rip + u64::from(block.map[j - 1].1))
+        let map = self.lists.maps.get(block.map);
+        let j = map.partition_point(|&(host, _)| host <= offset - block.start);
+        (i as u32 - 1, block.key.rip + u64::from(map[j - 1].1))
     }
 
     /// The guest (or a device) wrote to a page with translated code.
@@ -864,7 +905,7 @@ impl Translator {
                 return false;
             }
             let second = [(0, 15)];
-            let ranges = if block.next_page == Some(page) { &second[..] } else { &block.ranges };
+            let ranges = if block.next_page == Some(page) { &second[..] } else { self.lists.ranges.get(block.ranges) };
             if ranges.iter().any(|&(offset, length)| offset < written.end && written.start < offset + length) {
                 self.kill(core, id);
                 return false;
@@ -897,9 +938,7 @@ impl Translator {
         }
         self.statistics.invalidated += 1;
         block.alive = false;
-        block.map = Box::default();
         block.moving = None;
-        block.ranges = Box::default();
         let (key, start, exits) = (block.key, block.start, block.exits.clone());
         let incoming = std::mem::take(&mut block.incoming);
         for exit in incoming {
@@ -928,6 +967,8 @@ impl Translator {
     /// Drops every translation.
     pub fn flush(&mut self, core: &mut Core) {
         self.blocks.clear();
+        self.starts.clear();
+        self.lists.clear();
         self.exits.clear();
         self.index.clear();
         self.movable.clear();

@@ -9,11 +9,21 @@
 //! - Constants must be as long as before, so nothing is moved to or from low addresses.
 //! - What samples and misfits have told about a block is kept by its own address: such a block is translated.
 
-use super::block::{self, BlockExit, ExitKind};
+use super::block::{self, BlockExit, Constant, ExitKind, Thunk};
+use super::pool::List;
 use super::{CODE_RESERVE, Context, Exit, Key, LINK_RESERVE, Translator, access, assembler};
 use crate::core::Core;
 use crate::cpu::LINKS;
 use crate::windows::REGION_BITS;
+
+/// The places in a block's code that depend on where the block is: in linear memory, and in code memory.
+#[derive(Clone, Copy)]
+pub(super) struct Moving {
+    pub(super) constants: List<Constant>,
+    /// 32-bit numbers of exits.
+    pub(super) numbers: List<u32>,
+    pub(super) thunk_calls: List<(u32, Thunk)>,
+}
 
 /// What blocks have in common that differ only in their linear addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,14 +51,15 @@ impl Translator {
             return None;
         }
         let block = &self.blocks[old as usize];
-        let moving = block.moving.as_ref()?;
+        let moving = block.moving?;
         let by = key.rip.wrapping_sub(block.key.rip);
         // Shorter constants would have shorter instructions.
         if by & 0xfff != 0 || key.rip >> REGION_BITS == 0 {
             return None;
         }
         let mut code = self.code.read(block.start as usize, block.length as usize);
-        for constant in &moving.constants {
+        let constants = self.lists.constants.get(moving.constants);
+        for constant in constants {
             let place = &mut code[constant.at as usize..][..8];
             let value = u64::from_le_bytes((&*place).try_into().expect("8 bytes"));
             let value = if constant.negated { value.wrapping_neg() } else { value };
@@ -65,19 +76,20 @@ impl Translator {
             }
         }
         let (first, next) = (block.exits.start, self.exits.len() as u32);
-        for &at in &moving.numbers {
+        let numbers = self.lists.numbers.get(moving.numbers);
+        for &at in numbers {
             let place = &mut code[at as usize..][..4];
             let number = u32::from_le_bytes((&*place).try_into().expect("4 bytes")) - first + next;
             place.copy_from_slice(&number.to_le_bytes());
         }
         let exits = self.exits[first as usize..block.exits.end as usize].iter();
         let exits = exits.map(|exit| exit.moved(block.start, by, &mut code)).collect();
-        let (&(_, length), peeked) = block.ranges.split_last().expect("a block has bytes");
+        let (&(_, length), peeked) = self.lists.ranges.get(block.ranges).split_last().expect("a block has bytes");
         let translation = block::Translation {
             code,
-            thunk_calls: moving.thunk_calls.to_vec(),
+            thunk_calls: self.lists.thunk_calls.get(moving.thunk_calls).to_vec(),
             exits,
-            map: block.map.to_vec(),
+            map: self.lists.maps.get(block.map).to_vec(),
             length,
             peeked: peeked.to_vec(),
             incomplete: false,
@@ -86,7 +98,9 @@ impl Translator {
             fast: block.fast,
             micro: 0,
             lows: Vec::new(),
-            moving: Some(moving.clone()),
+            movable: true,
+            constants: constants.to_vec(),
+            numbers: numbers.to_vec(),
         };
         self.statistics.moved += 1;
         Some(self.install(core, key, translation, None, true))

@@ -4,8 +4,10 @@
 //! addresses mapped here. RAM begins at a multiple of [`HUGE`] on the host, as it does in the guest, so that one huge
 //! page of the host can also be one entry of KVM's page tables. See [`HugePages`] for what a user can ask for.
 //!
-//! The one place of this crate with `unsafe`.
+//! Mappings take `unsafe`.
 #![allow(unsafe_code)]
+
+mod huge_file;
 
 use crate::config::{HUGE, HugePages, show_size};
 use crate::{Error, Result, layout};
@@ -34,8 +36,9 @@ pub const TRANSPARENT_IN_FILES: &str = "/sys/kernel/mm/transparent_hugepage/shme
 /// Linux' pool of 2 MiB pages (Documentation/admin-guide/mm/hugetlbpage.rst).
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// RAM of `size` bytes in the pieces of [`layout::ram_pieces`], on pages of the wanted kind. Where the host may choose, it is
-/// in a file if `in_file` (see [`Engine::wants_files`](anyvisor_engine::Engine::wants_files)).
+/// RAM of `size` bytes in the pieces of [`layout::ram_pieces`], on pages of the wanted kind. It is in a file if `in_file` (see
+/// [`Engine::wants_files`](anyvisor_engine::Engine::wants_files)), unless transparent huge pages are wanted, of which the
+/// host has none for files.
 ///
 /// # Errors
 /// [`Error::User`] if the host cannot give that much, or not such pages.
@@ -48,6 +51,7 @@ pub fn allocate(size: u64, pages: HugePages, in_file: bool) -> Result<GuestMemor
     }
     let file = match pages {
         HugePages::Pool => Some(pool_file(size)?),
+        HugePages::Transparent if in_file => transparent_file(size).ok(),
         HugePages::IfThere if in_file => {
             Some(ram_file(size).map_err(|error| Error::host("cannot make a file for guest memory", error))?)
         }
@@ -223,6 +227,18 @@ fn transparent_are_on() -> std::result::Result<(), String> {
     Ok(())
 }
 
+/// A file in memory of `size` bytes, on transparent huge pages.
+///
+/// # Errors
+/// Why this host has none for files: one of its switches, or what it does not let this user do.
+pub fn transparent_file(size: u64) -> std::io::Result<File> {
+    transparent_are_on().map_err(std::io::Error::other)?;
+    if transparent_state(TRANSPARENT_IN_FILES) == "deny" {
+        return Err(std::io::Error::other(format!("{TRANSPARENT_IN_FILES} says 'deny'")));
+    }
+    huge_file::create(size)
+}
+
 /// What one of this host's switches for transparent huge pages says, [`TRANSPARENT`] or [`TRANSPARENT_IN_FILES`], in its own
 /// word: `always`, `madvise` or `advise` (those who ask), `never`, and more for files.
 pub fn transparent_state(switch: &str) -> String {
@@ -342,6 +358,24 @@ mod tests {
         memory.write_obj(1u8, GuestAddress(5 << 20)).unwrap();
         let address = memory.iter().next().unwrap().as_ptr() as usize;
         assert_eq!(smaps(address, "AnonHugePages:"), HUGE >> 10, "one byte was written");
+    }
+
+    #[test]
+    fn files_are_on_transparent_huge_pages() {
+        if let Err(why) = transparent_file(HUGE) {
+            println!("left out: {why}");
+            return;
+        }
+        let memory = allocate((9 << 20) + 4096, HugePages::Transparent, true).unwrap();
+        let region = memory.iter().next().unwrap();
+        assert!(region.file_offset().is_some());
+        let address = region.as_ptr() as usize;
+        assert_eq!(address as u64 % HUGE, 0);
+        memory.write_obj(1u8, GuestAddress(5 << 20)).unwrap();
+        assert_eq!(smaps(address, "ShmemPmdMapped:"), HUGE >> 10, "one byte was written");
+        assert_eq!(smaps(address, "Rss:"), HUGE >> 10);
+        memory.write_obj(1u8, GuestAddress(9 << 20)).unwrap();
+        assert_eq!(smaps(address, "Rss:"), (HUGE >> 10) + 4, "no huge page has the room behind it");
     }
 
     #[test]
