@@ -195,8 +195,8 @@ pub struct Translator {
     returns: u8,
     features: Features,
     workspace: block::Workspace,
-    /// The last page that a block was made from, as it was then.
-    page: Vec<u8>,
+    /// A copy of the page at a guest-physical address, which is protected: the last one that a block was made from.
+    page: Option<(u64, Vec<u8>)>,
     /// The region that accesses have been in lately when they were not where they were thought to be.
     guess: u8,
     blocks: Vec<Block>,
@@ -268,7 +268,7 @@ impl Translator {
             returns: 0,
             features: Features::new(cpuid),
             workspace: block::Workspace::default(),
-            page: Vec::new(),
+            page: None,
             guess: 0,
             blocks: Vec::new(),
             starts: Vec::new(),
@@ -562,16 +562,15 @@ impl Translator {
         let block = match known.or_else(|| self.moved(core, key)) {
             Some(block) => block,
             None => {
-                let mut page = std::mem::take(&mut self.page);
-                page.resize(4096, 0);
-                let page_start = host.wrapping_sub((gpa & 0xfff) as usize);
+                let generation = self.generation;
                 core.protect_code_page(gpa);
-                // SAFETY: fetch_page returned the host address of a byte in a page of RAM.
-                unsafe { crate::ram::copy_from_guest(page_start, &mut page) };
+                let page = self.copy_of_page(gpa, host);
                 let began = core.meter.start();
                 let block = self.translate(core, key, page.as_slice().try_into().expect("a page"));
                 core.meter.stop(began, event::TRANSLATION);
-                self.page = page;
+                if self.generation == generation {
+                    self.page = Some((gpa & !0xfff, page));
+                }
                 block
             }
         };
@@ -585,6 +584,24 @@ impl Translator {
             Via::Misfit => {}
         }
         Ok(Some(block))
+    }
+
+    /// The bytes of the page at `gpa`, which is protected and `host` is in.
+    fn copy_of_page(&mut self, gpa: u64, host: *mut u8) -> Vec<u8> {
+        match self.page.take() {
+            Some((known, page)) if known == gpa & !0xfff => page,
+            other => {
+                let mut page = other.map_or_else(|| vec![0; 4096], |(_, page)| page);
+                // SAFETY: `host` is the address of `gpa` in a page of RAM.
+                unsafe { crate::ram::copy_from_guest(host.wrapping_sub((gpa & 0xfff) as usize), &mut page) };
+                page
+            }
+        }
+    }
+
+    /// The page at `gpa` may have other contents from now on.
+    fn forget_page(&mut self, gpa: u64) {
+        self.page.take_if(|(known, _)| *known == gpa & !0xfff);
     }
 
     /// The block for the current RIP if the jump cache has its code. What is in the jump cache is good
@@ -881,6 +898,7 @@ impl Translator {
         for page in first..=last {
             let start = gpa.max(page << 12) & 0xfff;
             let end = (gpa + length).min((page + 1) << 12) - (page << 12);
+            self.forget_page(page << 12);
             let Some(code_page) = self.pages.get_mut(&page) else { continue };
             if code_page.granules & granules(start, end - start) == 0 {
                 continue;
@@ -916,6 +934,7 @@ impl Translator {
             true
         });
         if blocks.is_empty() {
+            self.forget_page(page << 12);
             core.unprotect_code_page(page << 12);
         } else {
             code_page.blocks = blocks;
@@ -928,6 +947,7 @@ impl Translator {
         for id in code_page.blocks {
             self.kill(core, id);
         }
+        self.forget_page(page << 12);
         core.unprotect_code_page(page << 12);
     }
 
@@ -982,6 +1002,7 @@ impl Translator {
         self.regions.clear();
         self.micro_owners.clear();
         core.cpu.micro = [MicroEntry::empty(core.cpu.micro_nowhere, 0); MICRO_ENTRIES];
+        self.page = None;
         for page in std::mem::take(&mut self.pages).into_keys() {
             core.unprotect_code_page(page << 12);
         }
