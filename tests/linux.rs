@@ -29,6 +29,28 @@ fn boots_to_a_shell_and_powers_off() {
 }
 
 #[test]
+fn several_vcpus_share_the_work() {
+    let script = r#"
+echo "processors $(nproc)"
+for n in 1 2 3 4; do (seq 1 100000 | sort -r | md5sum > /sum$n; uname > /dev/null) & done
+wait
+echo "sums $(cat /sum1 /sum2 /sum3 /sum4 | sort | uniq -c | awk '{ print $1, $2 }')"
+echo "idle $(grep -E '^cpu[0-9]' /proc/stat | awk '$2 + $4 == 0' | wc -l)"
+echo "complaints $(dmesg | grep -c -E 'BUG:|Oops|WARNING:|Call Trace|stall|lockup')"
+dmesg | grep -E 'BUG:|Oops|WARNING:|Call Trace|stall|lockup'
+poweroff -f
+"#;
+    for cpus in ["2", "4"] {
+        let ended = boot("vcpus", script, &["--cpus", cpus, "--cmdline", "console=ttyS0 quiet"]);
+        assert_eq!(ended.code(), 0, "{ended:?}");
+        let sum = "sums 4 16e9bddca1cd9b49e68a3dbfc627d734";
+        for line in [&format!("processors {cpus}"), sum, "idle 0", "complaints 0"] {
+            assert!(ended.output.contains(line), "no '{line}'\n{ended:?}");
+        }
+    }
+}
+
+#[test]
 fn a_reboot_ends_the_vm_too() {
     let ended = boot("reboot", "reboot -f", &[]);
     assert_eq!(ended.code(), 0, "{ended:?}");

@@ -21,6 +21,12 @@ use std::time::{Duration, Instant};
 /// How often somebody who waits for a vCPU looks whether it has left translated code.
 const TOLD_POLL: Duration = Duration::from_micros(200);
 
+/// How often he looks before he sleeps: a signal takes a few microseconds.
+const TOLD_SPINS: u32 = 500;
+
+/// vCPUs of a VM at most: sets of them are 64 bits.
+pub const MAX_VCPUS: u32 = u64::BITS;
+
 /// Everything shared by the vCPUs of a VM.
 pub struct VmShared {
     pub ram: Arc<Ram>,
@@ -78,6 +84,15 @@ pub enum Message {
     Sipi(u8),
 }
 
+/// What others tell a vCPU's translator. Until it knows, translated code that is right no more may still run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// So many bytes from a guest-physical address on have been written, and there is translated code of them.
+    CodeWritten(u64, u32),
+    /// Code is made of the page at this guest-physical address: nobody may write to it unseen.
+    CodeMade(u64),
+}
+
 /// The part of a vCPU that any thread may touch.
 pub struct VcpuShared {
     pub id: u32,
@@ -87,11 +102,11 @@ pub struct VcpuShared {
     /// The thread that may be in translated code, which takes a signal to notice anything; else 0.
     running: AtomicI32,
     pub inbox: Mutex<Vec<Message>>,
-    /// Guest-physical ranges with translated code that others have written and the vCPU does not know of.
-    code_written: Mutex<Vec<(u64, u32)>>,
-    code_told: Condvar,
-    /// The thread is in a call-out: it looks at `pending` before it is in translated code again.
-    outside: AtomicBool,
+    /// What the vCPU does not know yet.
+    notices: Mutex<Vec<Notice>>,
+    told: Condvar,
+    /// The thread is in translated code, or in what that has called. It looks at `pending` before.
+    inside: AtomicBool,
     /// The [`lapic::Address`] of the vCPU's APIC, packed; senders match destinations against it.
     address: AtomicU64,
 }
@@ -112,9 +127,9 @@ impl VcpuShared {
             asleep: AtomicU32::new(0),
             running: AtomicI32::new(0),
             inbox: Mutex::new(Vec::new()),
-            code_written: Mutex::default(),
-            code_told: Condvar::new(),
-            outside: AtomicBool::new(false),
+            notices: Mutex::default(),
+            told: Condvar::new(),
+            inside: AtomicBool::new(false),
             address: AtomicU64::new(0),
         });
         let owner = CpuBox { shared: shared.clone() };
@@ -148,6 +163,7 @@ impl VcpuShared {
         self.running.store(thread, Ordering::SeqCst);
     }
 
+    /// Whether its thread is between two looks at `pending`.
     pub(crate) fn is_running(&self) -> bool {
         self.running.load(Ordering::SeqCst) != 0
     }
@@ -158,31 +174,48 @@ impl VcpuShared {
         self.notify(pending::EVENT);
     }
 
-    /// Code in `ranges` is about to have been written. See [`VcpuShared::wait_until_told`].
-    pub fn tell_code_written(&self, ranges: &[(u64, u32)]) {
-        self.code_written.lock().unwrap().extend_from_slice(ranges);
+    /// Tells the vCPU. See [`VcpuShared::wait_until_told`].
+    pub fn tell(&self, notices: impl IntoIterator<Item = Notice>) {
+        self.notices.lock().unwrap().extend(notices);
         self.notify(pending::CODE);
     }
 
-    /// Returns once the vCPU executes no translation of what it was told of any more. It need not know yet: what
+    /// Returns once the vCPU executes nothing any more that what it was told speaks against. It need not know yet: what
     /// is not in translated code looks at [`Cpu::pending`] before it is.
     pub fn wait_until_told(&self) {
-        let mut ranges = self.code_written.lock().unwrap();
-        while !ranges.is_empty() && self.is_running() && !self.outside.load(Ordering::SeqCst) {
+        for _ in 0..TOLD_SPINS {
+            if !self.inside.load(Ordering::SeqCst) {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        let mut notices = self.notices.lock().unwrap();
+        while !notices.is_empty() && self.inside.load(Ordering::SeqCst) {
             // It may leave translated code without a word.
-            ranges = self.code_told.wait_timeout(ranges, TOLD_POLL).unwrap().0;
+            notices = self.told.wait_timeout(notices, TOLD_POLL).unwrap().0;
         }
     }
 
-    /// Moves what the vCPU was told of to `to`: its own thread's part.
-    pub(crate) fn take_code_written(&self, to: &mut Vec<(u64, u32)>) {
-        to.append(&mut self.code_written.lock().unwrap());
-        self.code_told.notify_all();
+    /// What the vCPU was told: its own thread's part.
+    pub(crate) fn take_notices(&self) -> Vec<Notice> {
+        let taken = std::mem::take(&mut *self.notices.lock().unwrap());
+        self.told.notify_all();
+        taken
     }
 
-    /// Notes that its thread is in a call-out, or back from one.
-    pub(crate) fn set_outside(&self, outside: bool) {
-        self.outside.store(outside, Ordering::SeqCst);
+    /// Notes that its thread is about to be in translated code. `false` if it must not be: there are notices.
+    pub(crate) fn enter(&self) -> bool {
+        self.inside.store(true, Ordering::SeqCst);
+        if self.pending().load(Ordering::SeqCst) & pending::CODE != 0 {
+            self.leave();
+            return false;
+        }
+        true
+    }
+
+    /// Notes that its thread has left translated code.
+    pub(crate) fn leave(&self) {
+        self.inside.store(false, Ordering::SeqCst);
     }
 
     /// How the vCPU's APIC is addressed.
@@ -334,6 +367,21 @@ impl Core {
             debugger: Debugger::default(),
             meter: Meter::default(),
             met: None,
+        }
+    }
+
+    /// This vCPU in a set of vCPUs.
+    pub fn bit(&self) -> u64 {
+        1 << self.shared.id
+    }
+
+    /// Tells the vCPUs in `set`, but for this one; with `wait`, they execute nothing any more that this speaks against.
+    pub fn tell_others(&self, set: u64, notice: Notice, wait: bool) {
+        let vcpus = self.vm.vcpus.read().unwrap();
+        let others = || vcpus.iter().filter(|vcpu| vcpu.id != self.shared.id && set >> vcpu.id & 1 != 0);
+        others().for_each(|vcpu| vcpu.tell([notice]));
+        if wait {
+            others().for_each(|vcpu| vcpu.wait_until_told());
         }
     }
 

@@ -194,7 +194,7 @@ pub mod pending {
     pub const FLUSH: u32 = 1 << 2;
     /// `Vcpu::run` is to return: the debugger has a reason ([`crate::debugger::Debugger`]).
     pub const DEBUG: u32 = 1 << 3;
-    /// Somebody else than a vCPU has written over translated code ([`crate::core::VcpuShared::tell_code_written`]).
+    /// Somebody has told something that concerns translated code ([`crate::core::VcpuShared::tell`]).
     pub const CODE: u32 = 1 << 4;
 }
 

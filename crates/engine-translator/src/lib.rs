@@ -16,6 +16,8 @@ mod measure;
 pub mod mmu;
 pub mod native;
 pub mod ram;
+#[cfg(test)]
+mod several_vcpus;
 pub mod system;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -24,7 +26,7 @@ pub mod translate;
 pub mod vcpu;
 pub mod windows;
 
-use crate::core::{ClockReference, Core, VcpuShared, VmShared};
+use crate::core::{ClockReference, Core, MAX_VCPUS, Notice, VcpuShared, VmShared};
 use crate::cpu::pending;
 use crate::ram::Ram;
 use crate::vcpu::TranslatorVcpu;
@@ -125,10 +127,10 @@ impl TranslatorVm {
 
 impl Vm for TranslatorVm {
     fn create_vcpu(&self, id: VcpuId, cpuid: &Cpuid) -> Result<Box<dyn Vcpu>> {
-        if id.0 > 0 && self.execution != Execution::Interpret {
-            // Translations of one vCPU do not see another's writes to the code they were made from yet.
-            let why = "the translator engine runs one vCPU for now; use --cpus 1".to_owned();
-            return Err(Error::Unsupported(why));
+        if id.0 >= MAX_VCPUS {
+            return Err(Error::Unsupported(format!(
+                "the translator engine runs {MAX_VCPUS} vCPUs at most; use --cpus {MAX_VCPUS}"
+            )));
         }
         let (shared, cpu) = VcpuShared::new(id.0);
         {
@@ -193,7 +195,8 @@ impl Vm for TranslatorVm {
         let code = self.shared.ram.written(gpa, length);
         if !code.is_empty() {
             let vcpus = self.shared.vcpus.read().unwrap();
-            vcpus.iter().for_each(|vcpu| vcpu.tell_code_written(&code));
+            let notices = code.iter().map(|&(gpa, length)| Notice::CodeWritten(gpa, length));
+            vcpus.iter().for_each(|vcpu| vcpu.tell(notices.clone()));
             vcpus.iter().for_each(|vcpu| vcpu.wait_until_told());
         }
     }

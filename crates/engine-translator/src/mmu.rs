@@ -11,13 +11,13 @@
 mod journal;
 mod spaces;
 
-use crate::core::Core;
+use crate::core::{Core, Notice};
 use crate::cpu::{
     Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, JumpEntry, LINKS, Mode, TLB_CONTEXTS, TLB_ENTRIES, Tag,
     TlbContext, invalid_tag,
 };
 use crate::hash::AddressSet;
-use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest, page};
+use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest};
 use anyvisor_engine::GuestIo;
 use anyvisor_engine::tally::event;
 use anyvisor_x86::Exception;
@@ -25,7 +25,7 @@ use anyvisor_x86::bits::cr0;
 use anyvisor_x86::paging::{self, Access, AccessKind, Mapping, PagingMode};
 use journal::Journal;
 use spaces::Spaces;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 /// The local APIC's page in xAPIC mode, when not moved.
 pub const LAPIC_DEFAULT_BASE: u64 = 0xfee0_0000;
@@ -40,6 +40,13 @@ pub enum Rights {
     Current,
     /// Supervisor whatever the CPL is: descriptor tables, TSS, exception frames (SDM vol. 3A 4.6.1).
     Implicit,
+}
+
+/// A place in RAM.
+#[derive(Clone, Copy, Debug)]
+pub struct InRam {
+    pub host: *mut u8,
+    pub gpa: u64,
 }
 
 /// What a TLB miss of translated code comes to.
@@ -211,7 +218,7 @@ impl Core {
             return Ok(false);
         }
         let Some(host) = self.ram.host(gpa, PAGE_SIZE) else { return Ok(false) };
-        let attributes = self.ram.page_attributes(gpa).expect("RAM pages have attributes");
+        let page = self.ram.page(gpa).expect("it is RAM");
         let mut may_write = mapping.writable || (!user && self.cpu.cr0 & cr0::WP == 0);
         if self.debugger.watches() {
             if self.debugger.guards(gva, false) {
@@ -219,12 +226,9 @@ impl Core {
             }
             may_write &= !self.debugger.guards(gva, true);
         }
-        let write_tag = may_write && mapping.dirty && attributes.load(Ordering::Relaxed) & page::CODE == 0;
-        if write_tag {
-            let before = attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);
-            if before & page::DIRTY == 0 {
-                self.ram.allocate_around(gpa);
-            }
+        let write_tag = may_write && mapping.dirty && page.add_writer(self.bit());
+        if write_tag && page.mark_dirty() {
+            self.ram.allocate_around(gpa);
         }
         let index = tlb_index(gva);
         let tag = 0u64.wrapping_sub(gva & !0xfff);
@@ -357,14 +361,21 @@ impl Core {
         self.flush_jumps();
     }
 
-    /// Takes the write tags away from every entry for the page at `gpa`, because code is made from it.
+    /// Makes sure that writes to the page at `gpa` are seen, because this vCPU is about to make code of it. Other vCPUs that
+    /// could write to it unseen are out of translated code once, until when this one waits.
     pub fn protect_code_page(&mut self, gpa: u64) {
-        let gpa = gpa & !0xfff;
-        let Some(attributes) = self.ram.page_attributes(gpa) else { return };
-        let old = attributes.fetch_or(page::CODE, Ordering::SeqCst);
-        if old & page::CODE != 0 || old & page::WRITABLE_IN_TLB == 0 {
-            return;
+        let (gpa, bit) = (gpa & !0xfff, self.bit());
+        let Some(writers) = self.ram.page(gpa).and_then(|page| page.add_code(bit)) else { return };
+        if writers & bit != 0 {
+            self.take_write_tags(gpa);
         }
+        if writers & !bit != 0 {
+            self.tell_others(writers, Notice::CodeMade(gpa), true);
+        }
+    }
+
+    /// Takes the write tags away from every entry for the page at `gpa`: somebody makes code from it.
+    pub fn take_write_tags(&mut self, gpa: u64) {
         self.cpu.empty_micro();
         for context in 0..TLB_CONTEXTS {
             for index in self.mmu.journal[context].iter() {
@@ -375,12 +386,25 @@ impl Core {
         }
         self.mmu.spaces.protect(gpa);
         self.windows.protect(gpa);
+        if let Some(page) = self.ram.page(gpa) {
+            page.remove_writer(self.bit());
+        }
     }
 
-    /// The page at `gpa` holds no translated code any more.
+    /// This vCPU has no translated code of the page at `gpa` any more.
     pub fn unprotect_code_page(&mut self, gpa: u64) {
-        if let Some(attributes) = self.ram.page_attributes(gpa) {
-            attributes.fetch_and(!page::CODE, Ordering::SeqCst);
+        if let Some(page) = self.ram.page(gpa) {
+            page.remove_code(self.bit());
+        }
+    }
+
+    /// Notes what this vCPU's Rust code has just written to `length` bytes at `gpa`, in one page of RAM, if there is translated
+    /// code: that may have been made since the right to write was looked at.
+    pub fn wrote(&mut self, gpa: u64, length: u64) {
+        // Either this sees that code is made of the page, or who makes it sees what has been written.
+        fence(Ordering::SeqCst);
+        if self.ram.is_code(gpa) {
+            self.code_writes.push((gpa, length as u32));
         }
     }
 
@@ -547,8 +571,8 @@ impl Core {
         Ok(())
     }
 
-    /// Host address for `size` bytes at `gva` if one page of RAM holds them and, for a write, no
-    /// translated code is there. For atomic accesses in place.
+    /// Where `size` bytes at `gva` are if one page of RAM holds them and, for a write, no translated code is there. For
+    /// accesses in place; a write is followed by [`Core::wrote`].
     ///
     /// # Errors
     /// The exception that the access raises.
@@ -558,7 +582,7 @@ impl Core {
         size: u64,
         write: bool,
         rights: Rights,
-    ) -> Result<Option<*mut u8>, Exception> {
+    ) -> Result<Option<InRam>, Exception> {
         if (gva & 0xfff) + size > PAGE_SIZE {
             return Ok(None);
         }
@@ -566,14 +590,14 @@ impl Core {
         let index = tlb_index(gva);
         let entry = &self.cpu.tlb[context as usize][index];
         let tag = if write { entry.write } else { entry.read };
-        let offset = gva.wrapping_add(tag);
-        if offset < PAGE_SIZE {
-            return Ok(Some((entry.host + offset) as *mut u8));
-        }
-        if !self.fill_page(context, gva, write)? {
+        if gva.wrapping_add(tag) >= PAGE_SIZE && !self.fill_page(context, gva, write)? {
             return Ok(None);
         }
-        Ok(Some((self.cpu.tlb[context as usize][index].host + (gva & 0xfff)) as *mut u8))
+        let offset = gva & 0xfff;
+        Ok(Some(InRam {
+            host: (self.cpu.tlb[context as usize][index].host + offset) as *mut u8,
+            gpa: self.mmu.pages[context as usize][index] & !0xfff | offset,
+        }))
     }
 
     /// Reads guest-linear memory, devices included.
@@ -581,9 +605,9 @@ impl Core {
     /// # Errors
     /// The exception that the access raises; nothing has been read from a device then.
     pub fn read(&mut self, io: &dyn GuestIo, gva: u64, data: &mut [u8], rights: Rights) -> Result<(), Exception> {
-        if let Some(host) = self.host_address(gva, data.len() as u64, false, rights)? {
+        if let Some(place) = self.host_address(gva, data.len() as u64, false, rights)? {
             // SAFETY: host_address checked that data.len() bytes of one RAM page are there.
-            unsafe { copy_from_guest(host, data) };
+            unsafe { copy_from_guest(place.host, data) };
             return Ok(());
         }
         let pieces = self.pieces(gva, data.len(), AccessKind::Read, rights)?;
@@ -600,9 +624,10 @@ impl Core {
     /// # Errors
     /// The exception that the access raises; nothing has been written then.
     pub fn write(&mut self, io: &dyn GuestIo, gva: u64, data: &[u8], rights: Rights) -> Result<(), Exception> {
-        if let Some(host) = self.host_address(gva, data.len() as u64, true, rights)? {
+        if let Some(place) = self.host_address(gva, data.len() as u64, true, rights)? {
             // SAFETY: as in `read`.
-            unsafe { copy_to_guest(host, data) };
+            unsafe { copy_to_guest(place.host, data) };
+            self.wrote(place.gpa, data.len() as u64);
             return Ok(());
         }
         let pieces = self.pieces(gva, data.len(), AccessKind::Write, rights)?;
@@ -666,10 +691,7 @@ impl Core {
             return self.lapic_mmio_write(io, gpa & 0xfff, data);
         }
         if self.ram.write(gpa, data) {
-            if self.ram.is_code(gpa) {
-                self.code_writes.push((gpa, data.len() as u32));
-            }
-            return;
+            return self.wrote(gpa, data.len() as u64);
         }
         for (i, chunk) in data.chunks(8).enumerate() {
             self.met = Some(event::MMIO);

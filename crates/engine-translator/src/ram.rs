@@ -12,16 +12,74 @@ use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestM
 
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Bits of a page's attributes.
-pub mod page {
-    /// Translated code was made from this page: writes must be seen.
-    pub const CODE: u8 = 1 << 0;
-    /// Some TLB may hold a write entry for it.
-    pub const WRITABLE_IN_TLB: u8 = 1 << 1;
+/// Marks of a page that are not one vCPU's.
+mod mark {
     /// Written, or writable in some TLB, since [`super::Ram::take_dirty`] last looked.
-    pub const DIRTY: u8 = 1 << 2;
+    pub const DIRTY: u8 = 1 << 0;
     /// On the first page of a chunk: the host has been asked for all of the chunk.
-    pub const ALLOCATED: u8 = 1 << 3;
+    pub const ALLOCATED: u8 = 1 << 1;
+}
+
+/// What is known of a page of RAM. All zeros at first.
+///
+/// The two sets of vCPUs, by bit, keep each other out: who makes code of a page enters itself and then looks who may write
+/// to it unseen; who wants to do that enters itself and then looks whether there is code. One of them sees the other.
+#[derive(Default)]
+pub struct Page {
+    /// Those that have made code of it: writes must be seen.
+    code: AtomicU64,
+    /// Those whose translated code may write to it unseen: it has a write tag in a TLB, or is writable in a window.
+    writers: AtomicU64,
+    marks: AtomicU8,
+}
+
+impl Page {
+    /// Whether translated code was made from it, by any vCPU.
+    pub fn is_code(&self) -> bool {
+        self.code.load(Ordering::SeqCst) != 0
+    }
+
+    /// The vCPUs that have made code of it.
+    pub fn code_owners(&self) -> u64 {
+        self.code.load(Ordering::SeqCst)
+    }
+
+    /// Notes that vCPU `bit` makes code of it from now on. If it did not already, those that may write to it unseen: no more
+    /// come, and these have to be told.
+    pub fn add_code(&self, bit: u64) -> Option<u64> {
+        let before = self.code.fetch_or(bit, Ordering::SeqCst);
+        (before & bit == 0).then(|| self.writers.load(Ordering::SeqCst))
+    }
+
+    /// vCPU `bit` has no code of it any more.
+    pub fn remove_code(&self, bit: u64) {
+        self.code.fetch_and(!bit, Ordering::SeqCst);
+    }
+
+    /// Whether vCPU `bit` may write to it unseen from now on.
+    pub fn add_writer(&self, bit: u64) -> bool {
+        if self.is_code() {
+            return false;
+        }
+        if self.writers.load(Ordering::SeqCst) & bit != 0 {
+            // Whoever makes code of it tells this vCPU.
+            return true;
+        }
+        self.writers.fetch_or(bit, Ordering::SeqCst);
+        !self.is_code()
+    }
+
+    /// vCPU `bit` cannot write to it unseen any more.
+    pub fn remove_writer(&self, bit: u64) {
+        self.writers.fetch_and(!bit, Ordering::SeqCst);
+    }
+
+    /// Marks it as written; whether it was not.
+    pub fn mark_dirty(&self) -> bool {
+        // Mostly it is marked already, and a load is cheaper than a locked operation.
+        self.marks.load(Ordering::SeqCst) & mark::DIRTY == 0
+            && self.marks.fetch_or(mark::DIRTY, Ordering::SeqCst) & mark::DIRTY == 0
+    }
 }
 
 /// Pages of a file that the host allocates at once when the guest is about to write to one of them: a fault for each takes
@@ -32,7 +90,7 @@ struct Region {
     gpa: u64,
     length: u64,
     host: *mut u8,
-    pages: Box<[AtomicU8]>,
+    pages: Box<[Page]>,
     /// The file that it is a shared mapping of, and where in it.
     file: Option<FileOffset>,
 }
@@ -40,7 +98,7 @@ struct Region {
 /// The RAM of one VM.
 pub struct Ram {
     regions: Vec<Region>,
-    /// Somebody wants to know the pages marked [`page::DIRTY`]. They are marked in any case.
+    /// Somebody wants to know the pages marked [`mark::DIRTY`]. They are marked in any case.
     logging: AtomicBool,
     /// Keeps the mappings that `regions` points into.
     _memory: GuestMemoryMmap,
@@ -64,7 +122,7 @@ impl Ram {
                     .file_offset()
                     .filter(|file| r.flags() & libc::MAP_SHARED != 0 && !is_in_pool(file.file()))
                     .cloned(),
-                pages: (0..r.len().div_ceil(PAGE_SIZE)).map(|_| AtomicU8::new(0)).collect(),
+                pages: pages(r.len().div_ceil(PAGE_SIZE) as usize),
             })
             .collect();
         Ram { regions, logging: AtomicBool::new(false), _memory: memory }
@@ -97,8 +155,8 @@ impl Ram {
         Some((file.file().as_raw_fd(), file.start() + (gpa - region.gpa)))
     }
 
-    /// The attribute byte of the page at `gpa` (bits of [`page`]).
-    pub fn page_attributes(&self, gpa: u64) -> Option<&AtomicU8> {
+    /// What is known of the page at `gpa`.
+    pub fn page(&self, gpa: u64) -> Option<&Page> {
         let region = self.region(gpa)?;
         Some(&region.pages[((gpa - region.gpa) / PAGE_SIZE) as usize])
     }
@@ -108,9 +166,9 @@ impl Ram {
     pub fn allocate_around(&self, gpa: u64) {
         let Some(region) = self.region(gpa).filter(|region| region.file.is_some()) else { return };
         let offset = (gpa - region.gpa) & !(CHUNK - 1);
-        let first = &region.pages[(offset / PAGE_SIZE) as usize];
-        if first.load(Ordering::Relaxed) & page::ALLOCATED == 0 {
-            first.fetch_or(page::ALLOCATED, Ordering::Relaxed);
+        let marks = &region.pages[(offset / PAGE_SIZE) as usize].marks;
+        if marks.load(Ordering::Relaxed) & mark::ALLOCATED == 0 {
+            marks.fetch_or(mark::ALLOCATED, Ordering::Relaxed);
             let length = CHUNK.min(region.length - offset) as usize;
             // SAFETY: the range is within the region's mapping, and being allocated does not change its contents.
             unsafe { libc::madvise(region.host.add(offset as usize).cast(), length, libc::MADV_POPULATE_WRITE) };
@@ -122,11 +180,8 @@ impl Ram {
         let Some(region) = self.region(gpa) else { return };
         let first = (gpa - region.gpa) / PAGE_SIZE;
         let last = (gpa - region.gpa + length.max(1) - 1) / PAGE_SIZE;
-        for attributes in &region.pages[first as usize..=last as usize] {
-            // Mostly it is marked already, and a load is cheaper than a locked operation.
-            if attributes.load(Ordering::Relaxed) & page::DIRTY == 0 {
-                attributes.fetch_or(page::DIRTY, Ordering::Relaxed);
-            }
+        for page in &region.pages[first as usize..=last as usize] {
+            page.mark_dirty();
         }
     }
 
@@ -139,11 +194,9 @@ impl Ram {
             let (mut at, end) = (gpa.max(region.gpa), end.min(region.gpa + region.length));
             while at < end {
                 let next = ((at | (PAGE_SIZE - 1)) + 1).min(end);
-                let attributes = &region.pages[((at - region.gpa) / PAGE_SIZE) as usize];
-                if attributes.load(Ordering::SeqCst) & page::DIRTY == 0 {
-                    attributes.fetch_or(page::DIRTY, Ordering::SeqCst);
-                }
-                if attributes.load(Ordering::SeqCst) & page::CODE != 0 {
+                let page = &region.pages[((at - region.gpa) / PAGE_SIZE) as usize];
+                page.mark_dirty();
+                if page.is_code() {
                     code.push((at, (next - at) as u32));
                 }
                 at = next;
@@ -158,8 +211,8 @@ impl Ram {
         self.logging.store(on, Ordering::SeqCst);
         if on {
             let pages = self.regions.iter().flat_map(|region| &region.pages);
-            pages.for_each(|attributes| {
-                attributes.fetch_and(!page::DIRTY, Ordering::Relaxed);
+            pages.for_each(|page| {
+                page.marks.fetch_and(!mark::DIRTY, Ordering::Relaxed);
             });
         }
     }
@@ -172,10 +225,10 @@ impl Ram {
         }
         let regions = self.regions.iter().map(|region| {
             let mut bitmap = vec![0u64; region.pages.len().div_ceil(64)];
-            for (n, attributes) in region.pages.iter().enumerate() {
-                let dirty = attributes.load(Ordering::Relaxed) & page::DIRTY != 0;
+            for (n, page) in region.pages.iter().enumerate() {
+                let dirty = page.marks.load(Ordering::Relaxed) & mark::DIRTY != 0;
                 if dirty {
-                    attributes.fetch_and(!page::DIRTY, Ordering::Relaxed);
+                    page.marks.fetch_and(!mark::DIRTY, Ordering::Relaxed);
                     bitmap[n / 64] |= 1 << (n % 64);
                 }
             }
@@ -185,7 +238,7 @@ impl Ram {
     }
 
     pub fn is_code(&self, gpa: u64) -> bool {
-        self.page_attributes(gpa).is_some_and(|a| a.load(Ordering::Relaxed) & page::CODE != 0)
+        self.page(gpa).is_some_and(Page::is_code)
     }
 
     /// Copies from RAM; `false` (and `data` untouched) if the range is not all RAM.
@@ -205,6 +258,12 @@ impl Ram {
         unsafe { copy_to_guest(host, data) };
         true
     }
+}
+
+/// As many pages of which nothing is known. Their memory is the host's zeros until it is touched.
+fn pages(count: usize) -> Box<[Page]> {
+    // SAFETY: zeros are what `Page::default` consists of, three atomic integers.
+    unsafe { Box::new_zeroed_slice(count).assume_init() }
 }
 
 /// Reads guest bytes; sizes 1, 2, 4 and 8 by one load, as the guest's own access would be.

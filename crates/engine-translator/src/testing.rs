@@ -11,7 +11,7 @@ use crate::system::Step;
 use crate::translate::Translator;
 use crate::vcpu::TranslatorVcpu;
 use anyvisor_engine::memory::in_file;
-use anyvisor_engine::{Exit, GuestIo, Vcpu};
+use anyvisor_engine::{Exit, GuestIo, Kicker, Vcpu};
 use anyvisor_x86::bits::{cr0, cr4, efer, gpr, rflags, xcr0};
 use anyvisor_x86::cpuid::CpuModel;
 use anyvisor_x86::segment::{attr, index};
@@ -91,6 +91,10 @@ impl MockIo {
     pub fn set_pic(&self, vector: Option<u8>) {
         *self.pic.lock().unwrap() = vector;
     }
+    /// The same devices, of which port 0xf4 kicks.
+    pub fn until_port(&self, kicker: Kicker) -> impl GuestIo {
+        KickingIo { inner: self, kicker }
+    }
     fn note(&self, access: Access) {
         self.log.lock().unwrap().push(access);
     }
@@ -159,6 +163,19 @@ pub fn cpuid() -> Cpuid {
     CpuModel::Host.table(&host::supported_cpuid(host::tsc_khz()), 1, 0).expect("the host model always exists")
 }
 
+/// vCPU `id` of `vm`, as after reset.
+fn vcpu(vm: &Arc<VmShared>, id: u32, method: Method) -> TranslatorVcpu {
+    let (shared, cpu) = VcpuShared::new(id);
+    vm.vcpus.write().unwrap().push(shared.clone());
+    let core = Core::new(vm.clone(), shared, cpu, cpuid());
+    let translator =
+        (method == Method::Translate).then(|| Translator::new(&cpuid()).expect("the host gives code memory"));
+    let mut vcpu = TranslatorVcpu::new(core, translator).expect("the reset state is valid");
+    // Single steps do not look at events unless a test makes one.
+    vcpu.core().cpu.pending.store(0, Ordering::SeqCst);
+    vcpu
+}
+
 impl TestVm {
     /// A machine with `mib` MiB of RAM, at least 4, whose vCPU is as after reset.
     pub fn new(mib: u64, method: Method) -> TestVm {
@@ -166,15 +183,19 @@ impl TestVm {
         crate::native::install_signal_handlers();
         let memory = in_file(&[(GuestAddress(0), (mib << 20) as usize)]).expect("host memory");
         let vm = Arc::new(VmShared::new(Arc::new(Ram::new(memory)), host::tsc_khz()));
-        let (shared, cpu) = VcpuShared::new(0);
-        vm.vcpus.write().unwrap().push(shared.clone());
-        let core = Core::new(vm.clone(), shared, cpu, cpuid());
-        let translator =
-            (method == Method::Translate).then(|| Translator::new(&cpuid()).expect("the host gives code memory"));
-        let mut vcpu = TranslatorVcpu::new(core, translator).expect("the reset state is valid");
-        // Single steps do not look at events unless a test makes one.
-        vcpu.core().cpu.pending.store(0, Ordering::SeqCst);
-        TestVm { vcpu, vm, io: MockIo::default() }
+        TestVm { vcpu: vcpu(&vm, 0, method), vm, io: MockIo::default() }
+    }
+
+    /// Another vCPU of the machine, in the same state as its own but for where it is about to run code, and on which stack.
+    pub fn another_vcpu(&mut self, method: Method, rip: u64, rsp: u64) -> TranslatorVcpu {
+        let id = self.vm.vcpus.read().unwrap().len() as u32;
+        let mut other = vcpu(&self.vm, id, method);
+        let mut state = self.vcpu.state().expect("a state");
+        state.rip = rip;
+        state.gpr[gpr::RSP] = rsp;
+        state.lapic.clear();
+        other.set_state(&state).expect("a valid state");
+        other
     }
 
     /// A machine with 16 MiB and `code` at [`place::CODE`], about to run it in 64-bit mode at `cpl` (0 or 3)
@@ -378,8 +399,7 @@ impl TestVm {
 
     /// Runs the vCPU until an access to port 0xf4 or a shutdown; the access kicks it.
     pub fn run(&mut self) -> Exit {
-        let kicker = self.vcpu.kicker();
-        let io = KickingIo { inner: &self.io, kicker };
+        let io = self.io.until_port(self.vcpu.kicker());
         self.vcpu.run(&io).expect("the host supports the engine")
     }
 }
@@ -387,7 +407,7 @@ impl TestVm {
 /// Ends [`TestVm::run`] at an access to port 0xf4.
 struct KickingIo<'a> {
     inner: &'a MockIo,
-    kicker: anyvisor_engine::Kicker,
+    kicker: Kicker,
 }
 
 impl GuestIo for KickingIo<'_> {

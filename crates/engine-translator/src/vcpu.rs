@@ -172,7 +172,10 @@ impl TranslatorVcpu {
             }
             if reasons & pending::CODE != 0 {
                 core.cpu.pending.fetch_and(!pending::CODE, Ordering::SeqCst);
-                core.shared.take_code_written(&mut core.code_writes);
+                let notices = core.shared.take_notices();
+                if let Some(translator) = &mut self.translator {
+                    translator.notice(core, &notices);
+                }
             }
             let steps = core.debugger.steps();
             if steps && !core.cpu.halted && !core.cpu.wait_for_sipi {
@@ -218,42 +221,6 @@ impl TranslatorVcpu {
     }
 }
 
-/// The machine, as the vCPU calls it: others see that it is there and not in translated code.
-struct CallOuts<'a> {
-    io: &'a dyn GuestIo,
-    vcpu: &'a VcpuShared,
-}
-
-impl CallOuts<'_> {
-    fn call<T>(&self, call: impl FnOnce(&dyn GuestIo) -> T) -> T {
-        self.vcpu.set_outside(true);
-        let result = call(self.io);
-        self.vcpu.set_outside(false);
-        result
-    }
-}
-
-impl GuestIo for CallOuts<'_> {
-    fn pio_read(&self, port: u16, data: &mut [u8]) {
-        self.call(|io| io.pio_read(port, data));
-    }
-    fn pio_write(&self, port: u16, data: &[u8]) {
-        self.call(|io| io.pio_write(port, data));
-    }
-    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
-        self.call(|io| io.mmio_read(gpa, data));
-    }
-    fn mmio_write(&self, gpa: u64, data: &[u8]) {
-        self.call(|io| io.mmio_write(gpa, data));
-    }
-    fn eoi(&self, vector: u8) {
-        self.call(|io| io.eoi(vector));
-    }
-    fn acknowledge_pic(&self) -> Option<u8> {
-        self.call(|io| io.acknowledge_pic())
-    }
-}
-
 /// Waits for something to do: a message, a kick, or the timer.
 fn sleep(core: &mut Core) {
     let timeout = core.lapic.next_deadline().map(|deadline| timer::until(deadline, core.now(), core.vm.tsc_khz));
@@ -281,7 +248,7 @@ fn interpret_until_pending(core: &mut Core, io: &dyn GuestIo, single: bool) -> S
 impl Vcpu for TranslatorVcpu {
     fn run(&mut self, io: &dyn GuestIo) -> Result<Exit> {
         self.enter_thread()?;
-        let exit = self.run_loop(&CallOuts { io, vcpu: &self.core.shared.clone() });
+        let exit = self.run_loop(io);
         self.leave_thread();
         Ok(exit)
     }

@@ -21,11 +21,9 @@
 use crate::core::Core;
 use crate::cpu::Cpu;
 use crate::hash::AddressMap;
-use crate::ram::page;
 use anyvisor_engine::tally::event;
 use anyvisor_x86::paging::{self, Access, AccessKind};
 use std::os::fd::RawFd;
-use std::sync::atomic::Ordering;
 
 /// log2 of the size of a region: what one entry of a level-4 page table maps.
 pub const REGION_BITS: u32 = 39;
@@ -33,9 +31,13 @@ pub const REGIONS: usize = 256;
 /// Bytes around a window where nothing is mapped: more than any displacement reaches.
 pub const GUARD: u64 = 1 << 32;
 const STRIDE: u64 = (1 << REGION_BITS) + GUARD;
-/// Windows per vCPU. The first stays empty.
-const WINDOWS: usize = 33;
-/// Pieces mapped at most. Each may take two of the host's mappings, of which a process has 65,530 by default
+/// Windows of a vCPU at most. The first stays empty.
+const WINDOWS_MAX: u64 = 33;
+/// With fewer, a few programs in turns would always map everything anew.
+const WINDOWS_MIN: u64 = 5;
+/// Bytes of addresses that the windows of a VM's vCPUs may take, of the 128 TiB of a process.
+const ADDRESSES: u64 = 96 << 40;
+/// Pieces that a VM's vCPUs map at most. Each may take two of the host's mappings, of which a process has 65,530 by default
 /// (Linux `vm.max_map_count`).
 const MAX_PIECES: usize = 20_000;
 /// TSC ticks in which a program must not take all pieces twice: mapping costs more than probes then.
@@ -52,34 +54,44 @@ const AROUND: u64 = 16;
 const LARGE_AROUND: u64 = 512;
 const WRITABLE: u64 = 1;
 
-/// Addresses for all windows.
-struct Reservation(*mut u8);
+/// Addresses for all windows of a vCPU.
+struct Reservation {
+    start: *mut u8,
+    windows: u8,
+}
 
 impl Reservation {
-    const LENGTH: usize = (WINDOWS as u64 * STRIDE + GUARD) as usize;
-
-    fn new() -> Option<Reservation> {
+    /// For one of `vcpus`. `None` if the host gives no addresses, or too few for so many.
+    fn new(vcpus: usize) -> Option<Reservation> {
+        let windows = (ADDRESSES / vcpus as u64 / STRIDE).min(WINDOWS_MAX);
+        if windows < WINDOWS_MIN {
+            return None;
+        }
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping of memory that nobody can access.
-        let address = unsafe { libc::mmap(std::ptr::null_mut(), Self::LENGTH, libc::PROT_NONE, flags, -1, 0) };
-        (address != libc::MAP_FAILED).then(|| Reservation(address.cast()))
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), length(windows), libc::PROT_NONE, flags, -1, 0) };
+        (address != libc::MAP_FAILED).then(|| Reservation { start: address.cast(), windows: windows as u8 })
+    }
+
+    fn length(&self) -> usize {
+        length(u64::from(self.windows))
     }
 
     /// The address of a window.
     fn window(&self, number: u8) -> u64 {
-        self.0 as u64 + GUARD + u64::from(number) * STRIDE
+        self.start as u64 + GUARD + u64::from(number) * STRIDE
     }
 
     /// The window that `address` is in, and the distance from its start.
     fn find(&self, address: u64) -> Option<(u8, u64)> {
-        let offset = address.checked_sub(self.0 as u64 + GUARD)?;
+        let offset = address.checked_sub(self.start as u64 + GUARD)?;
         let (number, offset) = (offset / STRIDE, offset % STRIDE);
-        (number < WINDOWS as u64 && offset < 1 << REGION_BITS).then_some((number as u8, offset))
+        (number < u64::from(self.windows) && offset < 1 << REGION_BITS).then_some((number as u8, offset))
     }
 
     /// Whether `address` is in a window or around one.
     fn contains(&self, address: u64) -> bool {
-        address.wrapping_sub(self.0 as u64) < Self::LENGTH as u64
+        address.wrapping_sub(self.start as u64) < self.length() as u64
     }
 
     /// Takes away what is mapped in `length` bytes at `address`, which are in windows.
@@ -91,7 +103,7 @@ impl Reservation {
         if done == libc::MAP_FAILED {
             // Splitting a mapping may take one more than the process can have. All of it is one.
             // SAFETY: as above.
-            let all = unsafe { libc::mmap(self.0.cast(), Self::LENGTH, libc::PROT_NONE, flags, -1, 0) };
+            let all = unsafe { libc::mmap(self.start.cast(), self.length(), libc::PROT_NONE, flags, -1, 0) };
             assert_ne!(all, libc::MAP_FAILED, "unmapping guest memory: {}", std::io::Error::last_os_error());
         }
     }
@@ -111,8 +123,13 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's own.
-        unsafe { libc::munmap(self.0.cast(), Self::LENGTH) };
+        unsafe { libc::munmap(self.start.cast(), self.length()) };
     }
+}
+
+/// Bytes of addresses for so many windows.
+fn length(windows: u64) -> usize {
+    (windows * STRIDE + GUARD) as usize
 }
 
 /// What is mapped of one address space.
@@ -216,18 +233,19 @@ impl Default for Windows {
 }
 
 impl Windows {
-    /// Reserves the addresses. Whether there are any; for RAM that is in files.
-    pub fn prepare(&mut self, cpu: &mut Cpu) -> bool {
+    /// Reserves the addresses, for one of `vcpus`. Whether there are any; for RAM that is in files.
+    pub fn prepare(&mut self, cpu: &mut Cpu, vcpus: usize) -> bool {
         if self.reservation.is_none() && !self.refused {
-            self.reservation = Reservation::new();
+            self.reservation = Reservation::new(vcpus);
             self.refused = self.reservation.is_none();
             if self.refused {
                 tracing::info!(
-                    "the host has no addresses for windows of user memory (a limit on the address space?): slower"
+                    "no addresses for windows of user memory (a limit on the address space, or very many vCPUs): slower"
                 );
             }
-            self.free = (1..WINDOWS as u8).rev().collect();
             if let Some(reservation) = &self.reservation {
+                self.free = (1..reservation.windows).rev().collect();
+                self.room = self.room.min(MAX_PIECES / vcpus);
                 for region in 0..REGIONS {
                     cpu.regions[region] = delta(reservation, region as u8, 0);
                 }
@@ -447,11 +465,11 @@ impl Core {
         let access = Access { kind, user: true, implicit: false };
         let mapping = paging::walk(&*self.ram, &self.paging_mode(false), gva, access).ok()?;
         let gpa = mapping.gpa & !(PAGE - 1);
-        let attributes = self.ram.page_attributes(gpa)?;
+        let page = self.ram.page(gpa)?;
         if self.is_lapic_page(gpa) {
             return None;
         }
-        let mut writable = mapping.writable && mapping.dirty && attributes.load(Ordering::Relaxed) & page::CODE == 0;
+        let mut writable = mapping.writable && mapping.dirty && !page.is_code();
         if self.debugger.watches() {
             if self.debugger.guards(gva, false) {
                 return None;
@@ -477,6 +495,12 @@ impl Core {
         if page.large {
             self.note_large(gva);
         }
+        let bit = self.bit();
+        // Somebody may be making code of it.
+        let may_write = |gpa| self.ram.page(gpa).is_some_and(|page| page.add_writer(bit));
+        if page.writable && !may_write(page.gpa) {
+            return false;
+        }
         let number = gva >> 12;
         let around = if page.large { LARGE_AROUND } else { AROUND };
         let block = number & !(around - 1);
@@ -489,9 +513,9 @@ impl Core {
             }
             if page.large {
                 // The same entry of the page tables: no other page can differ but by what is in it.
-                return !page.writable || !self.ram.is_code(gpa);
+                return !page.writable || may_write(gpa);
             }
-            self.user_page(n << 12, false).is_some_and(same)
+            self.user_page(n << 12, false).is_some_and(same) && (!page.writable || may_write(gpa))
         };
         let from = (block..number).rev().take_while(|&n| fits(n)).last().unwrap_or(number);
         let to = (number + 1..block + around).take_while(|&n| fits(n)).last().unwrap_or(number);
@@ -516,7 +540,8 @@ impl Core {
         }
     }
 
-    /// Maps `count` pages from linear page `number`, which are guest-physical memory from `gpa`.
+    /// Maps `count` pages from linear page `number`, which are guest-physical memory from `gpa`; writable ones are entered as
+    /// [`Page::add_writer`](crate::ram::Page::add_writer) has it.
     fn map_pages(&mut self, number: u64, count: u64, gpa: u64, writable: bool) -> bool {
         let length = count << 12;
         let (Some((file, offset)), Some((last_file, last))) = (self.ram.file(gpa), self.ram.file(gpa + length - PAGE))
@@ -537,8 +562,7 @@ impl Core {
             let gpa = gpa + (page << 12);
             space.insert(number + page, gpa | u64::from(writable));
             if writable {
-                let attributes = self.ram.page_attributes(gpa).expect("RAM pages have attributes");
-                attributes.fetch_or(page::WRITABLE_IN_TLB | page::DIRTY, Ordering::Relaxed);
+                self.ram.page(gpa).expect("it is RAM").mark_dirty();
                 windows.writers.entry(gpa).or_default().push(at + (page << 12));
                 windows.writer_count += 1;
             }
@@ -564,10 +588,14 @@ impl Core {
 
     /// Whether memory of this VM's user code can be in windows.
     pub fn has_windows(&mut self) -> bool {
-        !self.windows.forbidden
-            && self.ram.is_in_files()
-            && std::is_x86_feature_detected!("bmi2")
-            && self.windows.prepare(&mut self.cpu)
+        if self.windows.forbidden || !self.ram.is_in_files() || !std::is_x86_feature_detected!("bmi2") {
+            return false;
+        }
+        if self.windows.reservation.is_none() {
+            let vcpus = self.vm.vcpus.read().unwrap().len();
+            return self.windows.prepare(&mut self.cpu, vcpus.max(1));
+        }
+        true
     }
 }
 

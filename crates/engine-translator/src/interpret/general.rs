@@ -4,7 +4,7 @@
 use super::alu::{self, Shift, mask, sign_extend};
 use super::memory::{self, linear, operand_address};
 use super::{Exec, Handled, atomic};
-use crate::mmu::Rights;
+use crate::mmu::{InRam, Rights};
 use crate::native::is_supported;
 use crate::system;
 use anyvisor_x86::Exception;
@@ -302,13 +302,14 @@ fn compare_exchange_16(x: &mut Exec) -> Outcome {
     super::debug::note_access(x.core, address, 16, true);
     let pair = |x: &Exec, high, low| u128::from(x.gpr(high, 8)) << 64 | u128::from(x.gpr(low, 8));
     let (expected, new) = (pair(x, RDX, RAX), pair(x, RCX, RBX));
-    let old = if let Some(host) = x.core.host_address(address, 16, true, Rights::Current)? {
-        // SAFETY: host_address checked the 16 bytes, and page-aligned mappings keep the alignment.
-        unsafe { atomic::compare_exchange_16(host, expected, new) }
-    } else if let Some((gpa, host)) = x.ram_behind(address, 16)? {
-        // SAFETY: as above.
+    let place = match x.core.host_address(address, 16, true, Rights::Current)? {
+        Some(place) => Some(place),
+        None => x.ram_behind(address, 16)?,
+    };
+    let old = if let Some(InRam { host, gpa }) = place {
+        // SAFETY: host_address, or ram_behind, checked the 16 bytes, and page-aligned mappings keep the alignment.
         let old = unsafe { atomic::compare_exchange_16(host, expected, new) };
-        x.note_code_write(gpa, 16);
+        x.core.wrote(gpa, 16);
         old
     } else {
         let mut data = [0; 16];

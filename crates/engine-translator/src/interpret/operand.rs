@@ -3,7 +3,7 @@
 use super::alu::mask;
 use super::memory::{self, load, operand_address, store};
 use super::{Exec, atomic, debug};
-use crate::mmu::Rights;
+use crate::mmu::{InRam, Rights};
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest};
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::rflags;
@@ -92,15 +92,14 @@ impl Exec<'_> {
         mut f: impl FnMut(u64) -> u64,
     ) -> Result<(), Exception> {
         debug::note_access(self.core, address, u64::from(size), true);
-        if let Some(host) = self.core.host_address(address, u64::from(size), true, Rights::Current)? {
-            // SAFETY: host_address checked that `size` writable bytes of RAM are there.
-            unsafe { update_host(host, size, locked, f) };
-            return Ok(());
+        let mut place = self.core.host_address(address, u64::from(size), true, Rights::Current)?;
+        if locked && place.is_none() {
+            place = self.ram_behind(address, u64::from(size))?;
         }
-        if locked && let Some((gpa, host)) = self.ram_behind(address, u64::from(size))? {
-            // SAFETY: ram_behind checked as host_address does.
-            unsafe { update_host(host, size, true, f) };
-            self.note_code_write(gpa, size);
+        if let Some(InRam { host, gpa }) = place {
+            // SAFETY: host_address, or ram_behind, checked that `size` writable bytes of RAM are there.
+            unsafe { update_host(host, size, locked, f) };
+            self.core.wrote(gpa, u64::from(size));
             return Ok(());
         }
         self.core.probe_write(address, size as usize, Rights::Current)?;
@@ -113,9 +112,8 @@ impl Exec<'_> {
         self.core.write(self.io, address, &new.to_le_bytes()[..size as usize], Rights::Current)
     }
 
-    /// Guest-physical and host address of a write target within one page of RAM that `host_address`
-    /// withholds because translated code is there.
-    pub fn ram_behind(&mut self, address: u64, size: u64) -> Result<Option<(u64, *mut u8)>, Exception> {
+    /// Where a write target is, within one page of RAM, that `host_address` withholds because translated code is there.
+    pub fn ram_behind(&mut self, address: u64, size: u64) -> Result<Option<InRam>, Exception> {
         if (address & (PAGE_SIZE - 1)) + size > PAGE_SIZE {
             return Ok(None);
         }
@@ -123,13 +121,7 @@ impl Exec<'_> {
         if self.core.lapic.mmio_base() == Some(gpa & !(PAGE_SIZE - 1)) {
             return Ok(None);
         }
-        Ok(self.core.ram.host(gpa, size).map(|host| (gpa, host)))
-    }
-
-    pub fn note_code_write(&mut self, gpa: u64, size: u32) {
-        if self.core.ram.is_code(gpa) {
-            self.core.code_writes.push((gpa, size));
-        }
+        Ok(self.core.ram.host(gpa, size).map(|host| InRam { host, gpa }))
     }
 
     pub fn flags(&self) -> u64 {

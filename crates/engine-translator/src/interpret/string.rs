@@ -8,7 +8,7 @@
 use super::alu::{self, mask};
 use super::memory::{self, linear, load, store};
 use super::{Exec, debug};
-use crate::mmu::Rights;
+use crate::mmu::{InRam, Rights};
 use crate::ram::PAGE_SIZE;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::gpr::{RAX, RCX, RDI, RSI};
@@ -248,10 +248,10 @@ impl Exec<'_> {
         }
         linear(self.core, index::ES, di, bytes, true).ok()?;
         memory::check_alignment(self.core, to | from, size).ok()?;
-        let to = self.core.host_address(to, bytes, true, Rights::Current).ok()??;
+        let InRam { host: to, gpa } = self.core.host_address(to, bytes, true, Rights::Current).ok()??;
         if moves {
             linear(self.core, op.source, si, bytes, false).ok()?;
-            let from = self.core.host_address(from, bytes, false, Rights::Current).ok()??;
+            let from = self.core.host_address(from, bytes, false, Rights::Current).ok()??.host;
             // Moving upward onto what is still to be read repeats it: that is for single iterations.
             if (to as u64).wrapping_sub(from as u64) < bytes {
                 return None;
@@ -263,6 +263,7 @@ impl Exec<'_> {
             // SAFETY: as above, for the destination.
             unsafe { fill(to, op.size, self.core.cpu.gpr[RAX], bytes) };
         }
+        self.core.wrote(gpa, bytes);
         self.set_gpr(RDI, op.address_size, di.wrapping_add(bytes));
         Some(bytes / size)
     }

@@ -33,12 +33,13 @@ mod tests;
 mod twins;
 
 use crate::code_memory::CodeMemory;
-use crate::core::Core;
+use crate::core::{Core, Notice};
 use crate::cpu::{
     CLOSED, Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, LINKS, MICRO_ENTRIES, MicroEntry, Mode, TlbContext,
 };
 use crate::hash::{AddressMap, AddressSet};
 use crate::interpret::{self, Step};
+use crate::ram::Page;
 use crate::system;
 use crate::timer;
 use crate::windows::REGION_BITS;
@@ -390,7 +391,7 @@ impl Translator {
         }
         let mut next = block;
         loop {
-            let exit = self.enter(core, next);
+            let Some(exit) = self.enter(core, next) else { return Step::Done };
             self.statistics.exits += 1;
             if exit == EXIT_FAULT {
                 let (block, rip) = self.guest_position(core.cpu.translated[word::FAULT]);
@@ -496,15 +497,33 @@ impl Translator {
         step
     }
 
-    /// Drops the translations of code that Rust has written over.
+    /// Drops the translations of code that Rust has written over, and tells other vCPUs that have some. They need not know at
+    /// once: a processor executes what another has written after it has serialized itself (SDM vol. 3A 9.1.3), and all that does
+    /// so leaves translated code.
     fn apply_code_writes(&mut self, core: &mut Core) {
         if !core.code_writes.is_empty() {
             let began = core.meter.start();
             for (gpa, length) in std::mem::take(&mut core.code_writes) {
+                let owners = core.ram.page(gpa).map_or(0, Page::code_owners);
+                if owners & !core.bit() != 0 {
+                    core.tell_others(owners, Notice::CodeWritten(gpa, length), false);
+                }
                 self.code_written(core, gpa, u64::from(length));
             }
             core.meter.stop(began, event::INVALIDATION);
         }
+    }
+
+    /// Acts on what others have told this vCPU.
+    pub fn notice(&mut self, core: &mut Core, notices: &[Notice]) {
+        let began = core.meter.start();
+        for &notice in notices {
+            match notice {
+                Notice::CodeWritten(gpa, length) => self.code_written(core, gpa, u64::from(length)),
+                Notice::CodeMade(gpa) => core.take_write_tags(gpa),
+            }
+        }
+        core.meter.stop(began, event::INVALIDATION);
     }
 
     fn note_interpreted(&mut self, core: &mut Core) {
@@ -517,8 +536,12 @@ impl Translator {
         }
     }
 
-    /// Runs from the start of `block`; returns the number of the exit taken.
-    fn enter(&mut self, core: &mut Core, block: u32) -> u32 {
+    /// Runs from the start of `block`; returns the number of the exit taken. `None` if others have told something: `block` may
+    /// be out of date.
+    fn enter(&mut self, core: &mut Core, block: u32) -> Option<u32> {
+        if !core.shared.enter() {
+            return None;
+        }
         core.cpu.translated[word::ENTER] = self.code.address(self.blocks[block as usize].start as usize);
         core.cpu.rflags &= !rflags::RF;
         let jumps = self.blocks[block as usize].key.context.jumps;
@@ -544,7 +567,8 @@ impl Translator {
             exit = enter();
         }
         timer::set_entered(false);
-        exit
+        core.shared.leave();
+        Some(exit)
     }
 
     /// The block for the current RIP, made if need be. `None` if the code there is not in RAM.
