@@ -174,10 +174,20 @@ impl VcpuShared {
         self.notify(pending::EVENT);
     }
 
-    /// Tells the vCPU. See [`VcpuShared::wait_until_told`].
+    /// Tells the vCPU, which knows before it is in translated code again. See [`VcpuShared::wait_until_told`].
     pub fn tell(&self, notices: impl IntoIterator<Item = Notice>) {
-        self.notices.lock().unwrap().extend(notices);
-        self.notify(pending::CODE);
+        let mut queue = self.notices.lock().unwrap();
+        let knows_of_some = !queue.is_empty();
+        queue.extend(notices);
+        if knows_of_some {
+            // A signal for each of very many would leave it no time to look.
+            return;
+        }
+        self.pending().fetch_or(pending::CODE, Ordering::SeqCst);
+        drop(queue);
+        if self.inside.load(Ordering::SeqCst) {
+            timer::interrupt(self.running.load(Ordering::SeqCst));
+        }
     }
 
     /// Returns once the vCPU executes nothing any more that what it was told speaks against. It need not know yet: what
@@ -203,10 +213,10 @@ impl VcpuShared {
         taken
     }
 
-    /// Notes that its thread is about to be in translated code. `false` if it must not be: there are notices.
+    /// Notes that its thread is about to be in translated code. `false` if it must not be: something is pending.
     pub(crate) fn enter(&self) -> bool {
         self.inside.store(true, Ordering::SeqCst);
-        if self.pending().load(Ordering::SeqCst) & pending::CODE != 0 {
+        if self.pending().load(Ordering::SeqCst) != 0 {
             self.leave();
             return false;
         }

@@ -3,7 +3,7 @@
 //!
 //! Loops in translated code poll nothing. The signal's handler sets [`pending::EVENT`] and unlinks the jumps
 //! of the block that it interrupted ([`fault::break_out`]), so that the block is left for Rust. A block may
-//! have no such jump (it returns, or jumps indirectly), or the thread may just be in a helper: so the handler
+//! have no such jump (it returns, or jumps indirectly), or the thread may just be in a helper that it has called: so the handler
 //! has itself called again after [`RETRY_NS`], until translated code is left.
 
 use crate::core::{Core, VcpuShared};
@@ -85,7 +85,8 @@ extern "C" fn on_interrupt(_: libc::c_int, _: *mut libc::siginfo_t, context: *mu
         // SAFETY: set_running's contract.
         let Some(vcpu) = (unsafe { running.vcpu.get().as_ref() }) else { return };
         vcpu.pending().fetch_or(pending::EVENT, Ordering::SeqCst);
-        if vcpu.is_running() {
+        // Who is not in translated code looks before he is. Called again and again he might never get there.
+        if vcpu.is_running() && running.entered.get() {
             // SAFETY: the context of the signal being handled on this thread.
             unsafe { fault::break_out(context) };
             running.disturbed.set(true);

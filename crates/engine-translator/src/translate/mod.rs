@@ -536,10 +536,12 @@ impl Translator {
         }
     }
 
-    /// Runs from the start of `block`; returns the number of the exit taken. `None` if others have told something: `block` may
-    /// be out of date.
+    /// Runs from the start of `block`; returns the number of the exit taken. `None` if something is pending: `block` may even be
+    /// out of date.
     fn enter(&mut self, core: &mut Core, block: u32) -> Option<u32> {
+        timer::set_entered(true);
         if !core.shared.enter() {
+            timer::set_entered(false);
             return None;
         }
         core.cpu.translated[word::ENTER] = self.code.address(self.blocks[block as usize].start as usize);
@@ -557,7 +559,6 @@ impl Translator {
         core.cpu.translated[word::CORE] = std::ptr::from_mut(core) as u64;
         fault::set_tables(fault::Tables { blocks: &raw const *self.blocks, exits: &raw const *self.exits });
         let exit;
-        timer::set_entered(true);
         // SAFETY: the thunk is a sysv64 function without arguments. GS points at this core's vCPU block
         // (`attach`), whose words say where to go; translated code reaches only the block, guest RAM by
         // checked addresses, and `tlb_miss`, which uses `core` while nothing else here does.
