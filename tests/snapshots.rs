@@ -428,8 +428,8 @@ fn what_cannot_be_restored_is_refused_in_one_line() {
     refused(&["--debug-exit"], &["--debug-exit contradicts"]);
     let manifest = folder.join("manifest");
     let good = std::fs::read_to_string(&manifest).unwrap();
-    std::fs::write(&manifest, good.replacen("anyvisor-snapshot 1 ", "anyvisor-snapshot 99 ", 1)).unwrap();
-    refused(&[], &["has format '99'", "format 1"]);
+    std::fs::write(&manifest, good.replacen("anyvisor-snapshot 2 ", "anyvisor-snapshot 99 ", 1)).unwrap();
+    refused(&[], &["has format '99'", "format 2"]);
     std::fs::write(&manifest, good.replacen("\"clock\":", "\"clock\":1", 1)).unwrap();
     refused(&[], &["does not have its checksum"]);
     // A TSC that no host has, with a right checksum.
@@ -437,7 +437,7 @@ fn what_cannot_be_restored_is_refused_in_one_line() {
     let (khz, ..) = times(&folder);
     let body = body.replacen(&format!("\"tsc_khz\":{khz}"), "\"tsc_khz\":123456789", 1);
     let checksum: String = Sha256::digest(&body).iter().map(|byte| format!("{byte:02x}")).collect();
-    std::fs::write(&manifest, format!("anyvisor-snapshot 1 {checksum}\n{body}")).unwrap();
+    std::fs::write(&manifest, format!("anyvisor-snapshot 2 {checksum}\n{body}")).unwrap();
     refused(
         &["--no-api"],
         &["cannot go on under engine translator", "a TSC of 123456789 kHz", &format!("it is {khz} kHz here")],
@@ -569,7 +569,7 @@ fn forged_snapshots_are_refused_or_run_as_guests() {
         }
         let body = forged.to_string();
         let checksum: String = Sha256::digest(&body).iter().map(|byte| format!("{byte:02x}")).collect();
-        std::fs::write(&manifest, format!("anyvisor-snapshot 1 {checksum}\n{body}")).unwrap();
+        std::fs::write(&manifest, format!("anyvisor-snapshot 2 {checksum}\n{body}")).unwrap();
         let vm = restore(&folder, &["--id", &id]);
         let ended = match vm.try_end(Duration::from_millis(150)) {
             Ok(ended) => ended,

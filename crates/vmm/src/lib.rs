@@ -20,12 +20,13 @@ pub mod machine;
 pub mod memory;
 pub mod snapshot;
 pub mod variables;
+pub mod virtio;
 
 pub use anyvisor_devices::power::debug_exit_code;
 pub use config::Config;
 pub use machine::{End, Remote};
 
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a VM could not be built or run.
 #[derive(Debug, thiserror::Error)]

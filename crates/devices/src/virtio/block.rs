@@ -5,7 +5,7 @@
 //! nowhere to say so.
 
 use super::pci::Offer;
-use super::queue::{Piece, Queue, gather, scatter, split, total};
+use super::queue::{Chain, Piece, gather, scatter, split, total};
 use super::{Broken, Written, feature};
 use std::io;
 use vm_memory::GuestMemoryMmap;
@@ -87,7 +87,14 @@ pub trait Storage: Send {
 pub fn offer(storage: &dyn Storage) -> Offer {
     let mut features = bits::SEGMENTS | bits::BLOCK_SIZE | bits::FLUSH | feature::INDIRECT | feature::EVENT_INDEX;
     features |= if storage.is_read_only() { bits::READ_ONLY } else { bits::DISCARD | bits::WRITE_ZEROES };
-    Offer { device: DEVICE, class: CLASS, features, queues: vec![QUEUE_SIZE], config: config(storage.sectors()) }
+    Offer {
+        device: DEVICE,
+        class: CLASS,
+        features,
+        queues: vec![QUEUE_SIZE],
+        config: config(storage.sectors()),
+        writable: 0..0,
+    }
 }
 
 /// `struct virtio_blk_config` (5.2.4).
@@ -107,18 +114,17 @@ fn config(sectors: u64) -> Vec<u8> {
     bytes
 }
 
-/// Carries out the next request of `queue`, under the agreed `features`. Says whether there was one.
+/// Carries out the request in `chain`, under the agreed `features`. Returns how many bytes of its buffers were written.
 ///
 /// # Errors
-/// The queue or the request makes no sense.
+/// The request makes no sense.
 pub fn serve(
-    queue: &mut Queue,
+    chain: &Chain,
     features: u64,
     storage: &dyn Storage,
     memory: &GuestMemoryMmap,
     written: Written,
-) -> Result<bool, Broken> {
-    let Some(chain) = queue.pop(memory)? else { return Ok(false) };
+) -> Result<u32, Broken> {
     let mut header = [0; 16];
     gather(memory, &chain.readable, &mut header).ok_or(Broken("a disk request without a header"))?;
     let room = total(&chain.writable).checked_sub(1).ok_or(Broken("a disk request without a status"))?;
@@ -132,8 +138,7 @@ pub fn serve(
     };
     let (result, length) = request.carry_out(features, storage, memory, written);
     scatter(memory, &status, &[result], written);
-    queue.push(memory, chain.head, length + 1, written)?;
-    Ok(true)
+    Ok(length + 1)
 }
 
 struct Request {
@@ -213,7 +218,7 @@ fn range(storage: &dyn Storage, sector: u64, length: u64) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::queue::tests::{DESCRIPTORS, DEVICE as USED, describe, memory, offer as make_available, queue};
+    use super::super::queue::tests::{DESCRIPTORS, describe, memory, offer as make_available, queue};
     use super::*;
     use std::cell::RefCell;
     use std::sync::Mutex;
@@ -296,11 +301,10 @@ mod tests {
         make_available(memory, 0);
         let reported = RefCell::new(Vec::new());
         let told: Written = &|gpa, length| reported.borrow_mut().push((gpa, length));
-        assert_eq!(serve(&mut queue, features, disk, memory, told), Ok(true));
-        assert_eq!(serve(&mut queue, features, disk, memory, told), Ok(false));
+        let chain = queue.pop(memory).unwrap().unwrap();
+        let length = serve(&chain, features, disk, memory, told).unwrap();
         assert!(reported.borrow().contains(&(STATUS, 1)), "{reported:x?}");
-        let used: [u32; 2] = memory.read_obj(GuestAddress(USED + 4)).unwrap();
-        (memory.read_obj(GuestAddress(STATUS)).unwrap(), used[1])
+        (memory.read_obj(GuestAddress(STATUS)).unwrap(), length)
     }
 
     fn all(disk: &Disk) -> u64 {
@@ -386,7 +390,8 @@ mod tests {
             describe(&memory, DESCRIPTORS, 0, HEADER, header, NEXT, 1);
             describe(&memory, DESCRIPTORS, 1, STATUS, 1, status, 0);
             make_available(&memory, 0);
-            assert!(serve(&mut queue, all(&disk), &disk, &memory, &|_, _| {}).is_err());
+            let chain = queue.pop(&memory).unwrap().unwrap();
+            assert!(serve(&chain, all(&disk), &disk, &memory, &|_, _| {}).is_err());
         }
     }
 

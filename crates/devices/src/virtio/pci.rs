@@ -15,6 +15,7 @@ use crate::pci::msix::Msix;
 use crate::state::{BadState, require};
 use anyvisor_x86::Msi;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 const VENDOR: u16 = 0x1af4;
 /// Modern devices' PCI numbers are their type's behind this (4.1.2.1).
@@ -56,8 +57,10 @@ pub struct Offer {
     pub features: u64,
     /// Most descriptors of each queue.
     pub queues: Vec<u16>,
-    /// The device-specific configuration, which drivers only read.
+    /// The device-specific configuration.
     pub config: Vec<u8>,
+    /// Its bytes that drivers may write.
+    pub writable: Range<usize>,
 }
 
 /// What a write asks of the device.
@@ -69,6 +72,8 @@ pub enum Request {
     Start,
     /// Forget the queues. The registers are reset already.
     Reset,
+    /// The driver has written the configuration: see [`Transport::take_written_config`].
+    Configure,
 }
 
 /// What comes of an access.
@@ -128,6 +133,8 @@ const FIELDS: [(usize, usize); 16] = [
 /// See the module.
 pub struct Transport {
     offer: Offer,
+    /// The driver has written the device's configuration since it was last asked.
+    configured: bool,
     config: ConfigSpace,
     registers: Registers,
     /// Offsets in configuration space: MSI-X's control word, and the capability for access without BARs.
@@ -170,7 +177,7 @@ impl Transport {
         writable[..2].fill(0);
         writable[3..6].fill(0);
         let access = config.add_capability(VENDOR_CAPABILITY, &body, &writable);
-        Transport { offer, config, registers, msix_control, access }
+        Transport { offer, configured: false, config, registers, msix_control, access }
     }
 
     /// Gives the BARs addresses, as firmware would, from `base`, which must be aligned to [`REGISTERS_SIZE`]. Returns
@@ -259,6 +266,7 @@ impl Transport {
                 return Work { messages: self.registers.msix.write(within, data), request: None };
             }
             (REGISTERS_BAR, page) if page == COMMON.0 => self.common_write(within as usize, data),
+            (REGISTERS_BAR, page) if page == SPECIFIC.0 => self.specific_write(within as usize, data),
             (REGISTERS_BAR, page) if page == NOTIFY.0 && data.len() >= 2 => {
                 Some(Request::Notify(u16::from_le_bytes([data[0], data[1]])))
             }
@@ -267,9 +275,44 @@ impl Transport {
         Work { messages: Vec::new(), request }
     }
 
-    /// Whether a write at `offset` of a BAR may start or reset the device.
-    pub fn may_change_life(bar: u8, offset: u64, length: usize) -> bool {
-        bar == REGISTERS_BAR && offset < 21 && offset + length as u64 > 20
+    /// Whether a write of `length` bytes at `offset` of a BAR only notifies of a queue: that needs no register.
+    pub fn only_notifies(bar: u8, offset: u64, length: usize) -> bool {
+        bar == REGISTERS_BAR && offset >= NOTIFY.0 && length >= 2
+    }
+
+    fn specific_write(&mut self, offset: usize, data: &[u8]) -> Option<Request> {
+        let mut request = None;
+        for (at, &byte) in (offset..).zip(data) {
+            if self.offer.writable.contains(&at) {
+                self.offer.config[at] = byte;
+                self.configured = true;
+                request = Some(Request::Configure);
+            }
+        }
+        request
+    }
+
+    /// The device's configuration, if the driver has written it since this was last asked.
+    pub fn take_written_config(&mut self) -> Option<&[u8]> {
+        std::mem::take(&mut self.configured).then_some(&self.offer.config[..])
+    }
+
+    /// Changes the device's configuration, of which what the driver writes stays as it is, and says so (2.5). Returns
+    /// the message that tells the driver, if it wants one.
+    pub fn change_config(&mut self, config: &[u8]) -> Option<Msi> {
+        assert_eq!(config.len(), self.offer.config.len(), "a configuration of another size");
+        for (at, &byte) in config.iter().enumerate().filter(|(at, _)| !self.offer.writable.contains(at)) {
+            self.offer.config[at] = byte;
+        }
+        self.registers.generation = self.registers.generation.wrapping_add(1);
+        let live = self.registers.status & status::DRIVER_OK != 0;
+        if live { self.interrupt(self.registers.config_vector, ISR_CONFIG) } else { None }
+    }
+
+    /// Takes the configuration of a device that has been restored, all of it, and tells nobody.
+    pub fn restore_device_config(&mut self, config: &[u8]) {
+        assert_eq!(config.len(), self.offer.config.len(), "a configuration of another size");
+        self.offer.config.copy_from_slice(config);
     }
 
     /// The common configuration as bytes.
@@ -379,9 +422,13 @@ impl Transport {
     /// Whether the device may work on its queues and touch memory.
     pub fn may_work(&self) -> bool {
         let status = self.registers.status;
-        status & (status::DRIVER_OK | status::FEATURES_OK) == status::DRIVER_OK | status::FEATURES_OK
-            && status & (status::NEEDS_RESET | status::FAILED) == 0
-            && self.config.is_bus_master()
+        self.is_driven() && status & (status::NEEDS_RESET | status::FAILED) == 0 && self.config.is_bus_master()
+    }
+
+    /// Whether the driver has the device at work, as far as it goes.
+    pub fn is_driven(&self) -> bool {
+        let wanted = status::DRIVER_OK | status::FEATURES_OK;
+        self.registers.status & wanted == wanted
     }
 
     /// The queues as the driver has set them up; `None` for those that it has not enabled.
@@ -461,6 +508,7 @@ impl Transport {
             ],
         )?;
         self.registers = saved.clone();
+        self.configured = false;
         Ok(())
     }
 }
@@ -487,11 +535,6 @@ impl Registers {
             queues: offer.queues.iter().map(queue).collect(),
             msix: Msix::new(offer.queues.len() as u16 + 1),
         }
-    }
-
-    /// Whether queues are in use.
-    pub fn is_driven(&self) -> bool {
-        self.status & status::DRIVER_OK != 0
     }
 }
 

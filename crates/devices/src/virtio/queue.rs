@@ -165,6 +165,19 @@ impl Queue {
         }
     }
 
+    /// Whether nothing is available.
+    ///
+    /// # Errors
+    /// The queue is not in RAM.
+    pub fn is_empty(&self, memory: &GuestMemoryMmap) -> Result<bool, Broken> {
+        Ok(self.load(memory, self.driver + 2)? == self.next_available)
+    }
+
+    /// Makes the last `chains` that [`Queue::pop`] returned, none of which has been pushed, available again.
+    pub fn put_back(&mut self, chains: u16) {
+        self.next_available = self.next_available.wrapping_sub(chains);
+    }
+
     /// Gives chain `head` back, into whose buffers `length` bytes have been written and reported.
     ///
     /// # Errors

@@ -13,13 +13,13 @@ mod state;
 
 pub use state::BoardState;
 
-use super::disks::Disk;
+use super::devices::{Bell, Device};
 use super::timer::Alarm;
 use super::variables::VariablesChip;
-use super::{End, Images, Notify, lock};
+use super::{End, Notify, Parts, lock};
 use crate::acpi::{PCI_PINS, SCI};
 use crate::console::{Input, Output};
-use crate::{Config, firmware, layout, memory};
+use crate::{Config, Error, Result, firmware, layout, memory};
 use anyvisor_devices::acpi_pm::{self, AcpiPm};
 use anyvisor_devices::fw_cfg::{self, FwCfg};
 use anyvisor_devices::i8042::{self, I8042};
@@ -72,7 +72,7 @@ pub(super) struct Wired {
     piix: bool,
     /// For firmware that has somewhere to keep its variables.
     variables: Option<Mutex<VariablesChip>>,
-    disks: Vec<Arc<Disk>>,
+    devices: Vec<Arc<Device>>,
     /// In machines that start firmware.
     fw_cfg: Option<Mutex<FwCfg>>,
     test_device: Option<Mutex<TestDevice>>,
@@ -113,25 +113,32 @@ pub struct Chips<'a> {
 }
 
 impl Board {
-    /// The chips after power-on, at guest time `start` in nanoseconds, and disks on `images`.
+    /// The chips after power-on, at guest time `start` in nanoseconds, and `parts`.
+    ///
+    /// # Errors
+    /// The host's.
     pub(super) fn new(
         config: &Config,
         vm: Arc<dyn Vm>,
         memory: &GuestMemoryMmap,
-        images: Images,
+        parts: Parts,
         outside: &Outside<'_>,
         start: u64,
-    ) -> Board {
+    ) -> Result<Board> {
         let Outside { output, input, notify } = *outside;
         let utc = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let low = config.memory.min(layout::LOW_RAM_LIMIT);
         let flash = memory::flash_size(memory);
         let piix = flash > 0;
-        let variables = images.variables.map(|(file, bytes)| Mutex::new(VariablesChip::new(file, bytes)));
-        let disk =
-            |(n, image), wired: &Weak<Wired>| Arc::new(Disk::new(n, image, memory.clone(), vm.clone(), wired.clone()));
+        let variables = parts.variables.map(|(file, bytes)| Mutex::new(VariablesChip::new(file, bytes)));
+        let bells = parts.models.iter().map(|_| Bell::new()).collect::<std::io::Result<Vec<_>>>();
+        let bells = bells.map_err(|error| Error::host("cannot make what wakes devices", error))?;
+        let device = |(n, (model, bell)), wired: &Weak<Wired>| {
+            Arc::new(Device::new(n, model, bell, memory.clone(), vm.clone(), wired.clone()))
+        };
         let chips = Arc::new_cyclic(|wired| {
-            let disks: Vec<_> = images.disks.into_iter().enumerate().map(|image| disk(image, wired)).collect();
+            let devices: Vec<_> =
+                parts.models.into_iter().zip(bells).enumerate().map(|part| device(part, wired)).collect();
             Wired {
                 epoch: Instant::now(),
                 start,
@@ -146,17 +153,17 @@ impl Board {
                 rtc: Mutex::new(Rtc::new(utc, start, low, config.memory - low)),
                 i8042: Mutex::new(I8042::new()),
                 acpi_pm: Mutex::new(AcpiPm::new()),
-                pci: pci_bus(&disks, config.firmware.is_some(), piix),
+                pci: pci_bus(&devices, config.firmware.is_some(), piix),
                 piix,
                 variables,
-                disks,
+                devices,
                 fw_cfg: config.firmware.as_ref().map(|_| Mutex::new(firmware::device(config))),
                 test_device: config.test_device.then(Mutex::default),
                 interrupts: Mutex::new(Interrupts { pic: Pic::new(), io_apic: IoApic::new(), lines: 0, pci: [0; 4] }),
             }
         });
         let (ports, memory) = buses(&chips, config, layout::HIGH_RAM - flash);
-        Board { ports, memory, chips }
+        Ok(Board { ports, memory, chips })
     }
 
     /// Lets the console's input reach the serial port, now and whenever more comes.
@@ -195,6 +202,7 @@ impl Board {
     /// Lets nothing in from outside, until `let_go`. When this returns nothing is under way either.
     pub(super) fn hold_still(&self) {
         *self.chips.still_mut() = true;
+        self.devices().iter().for_each(|device| device.settle());
     }
 
     /// Goes on after `hold_still`: what came due or was typed meanwhile comes in now.
@@ -202,11 +210,11 @@ impl Board {
         *self.chips.still_mut() = false;
         self.chips.alarm.look_again();
         self.chips.take_input();
-        self.disks().iter().for_each(|disk| disk.ring());
+        self.devices().iter().for_each(|device| device.ring());
     }
 
-    pub(super) fn disks(&self) -> &[Arc<Disk>] {
-        &self.chips.disks
+    pub(super) fn devices(&self) -> &[Arc<Device>] {
+        &self.chips.devices
     }
 
     /// Nanoseconds of guest time that the chips count in.
@@ -240,17 +248,17 @@ impl Board {
 }
 
 /// The PCI bus with its devices, which have addresses unless firmware gives them some.
-fn pci_bus(disks: &[Arc<Disk>], firmware: bool, piix: bool) -> PciRoot {
+fn pci_bus(devices: &[Arc<Device>], firmware: bool, piix: bool) -> PciRoot {
     let mut root = if firmware { PciRoot::new_for_firmware() } else { PciRoot::new() };
     if piix {
         root.add_piix(acpi_pm::PIIX_PORT);
     }
     let mut base = layout::PCI_WINDOW;
-    for disk in disks {
+    for device in devices {
         if !firmware {
-            base = disk.place(base);
+            base = device.place(base);
         }
-        root.add(disk.slot(), disk.clone()).expect("there are fewer disks than slots");
+        root.add(device.slot(), device.clone()).expect("there are no more devices than slots");
     }
     root
 }

@@ -12,7 +12,7 @@
 //! beyond the access that ended it, the sender also kicks every vCPU out of guest code. Requests from the
 //! outside ([`Remote`]) are events too: the owner alone pauses, resumes and looks inside.
 //!
-//! Threads: one per vCPU, one for the timers of all chips ([`timer`]), one per disk ([`disks`]), the serial writer, and outside this
+//! Threads: one per vCPU, one for the timers of all chips ([`timer`]), one per virtio device ([`devices`]), the serial writer, and outside this
 //! module the serial reader and the control socket's. A vCPU's thread ends when the VM ends, or with an event
 //! of its own, also if it panics: the owner never waits for an event that cannot come.
 //!
@@ -21,7 +21,7 @@
 
 mod board;
 mod debugging;
-mod disks;
+mod devices;
 mod gate;
 mod live;
 mod measuring;
@@ -35,6 +35,7 @@ use crate::config::{OnReboot, show_size};
 use crate::console::{Input, Output};
 use crate::snapshot::{History, Snapshot};
 use crate::variables::Variables;
+use crate::virtio::Model;
 use crate::{Config, Error, Result, acpi, boot, disk, layout, memory};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
@@ -274,9 +275,9 @@ impl Machine {
         room_for_test_device(config, &memory)?;
         let entry = load(config, &memory)?;
         let vm = engine.create_vm(memory.clone())?;
-        let images = Images::open(config, &memory)?;
+        let parts = Parts::open(config, &memory)?;
         let outside = Outside { output, input, notify: &notify };
-        let board = Arc::new(Board::new(config, vm.clone(), &memory, images, &outside, 0));
+        let board = Arc::new(Board::new(config, vm.clone(), &memory, parts, &outside, 0)?);
         let choice = match memory::flash_size(&memory) {
             0 => config.cpu,
             _ => config.cpu.with_physical_bits_at_most(layout::physical_bits_for_firmware(config.memory)),
@@ -316,10 +317,10 @@ impl Machine {
             Ok(thread) => threads.push(thread),
             Err(error) => notify.end(End::Failed(format!("cannot start the timer thread: {error}"))),
         }
-        for disk in board.disks() {
-            match disks::spawn(disk.clone(), notify.clone()) {
+        for device in board.devices() {
+            match devices::spawn(device.clone(), notify.clone()) {
                 Ok(thread) => threads.push(thread),
-                Err(error) => notify.end(End::Failed(format!("cannot start the thread of a disk: {error}"))),
+                Err(error) => notify.end(End::Failed(format!("cannot start the thread of a device: {error}"))),
             }
         }
         for (cpu, vcpu) in vcpus.iter().enumerate() {
@@ -348,7 +349,7 @@ impl Machine {
         notify.stop_vcpus();
         input.set_ready(None);
         board.stop_timers();
-        board.disks().iter().for_each(|disk| disk.stop());
+        board.devices().iter().for_each(|device| device.stop());
         if matches!(end, End::Stopped | End::Left) {
             output.abandon_after(Duration::from_millis(200));
         }
@@ -361,22 +362,23 @@ impl Machine {
     }
 }
 
-/// The files that a machine's chips write to.
-struct Images {
-    disks: Vec<disk::Image>,
+/// What of a machine reaches out of it: files that are open and locked, networks.
+struct Parts {
+    /// In the order of their slots.
+    models: Vec<Box<dyn Model>>,
     /// With their contents.
     variables: Option<(Variables, Vec<u8>)>,
 }
 
-impl Images {
-    /// Opens and locks them.
+impl Parts {
+    /// Opens and locks what `config` names.
     ///
     /// # Errors
     /// [`Error::User`]: which cannot be used, why, and what to do.
-    fn open(config: &Config, memory: &GuestMemoryMmap) -> Result<Images> {
-        let disks = disk::open(&config.disks)?;
+    fn open(config: &Config, memory: &GuestMemoryMmap) -> Result<Parts> {
+        let models = models(config)?;
         let Some(path) = config.firmware.as_ref().and_then(|firmware| firmware.variables.as_ref()) else {
-            return Ok(Images { disks, variables: None });
+            return Ok(Parts { models, variables: None });
         };
         if !(1..=layout::FLASH_MAX_BESIDE_VARIABLES).contains(&memory::flash_size(memory)) {
             let most = show_size(layout::FLASH_MAX_BESIDE_VARIABLES);
@@ -385,8 +387,23 @@ impl Images {
                 path.display()
             )));
         }
-        Ok(Images { disks, variables: Some(Variables::open(path)?) })
+        Ok(Parts { models, variables: Some(Variables::open(path)?) })
     }
+}
+
+/// What the virtio devices do, disks first.
+fn models(config: &Config) -> Result<Vec<Box<dyn Model>>> {
+    let mut models: Vec<Box<dyn Model>> = Vec::new();
+    for image in disk::open(&config.disks)? {
+        models.push(Box::new(disk::DiskModel::new(image)));
+    }
+    if models.len() > devices::DEVICES_MAX {
+        let (given, most) = (models.len(), devices::DEVICES_MAX);
+        return Err(Error::user(format!(
+            "{given} disks and other devices are too many; a machine takes {most} in all"
+        )));
+    }
+    Ok(models)
 }
 
 /// Refuses flash memory where a test device has its own memory.

@@ -1,6 +1,6 @@
 //! A machine from a snapshot, ready to go on.
 
-use super::{Board, End, Images, Machine, Notify, Outside, lock};
+use super::{Board, End, Machine, Notify, Outside, Parts, lock};
 use crate::console::{Input, Output};
 use crate::snapshot::{History, Manifest, Snapshot};
 use crate::{Config, Result};
@@ -47,10 +47,10 @@ impl Machine {
             let (name, list) = (engine.name(), missing.join(", "));
             return Err(snapshot.error(&format!("cannot go on under engine {name} on this host, which lacks {list}")));
         }
-        let images = Images::open(config, &memory)?;
+        let parts = Parts::open(config, &memory)?;
         let start = saved.board.now;
         let outside = Outside { output, input, notify: &notify };
-        let board = Arc::new(Board::new(config, vm.clone(), &memory, images, &outside, start));
+        let board = Arc::new(Board::new(config, vm.clone(), &memory, parts, &outside, start)?);
         if let Some(difference) = board.changed_image(&saved.board)? {
             return Err(snapshot.error(&format!("cannot go on: {difference}")));
         }

@@ -11,6 +11,7 @@ fn device() -> Transport {
         features: feature::EVENT_INDEX | 1 << 5,
         queues: vec![256, 16],
         config: vec![1, 2, 3, 4, 5, 6, 7, 8, 9],
+        writable: 4..6,
     };
     let mut device = Transport::new(offer);
     device.place(BAR);
@@ -220,7 +221,7 @@ fn saved_registers_are_restored_and_checked() {
     let mut other = Transport::new(device.offer.clone());
     other.restore_config(&config).unwrap();
     other.restore(&registers).unwrap();
-    assert!(other.may_work() && registers.is_driven());
+    assert!(other.may_work() && other.is_driven());
     assert_eq!((other.queues(), other.windows()), (device.queues(), device.windows()));
     let bad = |change: fn(&mut Registers)| {
         let mut registers = registers.clone();
@@ -237,8 +238,25 @@ fn saved_registers_are_restored_and_checked() {
 }
 
 #[test]
-fn starting_and_resetting_are_seen_before() {
-    assert!(Transport::may_change_life(0, 20, 1) && Transport::may_change_life(0, 16, 8));
-    assert!(!Transport::may_change_life(0, 21, 1) && !Transport::may_change_life(0, 12, 8));
-    assert!(!Transport::may_change_life(1, 20, 1));
+fn notifications_are_known_by_their_address() {
+    assert!(Transport::only_notifies(0, 0x3000, 2) && Transport::only_notifies(0, 0x3004, 4));
+    assert!(!Transport::only_notifies(0, 0x2ffe, 2) && !Transport::only_notifies(0, 0x3000, 1));
+    assert!(!Transport::only_notifies(1, 0x3000, 2));
+}
+
+#[test]
+fn configurations_change_on_both_sides() {
+    let mut device = device();
+    assert_eq!(put(&mut device, 0x2003, 4, 0xaabb_ccdd), Some(Request::Configure));
+    assert_eq!(put(&mut device, 0x2006, 2, 0xffff), None);
+    assert_eq!(get(&mut device, 0x2000, 8), 0x0807_bbcc_0403_0201, "only what is writable");
+    assert_eq!(device.take_written_config(), Some(&[1, 2, 3, 4, 0xcc, 0xbb, 7, 8, 9][..]));
+    assert_eq!(device.take_written_config(), None);
+    assert_eq!(device.change_config(&[9; 9]), None, "there is no driver yet");
+    drive(&mut device, feature::VERSION_1);
+    let generation = get(&mut device, 21, 1);
+    assert_eq!(device.change_config(&[5; 9]), None);
+    assert_eq!((get(&mut device, 0x2000, 8), device.pin()), (0x0505_bbcc_0505_0505, true));
+    assert_ne!(get(&mut device, 21, 1), generation);
+    assert_eq!(get(&mut device, 0x1000, 1), 2);
 }

@@ -4,7 +4,7 @@
 
 use super::{Board, Interrupts};
 use crate::Result;
-use crate::machine::disks::DiskState;
+use crate::machine::devices::DeviceState;
 use crate::machine::lock;
 use crate::machine::variables::VariablesState;
 use anyvisor_devices::acpi_pm::AcpiPm;
@@ -38,7 +38,7 @@ pub struct BoardState {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test_device: Option<TestDevice>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub disks: Vec<DiskState>,
+    pub devices: Vec<DeviceState>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variables: Option<VariablesState>,
     pub interrupts: Interrupts,
@@ -57,7 +57,7 @@ impl BoardState {
         self.i8042.check()?;
         self.acpi_pm.check(self.now)?;
         self.test_device.as_ref().map_or(Ok(()), TestDevice::check)?;
-        self.disks.iter().try_for_each(DiskState::check)?;
+        self.devices.iter().try_for_each(DeviceState::check)?;
         self.interrupts.io_apic.check()?;
         self.interrupts.pic.clone().check()
     }
@@ -71,10 +71,9 @@ impl Board {
     /// The state of a board that stands still. What the guest has written to its disks lasts after this.
     ///
     /// # Errors
-    /// The host's, about a disk.
+    /// The host's, about a disk; or a device that cannot be saved.
     pub fn save(&self) -> Result<BoardState> {
-        self.disks().iter().try_for_each(|disk| disk.flush())?;
-        let disks = self.disks().iter().map(|disk| disk.save()).collect::<Result<_>>()?;
+        let devices = self.devices().iter().map(|device| device.save()).collect::<Result<_>>()?;
         let variables = self.chips.variables.as_ref().map(|chip| lock(chip).save()).transpose()?;
         let chips = self.chips();
         let interrupts = &*chips.interrupts;
@@ -89,7 +88,7 @@ impl Board {
             pci: chips.pci.save(),
             fw_cfg: chips.fw_cfg.as_deref().map(FwCfg::position),
             test_device: chips.test_device.as_deref().cloned(),
-            disks,
+            devices,
             variables,
             interrupts: interrupts.clone(),
         })
@@ -105,8 +104,8 @@ impl Board {
         {
             return Ok(Some(difference));
         }
-        for (disk, saved) in self.disks().iter().zip(&state.disks) {
-            if let Some(difference) = disk.difference(saved)? {
+        for (device, saved) in self.devices().iter().zip(&state.devices) {
+            if let Some(difference) = device.difference(saved)? {
                 return Ok(Some(difference));
             }
         }
@@ -154,9 +153,9 @@ impl Board {
         chips.tell_intr(&mut interrupts);
         drop(interrupts);
         // They drive their pins again.
-        if chips.disks.len() != state.disks.len() {
-            return Err(BadState { chip: "disk", what: "another number of them" });
+        if chips.devices.len() != state.devices.len() {
+            return Err(BadState { chip: "virtio devices", what: "another number of them" });
         }
-        chips.disks.iter().zip(&state.disks).try_for_each(|(disk, saved)| disk.restore(saved))
+        chips.devices.iter().zip(&state.devices).try_for_each(|(device, saved)| device.restore(saved))
     }
 }

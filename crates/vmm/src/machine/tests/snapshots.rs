@@ -440,9 +440,9 @@ fn other_versions_are_refused_by_number() {
     saved_vm(&folder);
     let path = folder.join("manifest");
     let text = String::from_utf8(std::fs::read(&path).unwrap()).unwrap();
-    std::fs::write(&path, text.replacen("anyvisor-snapshot 1", "anyvisor-snapshot 2", 1)).unwrap();
+    std::fs::write(&path, text.replacen("anyvisor-snapshot 2", "anyvisor-snapshot 3", 1)).unwrap();
     let message = Snapshot::open(&folder).err().unwrap().to_string();
-    assert!(message.contains("format '2'") && message.contains("format 1"), "{message}");
+    assert!(message.contains("format '3'") && message.contains("format 2"), "{message}");
 }
 
 /// Changes the manifest and gives it a right checksum again, as an adversary would.
@@ -453,7 +453,7 @@ fn rewrite(folder: &Path, change: impl FnOnce(&mut serde_json::Value)) {
     change(&mut body);
     let body = body.to_string();
     let checksum = snapshot::Checksum::of(body.as_bytes());
-    std::fs::write(&path, format!("anyvisor-snapshot 1 {checksum}\n{body}")).unwrap();
+    std::fs::write(&path, format!("anyvisor-snapshot 2 {checksum}\n{body}")).unwrap();
 }
 
 /// Knuth's linear congruential generator: the same numbers on every run.

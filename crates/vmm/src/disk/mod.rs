@@ -4,10 +4,13 @@
 //! writing copy between the file and guest RAM without a buffer in between. Nothing is cached here: what the guest
 //! flushes is on the host's disk, what it does not flush is in the host's page cache, and survives this process.
 
+mod model;
+
 use crate::config::{DISKS_MAX, Disk, Format};
 use crate::{Error, Result, memory};
 use anyvisor_devices::virtio::block::{ID_SIZE, SECTOR, Storage};
 use anyvisor_devices::virtio::queue::Piece;
+pub use model::DiskModel;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
