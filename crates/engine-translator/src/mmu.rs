@@ -4,9 +4,8 @@
 //! this module fills and flushes them. Each fill is written in a journal, so that a flush costs what was
 //! filled, not the size of the table. Only RAM is ever entered: memory-mapped I/O always comes here.
 //!
-//! A write tag is set only when a write needs no attention: the page's dirty bit is set and no translated
-//! code was made from the page. A page with a write tag counts as written ([`page::DIRTY`]), so whoever takes
-//! that mark away has the tags dropped too.
+//! A write tag is set only when a write needs no attention: the page's dirty bit is set and no translated code was made
+//! from the page. A page with a write tag counts as written, so whoever takes that mark away has the tags dropped too.
 
 mod journal;
 mod spaces;

@@ -36,7 +36,7 @@ pub struct Page {
 impl Page {
     /// Whether translated code was made from it, by any vCPU.
     pub fn is_code(&self) -> bool {
-        self.code.load(Ordering::SeqCst) != 0
+        self.code_owners() != 0
     }
 
     /// The vCPUs that have made code of it.

@@ -2,9 +2,9 @@
 //! signal to the vCPU's thread.
 //!
 //! Loops in translated code poll nothing. The signal's handler sets [`pending::EVENT`] and unlinks the jumps
-//! of the block that it interrupted ([`fault::break_out`]), so that the block is left for Rust. A block may
-//! have no such jump (it returns, or jumps indirectly), or the thread may just be in a helper that it has called: so the handler
-//! has itself called again after [`RETRY_NS`], until translated code is left.
+//! of the block that it interrupted ([`fault::break_out`]), so that the block is left for Rust. A block may have no such
+//! jump (it returns, or jumps indirectly), or the thread may just be in a helper that it has called: so the handler has
+//! itself called again after [`RETRY_NS`], until translated code is left.
 
 use crate::core::{Core, VcpuShared};
 use crate::cpu::pending;

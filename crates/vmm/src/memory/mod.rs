@@ -37,8 +37,8 @@ pub const TRANSPARENT_IN_FILES: &str = "/sys/kernel/mm/transparent_hugepage/shme
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
 /// RAM of `size` bytes in the pieces of [`layout::ram_pieces`], on pages of the wanted kind. It is in a file if `in_file` (see
-/// [`Engine::wants_files`](anyvisor_engine::Engine::wants_files)), unless transparent huge pages are wanted, of which the
-/// host has none for files.
+/// [`Engine::wants_files`](anyvisor_engine::Engine::wants_files)), unless transparent huge pages are wanted and the host has
+/// none for files, which a message says.
 ///
 /// # Errors
 /// [`Error::User`] if the host cannot give that much, or not such pages.
@@ -51,7 +51,11 @@ pub fn allocate(size: u64, pages: HugePages, in_file: bool) -> Result<GuestMemor
     }
     let file = match pages {
         HugePages::Pool => Some(pool_file(size)?),
-        HugePages::Transparent if in_file => transparent_file(size).ok(),
+        HugePages::Transparent if in_file => transparent_file(size)
+            .inspect_err(|error| {
+                tracing::warn!("programs in the guest will run slower: no file on transparent huge pages: {error}");
+            })
+            .ok(),
         HugePages::IfThere if in_file => {
             Some(ram_file(size).map_err(|error| Error::host("cannot make a file for guest memory", error))?)
         }
