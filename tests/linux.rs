@@ -38,13 +38,15 @@ echo "sums $(cat /sum1 /sum2 /sum3 /sum4 | sort | uniq -c | awk '{ print $1, $2 
 echo "idle $(grep -E '^cpu[0-9]' /proc/stat | awk '$2 + $4 == 0' | wc -l)"
 echo "complaints $(dmesg | grep -c -E 'BUG:|Oops|WARNING:|Call Trace|stall|lockup')"
 dmesg | grep -E 'BUG:|Oops|WARNING:|Call Trace|stall|lockup'
+echo "paravirtual $(dmesg | grep -c -E 'PV spinlocks enabled|setup pv remote TLB flush|setup PV sched yield|setup PV IPIs')"
+grep '^cpu ' /proc/stat | awk '{ print "stolen", $9 < 100000 }'
 poweroff -f
 "#;
     for cpus in ["2", "4"] {
         let ended = boot("vcpus", script, &["--cpus", cpus, "--cmdline", "console=ttyS0 quiet"]);
         assert_eq!(ended.code(), 0, "{ended:?}");
         let sum = "sums 4 16e9bddca1cd9b49e68a3dbfc627d734";
-        for line in [&format!("processors {cpus}"), sum, "idle 0", "complaints 0"] {
+        for line in [&format!("processors {cpus}"), sum, "idle 0", "complaints 0", "paravirtual 4", "stolen 1"] {
             assert!(ended.output.contains(line), "no '{line}'\n{ended:?}");
         }
     }

@@ -6,6 +6,7 @@ use crate::host;
 use crate::mmu::Mmu;
 use crate::native::Stubs;
 use crate::ram::Ram;
+use crate::system::steal_time::StealTime;
 use crate::timer;
 use crate::translate::Twins;
 use crate::windows::Windows;
@@ -82,6 +83,8 @@ pub enum Message {
     Init,
     /// A start-up IPI with its vector.
     Sipi(u8),
+    /// The end of the halt that it is in, or else of the next one: KVM_HC_KICK_CPU.
+    Wake,
 }
 
 /// What others tell a vCPU's translator. Until it knows, translated code that is right no more may still run.
@@ -315,6 +318,8 @@ pub struct Core {
     /// Width of guest-physical addresses in bits.
     pub physical_bits: u8,
     pub nmi_pending: bool,
+    /// The next halt ends at once.
+    pub woken: bool,
     /// Guest-physical ranges written that hold translated code; the translator drains it after each step.
     pub code_writes: Vec<(u64, u32)>,
     /// Nanoseconds that guest code runs at most before somebody looks where.
@@ -331,6 +336,7 @@ pub struct Core {
     /// Of the interpreter's vector and floating-point instructions.
     pub stubs: Stubs,
     pub clock: Clock,
+    pub steal_time: StealTime,
     /// What stops this vCPU for a debugger.
     pub debugger: Debugger,
     /// What counts interceptions, and what the current one has turned out to be.
@@ -365,6 +371,7 @@ impl Core {
             cpuid,
             physical_bits,
             nmi_pending: false,
+            woken: false,
             code_writes: Vec::new(),
             sample_period: Self::SAMPLE_PERIODS.start,
             micro_looked: 0,
@@ -374,6 +381,7 @@ impl Core {
             twins: Twins::default(),
             stubs: Stubs::default(),
             clock: Clock::default(),
+            steal_time: StealTime::default(),
             debugger: Debugger::default(),
             meter: Meter::default(),
             met: None,

@@ -184,6 +184,10 @@ impl JumpEntry {
     }
 }
 
+/// PAUSE instructions of a vCPU after which it is thought to wait for one that does not run. KVM lets others run after 4096
+/// cycles of them (`ple_window`), which is about as many.
+pub const PAUSES: u32 = 64;
+
 /// Reasons to leave translated code at the next boundary; bits of [`Cpu::pending`].
 pub mod pending {
     /// `Vcpu::run` is to return.
@@ -241,6 +245,8 @@ pub struct Cpu {
     pub regions: [u64; REGIONS],
     /// Accesses to other regions than thought, until one is looked into.
     pub region_budget: i32,
+    /// PAUSE instructions until the vCPU lets others run: 1 to [`PAUSES`].
+    pub pauses: u32,
     /// The host's stack pointer while translated code runs.
     pub host_rsp: u64,
     /// The return stack's pointer while translated code does not run, and where it is empty.
@@ -349,6 +355,7 @@ impl Cpu {
         cpu.micro_nowhere = MicroEntry::nowhere();
         cpu.micro = [MicroEntry::empty(cpu.micro_nowhere, 0); MICRO_ENTRIES];
         cpu.mxcsr = 0x1f80;
+        cpu.pauses = PAUSES;
         cpu
     }
 

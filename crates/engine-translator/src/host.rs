@@ -52,9 +52,10 @@ const LEAF1_ECX_AVX: u32 = bits(&[12, 28, 29]);
 const LEAF7_EBX_AVX: u32 = bits(&[5]);
 const LEAF7_ECX_AVX: u32 = bits(&[9, 10]);
 
-/// KVM's features that exist here: no delay after port I/O (1), kvmclock with MSRs 4b564d00h and 01h (3),
-/// interrupts to many processors by one hypercall (11), and a stable kvmclock (24).
-const KVM_FEATURES: u32 = bits(&[1, 3, 11, 24]);
+/// KVM's features that exist here: no delay after port I/O (1), kvmclock with MSRs 4b564d00h and 01h (3), steal time (5),
+/// kicks of halted processors (7), TLB flushes that wait for those that do not run (9), interrupts to many processors by one
+/// hypercall (11), yielding (13), and a stable kvmclock (24).
+const KVM_FEATURES: u32 = bits(&[1, 3, 5, 7, 9, 11, 13, 24]);
 
 fn leaf(number: u32, sub: u32) -> CpuidResult {
     let max = __cpuid(number & 0xf000_0000).eax;
@@ -155,6 +156,19 @@ fn extended_leaves(table: &mut Cpuid) {
         bits => bits.clamp(36, 52),
     };
     table.set(0x8000_0008, None, CpuidResult { eax: physical | 48 << 8, ..CpuidResult::default() });
+}
+
+/// Nanoseconds of CPU time that the calling thread has used.
+pub fn thread_time() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one timespec, which is there for it. The clock exists since Linux 2.6.12.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// Lets others run that wait for a CPU, if there are any.
+pub fn give_way() {
+    std::thread::yield_now();
 }
 
 /// The TSC's frequency in kHz: as a hypervisor under us says, as CPUID 15h says, as the kernel found out when

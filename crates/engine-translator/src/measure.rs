@@ -53,7 +53,7 @@ fn name(instruction: &Instruction) -> &'static str {
         | Cli | Sti | Clac | Stac | Lds | Les | Lfs | Lgs | Lss | Lldt | Ltr | Sldt | Str | Sgdt | Sidt | Lgdt
         | Lidt | Lar | Lsl | Verr | Verw | Arpl | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Hlt | Clts | Smsw
         | Lmsw | Invlpg | Invpcid | Invd | Wbinvd | Wbnoinvd | Xgetbv | Xsetbv | Rdmsr | Wrmsr | Vmcall | Vmmcall
-        | Retf => upper(instruction.mnemonic()),
+        | Retf | Pause => upper(instruction.mnemonic()),
         Call | Jmp if instruction.is_call_far() || instruction.is_jmp_far() => "far branch",
         _ if instruction.is_privileged() => upper(instruction.mnemonic()),
         _ => event::INTERPRETATION,

@@ -250,6 +250,14 @@ impl Ram {
         true
     }
 
+    /// Replaces a byte, as one operation; `None` if it is not RAM. Callers report it as they do [`Ram::write`].
+    pub fn swap(&self, gpa: u64, value: u8) -> Option<u8> {
+        let host = self.host(gpa, 1)?;
+        self.mark_dirty(gpa, 1);
+        // SAFETY: a byte of RAM; whoever else accesses it does so by raw or atomic operations.
+        Some(unsafe { (*host.cast::<AtomicU8>()).swap(value, Ordering::SeqCst) })
+    }
+
     /// Copies to RAM without regard to translated code; callers report code pages to `Core`.
     pub fn write(&self, gpa: u64, data: &[u8]) -> bool {
         let Some(host) = self.host(gpa, data.len() as u64) else { return false };

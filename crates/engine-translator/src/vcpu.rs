@@ -9,7 +9,7 @@ use crate::cpu::{Cpu, Ymm, pending};
 use crate::host;
 use crate::interpret;
 use crate::measure;
-use crate::system::{self, Step};
+use crate::system::{self, Step, steal_time};
 use crate::timer::{self, ThreadTimer};
 use crate::translate::Translator;
 use anyvisor_engine::tally::{Tally, event};
@@ -142,6 +142,7 @@ impl TranslatorVcpu {
     fn run_loop(&mut self, io: &dyn GuestIo) -> Exit {
         let core = &mut self.core;
         system::clock::refresh_system_time(core, io);
+        steal_time::go_on(core);
         if let Some(exception) = self.exception.take()
             && system::deliver_exception(core, io, exception) == Step::Shutdown
         {
@@ -188,14 +189,17 @@ impl TranslatorVcpu {
                 }
                 continue;
             }
-            if reasons != 0 && measure::poll(core, io) == Step::Shutdown {
-                return Exit::Shutdown;
+            if reasons != 0 {
+                if measure::poll(core, io) == Step::Shutdown {
+                    return Exit::Shutdown;
+                }
+                steal_time::refresh(core, io);
             }
             let timer = self.timer.as_mut().expect("made by enter_thread");
             if core.cpu.halted || core.cpu.wait_for_sipi {
                 timer.settle();
                 let began = core.meter.start();
-                sleep(core);
+                sleep(core, io);
                 core.meter.stop(began, event::HALT);
                 continue;
             }
@@ -222,11 +226,13 @@ impl TranslatorVcpu {
 }
 
 /// Waits for something to do: a message, a kick, or the timer.
-fn sleep(core: &mut Core) {
+fn sleep(core: &mut Core, io: &dyn GuestIo) {
+    steal_time::stand_still(core, io);
     let timeout = core.lapic.next_deadline().map(|deadline| timer::until(deadline, core.now(), core.vm.tsc_khz));
     if timeout != Some(0) {
         core.shared.wait(timeout);
     }
+    steal_time::move_again(core);
     core.cpu.pending.fetch_or(pending::EVENT, Ordering::SeqCst);
 }
 
@@ -273,6 +279,7 @@ impl Vcpu for TranslatorVcpu {
                 value.map(|value| (number, value))
             })
             .collect();
+        let woken = self.core.woken;
         let (nmi_pending, xsave) = (self.core.nmi_pending, self.save_xsave());
         let cpu = &self.core.cpu;
         Ok(VcpuState {
@@ -293,7 +300,7 @@ impl Vcpu for TranslatorVcpu {
             lapic,
             activity: if cpu.wait_for_sipi {
                 Activity::WaitForSipi
-            } else if cpu.halted {
+            } else if cpu.halted && !woken {
                 Activity::Halted
             } else {
                 Activity::Running
@@ -321,6 +328,7 @@ impl Vcpu for TranslatorVcpu {
         core.cpu.nmi_blocked = state.events.nmi_blocked;
         core.cpu.interrupt_shadow = state.events.interrupt_shadow & 3;
         core.cpu.halted = state.activity == Activity::Halted;
+        core.woken = false;
         core.cpu.wait_for_sipi = state.activity == Activity::WaitForSipi;
         core.flush_all();
         // Whoever sets a state may have changed the code in memory too: a restored snapshot, a debugger.
@@ -437,6 +445,7 @@ impl TranslatorVcpu {
         };
         core.clock.system_time_msr = value(msr::KVM_SYSTEM_TIME_NEW, 0);
         core.clock.wall_clock_msr = value(msr::KVM_WALL_CLOCK_NEW, 0);
+        core.steal_time.msr = value(msr::KVM_STEAL_TIME, 0) & !steal_time::RESERVED;
         // RAM may hold another VM's clock.
         core.clock.published = None;
         let cpu = &mut core.cpu;

@@ -381,9 +381,10 @@ const NAMED_SIGNATURE: u32 = 0x0008_06f4;
 /// Physical address bits that named models show at most, so that VMs can move.
 const NAMED_PHYSICAL_BITS: u32 = 46;
 
-/// KVM features that named models show, because every engine has them: no delay after port I/O (1), kvmclock (3)
-/// and that it is stable (24).
-const NAMED_PARAVIRTUAL: u32 = 1 << 1 | 1 << 3 | 1 << 24;
+/// KVM features that named models show, because every engine has them: no delay after port I/O (1), kvmclock (3) and that it
+/// is stable (24), and what many vCPUs want (KVM: since Linux 5.4): steal time (5), kicks (7), TLB flushes (9), IPIs to many
+/// (11), yielding (13).
+const NAMED_PARAVIRTUAL: u32 = 1 << 1 | 1 << 3 | 1 << 5 | 1 << 7 | 1 << 9 | 1 << 11 | 1 << 13 | 1 << 24;
 
 /// Highest basic leaf of a table: 16h, the frequencies.
 const MAX_BASIC: u32 = 0x16;

@@ -4,6 +4,8 @@
 use super::alu::{self, Shift, mask, sign_extend};
 use super::memory::{self, linear, operand_address};
 use super::{Exec, Handled, atomic};
+use crate::cpu::PAUSES;
+use crate::host;
 use crate::mmu::{InRam, Rights};
 use crate::native::is_supported;
 use crate::system;
@@ -77,7 +79,8 @@ pub(super) fn execute(x: &mut Exec) -> Result<Handled, Exception> {
         M::Rdrand | M::Rdseed => random(x)?,
         M::Rdpid => read_processor_id(x)?,
         M::Movdir64b => move_64_bytes(x)?,
-        M::Nop | M::Pause | M::Lfence | M::Sfence | M::Mfence | M::Endbr32 | M::Endbr64 => {}
+        M::Pause => pause(x),
+        M::Nop | M::Lfence | M::Sfence | M::Mfence | M::Endbr32 | M::Endbr64 => {}
         M::Reservednop | M::Rdsspd | M::Rdsspq | M::Cldemote => {}
         M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta => {}
         M::Prefetchw | M::Prefetchwt1 | M::Prefetch | M::Prefetchit0 | M::Prefetchit1 => {}
@@ -87,6 +90,16 @@ pub(super) fn execute(x: &mut Exec) -> Result<Handled, Exception> {
         _ => return execute_rest(x),
     }
     Ok(Handled::Done)
+}
+
+/// Lets others run now and then.
+fn pause(x: &mut Exec) {
+    let pauses = &mut x.core.cpu.pauses;
+    *pauses -= 1;
+    if *pauses == 0 {
+        *pauses = PAUSES;
+        host::give_way();
+    }
 }
 
 /// Conditional instructions, control flow, string, bit and decimal instructions, then the system's.

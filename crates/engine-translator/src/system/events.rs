@@ -27,6 +27,9 @@ pub fn poll_events(core: &mut Core, io: &dyn GuestIo) -> Step {
         return Step::Done;
     }
     let step = deliver_one(core, io);
+    if core.cpu.halted && std::mem::take(&mut core.woken) {
+        core.cpu.halted = false;
+    }
     let waiting = core.nmi_pending || core.lapic.highest_pending().is_some() || extint_waits(core);
     core.cpu.irq_waiting = u32::from(waiting);
     if waiting && (core.cpu.interrupt_shadow != 0 || nmi_accepted(core) || interrupts_accepted(core)) {
@@ -86,6 +89,7 @@ pub fn take_messages(core: &mut Core) {
             }
             Message::Init => init(core),
             Message::Sipi(page) => start_up(core, page),
+            Message::Wake => core.woken = true,
         }
     }
 }
@@ -121,6 +125,7 @@ fn init(core: &mut Core) {
     let signature = core.cpuid(1, 0).eax;
     core.cpu.gpr[gpr::RDX] = u64::from(signature);
     core.nmi_pending = false;
+    core.woken = false;
     core.flush_all();
 }
 

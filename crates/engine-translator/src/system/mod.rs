@@ -24,10 +24,12 @@ mod deliver;
 mod descriptor;
 mod events;
 pub mod fast;
+mod hypercall;
 mod identify;
 mod io;
 pub mod msr;
 mod operand;
+pub mod steal_time;
 mod task;
 #[cfg(test)]
 mod tests;
@@ -131,7 +133,7 @@ fn execute_control(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction)
     match instruction.mnemonic() {
         Hlt => {
             descriptor::require_cpl0(core)?;
-            core.cpu.halted = true;
+            core.cpu.halted = !std::mem::take(&mut core.woken);
             Ok(())
         }
         Clts => control::clts(core),
@@ -155,7 +157,7 @@ fn execute_control(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction)
         // There are no performance counters to name.
         Rdpmc => Err(Exception::gp(0)),
         Vmcall | Vmmcall => {
-            identify::hypercall(core);
+            hypercall::execute(core);
             Ok(())
         }
         // UD0, UD1 and UD2; RSM outside system-management mode; MONITOR, MWAIT and the instructions of VMX

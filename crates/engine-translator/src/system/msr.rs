@@ -7,6 +7,7 @@
 use super::clock;
 use super::descriptor::require_cpl0;
 use super::operand::is_canonical;
+use super::steal_time;
 use crate::core::Core;
 use crate::cpu::pending;
 use anyvisor_engine::GuestIo;
@@ -115,6 +116,10 @@ pub fn read(core: &mut Core, number: u32) -> Result<u64, Exception> {
             require_kvm(core, 3)?;
             core.clock.system_time_msr
         }
+        msr::KVM_STEAL_TIME => {
+            require_kvm(core, 5)?;
+            core.steal_time.msr
+        }
         number if AMD_RANGE.contains(&number) && is_amd(core) => 0,
         _ => return Err(Exception::gp(0)),
     })
@@ -194,6 +199,11 @@ pub fn write(core: &mut Core, io: &dyn GuestIo, number: u32, value: u64) -> Resu
         msr::KVM_SYSTEM_TIME_NEW => {
             require_kvm(core, 3)?;
             clock::set_system_time(core, io, value);
+        }
+        msr::KVM_STEAL_TIME => {
+            require_kvm(core, 5)?;
+            within(value, !steal_time::RESERVED)?;
+            steal_time::set(core, io, value);
         }
         number if AMD_RANGE.contains(&number) && is_amd(core) => {}
         _ => return Err(Exception::gp(0)),

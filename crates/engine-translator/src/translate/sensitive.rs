@@ -35,7 +35,7 @@ fn base_of(segment: usize) -> Rm {
 pub fn kind(mnemonic: M, context: &Context) -> Option<Kind> {
     let kernel = context.jumps.is_kernel();
     let known = match mnemonic {
-        M::Cld => true,
+        M::Cld | M::Pause => true,
         M::Cli | M::Sti | M::Stac | M::Clac => kernel,
         M::Swapgs | M::Sysretq | M::Popfq => kernel && context.bits() == 64,
         M::Popfd => kernel && context.bits() == 32,
@@ -57,6 +57,7 @@ impl Builder<'_> {
                 b.a.alu_imm(Alu::And, false, rflags_field(), !(rflags::IF as i32));
             }),
             M::Sti => self.sti(insn),
+            M::Pause => self.pause(insn),
             M::Swapgs => {
                 let other = field(offset_of!(Cpu, kernel_gs_base));
                 self.a.load(RSI, base_of(index::GS));
@@ -114,6 +115,24 @@ impl Builder<'_> {
         self.with_flags(insn.live_out != 0, |b| {
             b.a.alu_imm(Alu::Or, false, rflags_field(), rflags::IF as i32);
         });
+    }
+
+    /// Counts, without touching flags, and leaves for the interpreter where others are to run.
+    fn pause(&mut self, insn: &Insn) {
+        let pauses = field(offset_of!(Cpu, pauses));
+        self.a.bytes(&[0xf3, 0x90]);
+        self.a.mov(RSI, RCX);
+        self.a.load32(RCX, pauses);
+        self.a.lea32(RCX, Rm::Base(RCX, -1));
+        let last = self.a.short(0xe3); // jrcxz
+        self.a.store32(pauses, RCX);
+        self.a.mov(RCX, RSI);
+        let over = self.a.short(0xeb); // jmp
+        self.a.bind_short(last);
+        self.a.mov(RCX, RSI);
+        let hole = self.a.jmp();
+        self.exits.push(PendingExit::new(hole, ExitKind::Interpret { rip: insn.instruction.ip() }));
+        self.a.bind_short(over);
     }
 
     /// STAC and CLAC end the block: the code after them uses another TLB.

@@ -2,7 +2,7 @@
 
 use crate::testing::{Access, Method, TestVm, handler, place};
 use anyvisor_engine::Exit;
-use anyvisor_x86::bits::{cr0, cr4, efer, gpr, xcr0};
+use anyvisor_x86::bits::{cr0, cr4, efer, gpr, rflags, xcr0};
 use anyvisor_x86::exception::vector;
 use anyvisor_x86::lapic::{Now, reg};
 use anyvisor_x86::{cpuid, lapic, msr};
@@ -70,7 +70,7 @@ fn msr_values() {
     assert!(write(msr::MTRR_DEF_TYPE, 2) && !write(msr::MTRR_DEF_TYPE, 0xc06));
     assert!(write(msr::TSC_AUX, 1 << 32) && write(msr::IA32_SPEC_CTRL, 1 << 3) && !write(msr::IA32_PRED_CMD, 1));
     assert!(write(msr::IA32_ARCH_CAPABILITIES, 0), "read-only");
-    assert!(write(msr::KVM_STEAL_TIME, 1), "not advertised");
+    assert!(write(msr::KVM_PV_EOI_EN, 1), "not advertised");
     let mut test = kernel(&[0x0f, 0x32]);
     test.core().cpu.gpr[gpr::RCX] = msr::IA32_ARCH_CAPABILITIES.into();
     test.steps(1);
@@ -183,12 +183,92 @@ fn kvmclock_tells_the_time() {
 #[test]
 fn hypercalls_are_unknown_ones() {
     let mut test = kernel(&[0x0f, 0x01, 0xc1]);
-    test.core().cpu.gpr[gpr::RAX] = 5;
+    test.core().cpu.gpr[gpr::RAX] = 1;
     test.steps(1);
     assert_eq!(test.core().cpu.gpr[gpr::RAX] as i64, -1000);
     let mut test = TestVm::long_mode(&[0x0f, 0x01, 0xd9], 3);
     test.steps(1);
     assert_eq!(test.core().cpu.gpr[gpr::RAX] as i64, -1, "not at CPL 3");
+}
+
+/// KVM_HC_KICK_CPU of a vCPU by itself: before a HLT, which is then over at once, and not twice.
+#[test]
+fn a_hypercall_ends_a_halt() {
+    // vmcall; hlt; hlt
+    let mut test = kernel(&[0x0f, 0x01, 0xc1, 0xf4, 0xf4]);
+    for (register, value) in [(gpr::RAX, 5), (gpr::RBX, 0), (gpr::RCX, 0)] {
+        test.core().cpu.gpr[register] = value;
+    }
+    test.core().cpu.rflags &= !rflags::IF;
+    test.steps(1);
+    assert_eq!(test.core().cpu.gpr[gpr::RAX], 0);
+    crate::system::take_messages(test.core());
+    test.steps(1);
+    assert!(!test.core().cpu.halted);
+    test.steps(1);
+    assert!(test.core().cpu.halted);
+    test.core().shared.send(crate::core::Message::Wake);
+    let TestVm { vcpu, io, .. } = &mut test;
+    assert_eq!(crate::system::poll_events(vcpu.core(), io), crate::system::Step::Done);
+    assert!(!test.core().cpu.halted);
+}
+
+/// A vCPU that halts says so, and flushes its TLB when another has asked for that meanwhile.
+#[test]
+fn halted_vcpus_are_marked_and_flush_later() {
+    use crate::system::steal_time;
+    // wrmsr; mov rax, [rsi]; mov rax, [rsi]
+    let mut test = kernel(&[0x0f, 0x30, 0x48, 0x8b, 0x06, 0x48, 0x8b, 0x06]);
+    let page = place::DATA + 0x1000;
+    test.load(page, &1u64.to_le_bytes());
+    test.load(page + 0x1000, &2u64.to_le_bytes());
+    let cpu = &mut test.core().cpu;
+    (cpu.gpr[gpr::RCX], cpu.gpr[gpr::RSI]) = (msr::KVM_STEAL_TIME.into(), page);
+    (cpu.gpr[gpr::RAX], cpu.gpr[gpr::RDX]) = (place::DATA | 1, 0);
+    test.steps(2);
+    assert_eq!((test.core().cpu.gpr[gpr::RAX], test.read_u64(place::DATA + 8) as u32 & 1), (1, 0));
+    assert_eq!(test.read_u64(place::DATA + 16) as u8, 0);
+    let TestVm { vcpu, io, .. } = &mut test;
+    steal_time::stand_still(vcpu.core(), io);
+    assert_eq!(test.read_u64(place::DATA + 16) as u8, 1);
+    // Another maps the page elsewhere, and leaves a note.
+    let entry = place::PT + 8 * (page >> 12);
+    let mapped = test.read_u64(entry);
+    test.load(entry, &(mapped + 0x1000).to_le_bytes());
+    test.load(place::DATA + 16, &[3]);
+    steal_time::move_again(test.core());
+    assert_eq!(test.read_u64(place::DATA + 16) as u8, 0);
+    test.steps(1);
+    assert_eq!(test.core().cpu.gpr[gpr::RAX], 2);
+}
+
+#[test]
+fn time_without_a_cpu_is_stolen() {
+    use crate::system::steal_time;
+    let mut test = kernel(&[0x0f, 0x30]);
+    let cpu = &mut test.core().cpu;
+    cpu.gpr[gpr::RCX] = msr::KVM_STEAL_TIME.into();
+    (cpu.gpr[gpr::RAX], cpu.gpr[gpr::RDX]) = (place::DATA | 1, 0);
+    test.load(place::DATA, &5_000_000_000u64.to_le_bytes());
+    test.steps(1);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let TestVm { vcpu, io, .. } = &mut test;
+    steal_time::refresh(vcpu.core(), io);
+    let stolen = test.read_u64(place::DATA) - 5_000_000_000;
+    assert!((15_000_000..10_000_000_000).contains(&stolen), "{stolen}");
+    let version = test.read_u64(place::DATA + 8) as u32;
+    // Halted is not stolen.
+    steal_time::stand_still(test.vcpu.core(), &test.io);
+    let before = test.read_u64(place::DATA);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    steal_time::move_again(test.core());
+    let TestVm { vcpu, io, .. } = &mut test;
+    steal_time::refresh(vcpu.core(), io);
+    assert!(test.read_u64(place::DATA) - before < 15_000_000);
+    assert!(version > 0 && version.is_multiple_of(2), "{version}");
+    let mut test = kernel(&[0x0f, 0x30]);
+    test.core().cpu.gpr[gpr::RCX] = msr::KVM_STEAL_TIME.into();
+    assert!(gp_with(test, place::DATA | 3).0, "a reserved bit");
 }
 
 /// KVM_HC_SEND_IPI in a machine whose one vCPU has number 0: bitmap, first APIC ID, ICR, and what comes of it.
