@@ -8,6 +8,9 @@
 //! has settled it holds no chain, so that queues and registers are all there is to save of a request. What it writes to
 //! guest memory is reported before the guest can learn of it: [`Queues::written`].
 
+#[cfg(test)]
+pub(crate) mod driver;
+
 use crate::Result;
 use anyvisor_devices::state::BadState;
 use anyvisor_devices::virtio::pci::Offer;

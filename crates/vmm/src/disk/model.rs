@@ -75,3 +75,27 @@ impl Model for DiskModel {
         saved.map(drop).map_err(|_| BadState { chip: "disk", what: "its image is not described" })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::open;
+    use super::*;
+    use crate::config::Disk;
+    use crate::virtio::driver::fuzz;
+
+    #[test]
+    fn nonsense_in_a_disks_queue_is_taken() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let disk = Disk { path: image.path().to_owned(), read_only: false, format: None };
+        let mut model = DiskModel::new(open(&[disk]).unwrap().remove(0));
+        let request = |kind: u32, sector: u64| {
+            [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes(), &[8, 0, 0, 0, 0, 0, 0, 0]].concat()
+        };
+        let headers: Vec<_> =
+            [0, 1, 4, 8, 11, 13, 99].iter().flat_map(|kind| [request(*kind, 3), request(*kind, 2040)]).collect();
+        let taken = fuzz(&mut model, &headers, 500, 1);
+        assert!(taken.broken > 50 && taken.answered > 1000, "{taken:?}");
+        assert_eq!(image.as_file().metadata().unwrap().len(), 1 << 20);
+    }
+}
