@@ -13,8 +13,12 @@
 //! the log of written pages.
 
 pub mod block;
+pub mod console;
 pub mod pci;
+#[cfg(test)]
+pub(crate) mod hostile;
 pub mod queue;
+pub mod rng;
 
 /// Told the guest-physical address and bytes of each range of RAM that a device has written.
 pub type Written<'a> = &'a dyn Fn(u64, u64);

@@ -295,7 +295,7 @@ pub fn total(pieces: &[Piece]) -> u64 {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::virtio) mod tests {
     use super::*;
     use std::cell::RefCell;
 
@@ -340,6 +340,8 @@ pub(super) mod tests {
         assert_eq!(chain.readable, [Piece { gpa: 0x8000, length: 16 }]);
         assert_eq!(chain.writable, [Piece { gpa: 0x9000, length: 512 }, Piece { gpa: 0xa000, length: 1 }]);
         assert_eq!(queue.pop(&memory), Ok(None));
+        queue.put_back(1);
+        assert_eq!(queue.pop(&memory), Ok(Some(chain)));
         let reported = RefCell::new(Vec::new());
         queue.push(&memory, 3, 513, &|gpa, length| reported.borrow_mut().push((gpa, length))).unwrap();
         assert_eq!(*reported.borrow(), [(DEVICE + 4, 8), (DEVICE + 2, 2)]);
