@@ -10,7 +10,7 @@
 
 use super::pci::Offer;
 use super::queue::{Queue, SIZE_MAX, gather, scatter, split, total};
-use super::{Broken, Written, feature};
+use super::{Broken, Progress, Written, feature};
 use crate::state::{BadState, require};
 use serde::{Deserialize, Serialize};
 use std::io::{self, ErrorKind};
@@ -91,17 +91,6 @@ impl Role {
         };
         if queue.is_multiple_of(2) { Role::Receive(port) } else { Role::Transmit(port) }
     }
-}
-
-/// What came of looking at a queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Buffers were given back: the driver may want an interrupt.
-    pub used: bool,
-    /// There may be more to do at once.
-    pub more: bool,
-    /// There is a buffer, and the host's end is what it waits for: to be readable, or to be writable.
-    pub waits: bool,
 }
 
 /// A port, as its driver knows it.
@@ -312,10 +301,9 @@ fn receive(
             return Err(Broken("a buffer for a port's bytes without room"));
         }
         data.resize(room, 0);
-        let result = end.read(&mut data);
-        let Ok(length @ 1..) = result else {
+        let Ok(length @ 1..) = end.read(&mut data) else {
             queue.put_back(1);
-            return Ok(Progress { waits: result.is_err(), ..progress });
+            return Ok(progress);
         };
         let length = scatter(memory, &chain.writable, &data[..length], written);
         queue.push(memory, chain.head, length, written)?;
@@ -357,7 +345,7 @@ fn transmit(
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
                 queue.put_back(1);
-                return Ok(Progress { waits: true, ..progress });
+                return Ok(progress);
             }
             // Nobody will ever hear it.
             Err(_) => {}

@@ -312,3 +312,49 @@ impl Case {
         count.into()
     }
 }
+
+/// What [`torment`] finds, it finds.
+mod tests {
+    use super::*;
+
+    fn serve_all(queue: &mut Queue, memory: &GuestMemoryMmap, written: Written, length: u32) -> Result<(), Broken> {
+        while let Some(chain) = queue.pop(memory)? {
+            queue.push(memory, chain.head, length, written)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_harmless_device_passes() {
+        let outcome = torment(200, &[Way::Both], &|_, _| {}, |_, q, m, w| serve_all(&mut q[0], m, w, 0));
+        assert!(outcome.fine > 100 && outcome.broken > 20, "{outcome:?}");
+    }
+
+    #[test]
+    #[should_panic(expected = "not reported")]
+    fn silent_writes_are_found() {
+        torment(200, &[Way::Both], &|_, _| {}, |_, q, m, _| serve_all(&mut q[0], m, &|_, _| {}, 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "not the device's to write")]
+    fn stray_writes_are_found() {
+        torment(200, &[Way::ToDevice], &|_, _| {}, |_, _, memory, written| {
+            memory.write_slice(&[7; 100], GuestAddress(0x1_0000)).unwrap();
+            written(0x1_0000, 100);
+            Ok(())
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "bytes in chain")]
+    fn lengths_beyond_the_buffers_are_found() {
+        torment(200, &[Way::ToDevice], &|_, _| {}, |_, q, m, w| serve_all(&mut q[0], m, w, 1));
+    }
+
+    #[test]
+    #[should_panic(expected = "was not there")]
+    fn made_up_chains_are_found() {
+        torment(200, &[Way::ToDevice], &|_, _| {}, |chance, q, m, w| q[0].push(m, chance.next() as u16, 0, w));
+    }
+}

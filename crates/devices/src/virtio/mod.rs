@@ -19,6 +19,7 @@ pub mod pci;
 pub(crate) mod hostile;
 pub mod queue;
 pub mod rng;
+pub mod vsock;
 
 /// Told the guest-physical address and bytes of each range of RAM that a device has written.
 pub type Written<'a> = &'a dyn Fn(u64, u64);
@@ -27,6 +28,15 @@ pub type Written<'a> = &'a dyn Fn(u64, u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Broken(pub &'static str);
+
+/// What came of work on a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Buffers were given back: the driver may want an interrupt.
+    pub used: bool,
+    /// There may be more to do at once.
+    pub more: bool,
+}
 
 /// Feature bits of every device (chapter 6).
 pub mod feature {

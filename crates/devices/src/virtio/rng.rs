@@ -34,10 +34,7 @@ pub fn offer() -> Offer {
 /// Answers the next request of `queue`. Says whether there was one.
 ///
 /// # Errors
-/// The queue or the request makes no sense.
-///
-/// # Panics
-/// `source` fails: an operating system that has random bytes has them always.
+/// The queue or the request makes no sense, or the host has no random bytes.
 pub fn serve(
     queue: &mut Queue,
     source: &mut dyn Source,
@@ -50,7 +47,7 @@ pub fn serve(
         return Err(Broken("a request for random bytes that has no room for them, or something to say"));
     }
     let mut data = [0; PART];
-    source.fill(&mut data[..room]).expect("the host has random bytes");
+    source.fill(&mut data[..room]).map_err(|_| Broken("the host has no random bytes"))?;
     let length = scatter(memory, &chain.writable, &data[..room], written);
     queue.push(memory, chain.head, length, written)?;
     Ok(true)
