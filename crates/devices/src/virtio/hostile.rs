@@ -60,7 +60,7 @@ pub enum Way {
 /// How far a case is from what a driver does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Malice {
-    /// Buffers of 64 bytes and more, of the device's way.
+    /// Buffers of multiples of 64 bytes, of the device's way.
     None,
     /// Buffers of any size and direction.
     Some,
@@ -148,7 +148,7 @@ impl Case {
         let mut flags = [0, NEXT, WRITABLE, NEXT | WRITABLE][chance.below(4) as usize];
         let mut next = (n + 1) % size;
         if malice == Malice::None {
-            length = length.max(64);
+            length = length.next_multiple_of(64);
             flags = maker.flags(chance, n, size);
         }
         if table < buffers && chance.one_in(6) {

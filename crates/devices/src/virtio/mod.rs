@@ -12,6 +12,7 @@
 //! **Memory.** What a device writes it reports ([`Written`]) before the guest can learn of it, for translated code and
 //! the log of written pages.
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod pci;
