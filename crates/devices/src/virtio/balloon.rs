@@ -9,10 +9,10 @@
 //! specification's list at 4 (Linux has done both): so all from 3 on are for reports.
 
 use super::pci::Offer;
-use super::queue::{Queue, gather, total};
-use super::{Broken, Progress, Written, feature};
+use super::queue::{Chains, gather, total};
+use super::{Broken, feature};
 use std::io;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// Bytes of the pages that a balloon is counted in, whatever the guest's are.
 pub const PAGE: u64 = 4096;
@@ -27,9 +27,8 @@ const QUEUES: usize = 5;
 const INFLATE: u16 = 0;
 const DEFLATE: u16 = 1;
 const STATISTICS: u16 = 2;
-/// Most pages in one buffer, and buffers at a time: bounds how long one takes. Linux has 256 in one.
+/// Most pages in one buffer: bounds how long one takes. Linux has 256.
 const PAGES_MAX: u64 = 16 << 10;
-const BUDGET: usize = 16;
 
 /// Feature bits (5.5.3).
 mod bits {
@@ -88,7 +87,8 @@ pub struct Balloon {
 pub fn offer(pages: u32) -> Offer {
     let own = bits::STATISTICS | bits::DEFLATE_ON_OOM | bits::REPORTING;
     let features = own | feature::INDIRECT | feature::EVENT_INDEX;
-    Offer { device: DEVICE, class: CLASS, features, queues: vec![QUEUE_SIZE; QUEUES], config: config(pages) }
+    let queues = vec![QUEUE_SIZE; QUEUES];
+    Offer { device: DEVICE, class: CLASS, features, queues, config: config(pages), writable: ACTUAL }
 }
 
 /// `struct virtio_balloon_config` (5.5.4) for a balloon that is to have `pages` pages.
@@ -125,41 +125,37 @@ impl Balloon {
     pub fn work(
         &mut self,
         number: u16,
-        queue: &mut Queue,
+        queue: &mut dyn Chains,
         features: u64,
         host: &mut dyn Host,
-        memory: &GuestMemoryMmap,
-        written: Written,
-    ) -> Result<Progress, Broken> {
+    ) -> Result<(), Broken> {
         match number {
-            INFLATE => inflate(queue, host, memory, written),
-            DEFLATE => deflate(queue, memory, written),
-            STATISTICS if features & bits::STATISTICS != 0 => self.hear(queue, memory, written),
-            _ if features & bits::REPORTING != 0 => take_reports(queue, host, memory, written),
-            _ => Ok(Progress::default()),
+            INFLATE => inflate(queue, host),
+            DEFLATE => deflate(queue),
+            STATISTICS if features & bits::STATISTICS != 0 => self.hear(queue),
+            _ if features & bits::REPORTING != 0 => take_reports(queue, host),
+            _ => Ok(()),
         }
     }
 
     /// There is one buffer, which the driver fills anew each time it is given back (5.5.6.4).
-    fn hear(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, written: Written) -> Result<Progress, Broken> {
-        let mut progress = Progress::default();
-        while let Some(chain) = queue.pop(memory)? {
+    fn hear(&mut self, queue: &mut dyn Chains) -> Result<(), Broken> {
+        while let Some(chain) = queue.pop()? {
             if !self.read {
                 let length = total(&chain.readable).min((STATISTIC * STATISTICS_MAX) as u64) as usize;
                 let mut bytes = vec![0; length - length % STATISTIC];
-                gather(memory, &chain.readable, &mut bytes).ok_or(Broken("statistics that are not in RAM"))?;
+                gather(queue.memory(), &chain.readable, &mut bytes).ok_or(Broken("statistics that are not in RAM"))?;
                 self.statistics.take(&bytes);
                 self.read = true;
             }
             if !std::mem::take(&mut self.refresh) {
-                queue.put_back(1);
+                queue.put_back();
                 break;
             }
             self.read = false;
-            queue.push(memory, chain.head, 0, written)?;
-            progress.used = true;
+            queue.push(chain.head, 0)?;
         }
-        Ok(progress)
+        Ok(())
     }
 }
 
@@ -177,33 +173,25 @@ impl Statistics {
 }
 
 /// Gives the host the pages whose numbers are in the buffers.
-fn inflate(
-    queue: &mut Queue,
-    host: &mut dyn Host,
-    memory: &GuestMemoryMmap,
-    written: Written,
-) -> Result<Progress, Broken> {
-    let mut progress = Progress::default();
-    for _ in 0..BUDGET {
-        let Some(chain) = queue.pop(memory)? else { return Ok(progress) };
+fn inflate(queue: &mut dyn Chains, host: &mut dyn Host) -> Result<(), Broken> {
+    while let Some(chain) = queue.pop()? {
         let length = total(&chain.readable);
         if !length.is_multiple_of(4) || length / 4 > PAGES_MAX {
             return Err(Broken("page numbers that are no whole ones, or too many"));
         }
         let mut bytes = vec![0; length as usize];
-        gather(memory, &chain.readable, &mut bytes).ok_or(Broken("page numbers that are not in RAM"))?;
+        gather(queue.memory(), &chain.readable, &mut bytes).ok_or(Broken("page numbers that are not in RAM"))?;
         let numbers = bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
         for (gpa, length) in ranges(numbers.collect()) {
-            if memory.get_slice(GuestAddress(gpa), length as usize).is_err() {
+            if queue.memory().get_slice(GuestAddress(gpa), length as usize).is_err() {
                 return Err(Broken("a page in the balloon that is not RAM"));
             }
             // If it cannot be given away, it is merely idle.
             let _ = host.give_back(gpa, length);
         }
-        queue.push(memory, chain.head, 0, written)?;
-        progress.used = true;
+        queue.push(chain.head, 0)?;
     }
-    Ok(Progress { more: true, ..progress })
+    Ok(())
 }
 
 /// Addresses and lengths of the pages with these numbers, next to each other in one.
@@ -221,26 +209,16 @@ fn ranges(mut numbers: Vec<u32>) -> Vec<(u64, u64)> {
 }
 
 /// The guest uses pages again: they are where they always were.
-fn deflate(queue: &mut Queue, memory: &GuestMemoryMmap, written: Written) -> Result<Progress, Broken> {
-    let mut progress = Progress::default();
-    for _ in 0..BUDGET {
-        let Some(chain) = queue.pop(memory)? else { return Ok(progress) };
-        queue.push(memory, chain.head, 0, written)?;
-        progress.used = true;
+fn deflate(queue: &mut dyn Chains) -> Result<(), Broken> {
+    while let Some(chain) = queue.pop()? {
+        queue.push(chain.head, 0)?;
     }
-    Ok(Progress { more: true, ..progress })
+    Ok(())
 }
 
 /// Gives the host the pages that the buffers themselves are: the guest does not use them until it has them back.
-fn take_reports(
-    queue: &mut Queue,
-    host: &mut dyn Host,
-    memory: &GuestMemoryMmap,
-    written: Written,
-) -> Result<Progress, Broken> {
-    let mut progress = Progress::default();
-    for _ in 0..BUDGET {
-        let Some(chain) = queue.pop(memory)? else { return Ok(progress) };
+fn take_reports(queue: &mut dyn Chains, host: &mut dyn Host) -> Result<(), Broken> {
+    while let Some(chain) = queue.pop()? {
         if !chain.readable.is_empty() {
             return Err(Broken("free pages that are to be read"));
         }
@@ -250,18 +228,20 @@ fn take_reports(
                 let _ = host.give_back(start, end - start);
             }
         }
-        queue.push(memory, chain.head, 0, written)?;
-        progress.used = true;
+        queue.push(chain.head, 0)?;
     }
-    Ok(Progress { more: true, ..progress })
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::hostile::{Chance, Way, torment};
-    use super::super::queue::tests::{DESCRIPTORS, DRIVER, RAM, describe, memory, offer as make_available, queue};
+    use super::super::queue::tests::{
+        DESCRIPTORS, DRIVER, Plain, RAM, describe, memory, offer as make_available, queue,
+    };
     use super::*;
-    use vm_memory::Bytes;
+    use crate::virtio::Written;
+    use vm_memory::{Bytes, GuestMemoryMmap};
 
     const WRITABLE: u16 = 2;
     const BUFFER: u64 = 0x8000;
@@ -284,8 +264,9 @@ mod tests {
         memory.write_slice(bytes, GuestAddress(at)).unwrap();
         describe(&memory, DESCRIPTORS, 0, at, bytes.len() as u32, flags, 0);
         make_available(&memory, 0);
-        let progress = Balloon::new().work(number, &mut queue, features, &mut taker, &memory, &|_, _| {});
-        (progress.map(|progress| progress.used), taker.0)
+        let mut queue = Plain::new(&mut queue, &memory, &|_, _| {});
+        let result = Balloon::new().work(number, &mut queue, features, &mut taker);
+        (result.map(|()| queue.pushed > 0), taker.0)
     }
 
     fn numbers(numbers: &[u32]) -> Vec<u8> {
@@ -324,14 +305,18 @@ mod tests {
     fn statistics_are_asked_for_again_and_again() {
         let (memory, mut queue, mut balloon) = (memory(), queue(), Balloon::new());
         let give = |values: &[(u16, u64)]| {
-            let bytes: Vec<u8> =
-                values.iter().flat_map(|(tag, value)| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat()).collect();
+            let bytes: Vec<u8> = values
+                .iter()
+                .flat_map(|(tag, value)| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat())
+                .collect();
             memory.write_slice(&bytes, GuestAddress(BUFFER)).unwrap();
             describe(&memory, DESCRIPTORS, 0, BUFFER, bytes.len() as u32, 0, 0);
             make_available(&memory, 0);
         };
         let mut work = |balloon: &mut Balloon| {
-            balloon.work(STATISTICS, &mut queue, ALL, &mut Taker::default(), &memory, &|_, _| {}).unwrap().used
+            let mut queue = Plain::new(&mut queue, &memory, &|_, _| {});
+            balloon.work(STATISTICS, &mut queue, ALL, &mut Taker::default()).unwrap();
+            queue.pushed > 0
         };
         give(&[(4, 1000), (99, 1), (5, 2000)]);
         assert!(!work(&mut balloon) && !work(&mut balloon));
@@ -372,29 +357,34 @@ mod tests {
         }
         // Numbers of pages that no other buffer is in.
         let fill = |chance: &mut Chance, bytes: &mut [u8]| {
-            let pages = if chance.one_in(10) { 1 << 20 } else { 4 };
-            bytes.chunks_mut(4).for_each(|b| b.copy_from_slice(&(60 + chance.below(pages) as u32).to_le_bytes()[..b.len()]));
+            let pages = if chance.one_in(200) { 1 << 20 } else { 4 };
+            bytes
+                .chunks_mut(4)
+                .for_each(|b| b.copy_from_slice(&(60 + chance.below(pages) as u32).to_le_bytes()[..b.len()]));
         };
         let ways = [Way::ToDevice, Way::ToDevice, Way::ToDevice, Way::ToDriver, Way::ToDriver];
         let mut given = 0;
-        let outcome = torment(2000, &ways, &fill, |chance, queues, memory, written| {
+        let outcome = torment(2000, &ways, &fill, |chance, queues| {
             let mut balloon = Balloon::new();
             let only = chance.below(5) as u16;
             for number in [only, (only + 2) % 5] {
                 balloon.refresh();
-                let mut zeroer = Zeroer(memory, written);
-                // Lent pages change, and the rings may be among them: those are a case for themselves.
                 let queue = &mut queues[usize::from(number)];
+                let mut zeroer = Zeroer(queue.memory, queue.written);
                 if number == INFLATE {
                     let mut taker = Taker::default();
-                    balloon.work(number, queue, ALL, &mut taker, memory, written)?;
+                    let result = balloon.work(number, queue, ALL, &mut taker);
                     given += taker.0.len();
+                    result?;
                 } else {
-                    balloon.work(number, queue, ALL, &mut zeroer, memory, written)?;
+                    balloon.work(number, queue, ALL, &mut zeroer)?;
                 }
             }
             Ok(())
         });
-        assert!(outcome.fine > 500 && outcome.broken > 200 && outcome.used > 2000 && given > 1000, "{outcome:?} {given}");
+        assert!(
+            outcome.fine > 500 && outcome.broken > 200 && outcome.used > 2000 && given > 1000,
+            "{outcome:?} {given}"
+        );
     }
 }

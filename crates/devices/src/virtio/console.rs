@@ -9,12 +9,11 @@
 //! closed when the host has no more to say, behind its last byte: Linux then reports end of file.
 
 use super::pci::Offer;
-use super::queue::{Queue, SIZE_MAX, gather, scatter, split, total};
-use super::{Broken, Progress, Written, feature};
+use super::queue::{Chains, SIZE_MAX, gather, scatter, split, total};
+use super::{Broken, feature};
 use crate::state::{BadState, require};
 use serde::{Deserialize, Serialize};
 use std::io::{self, ErrorKind};
-use vm_memory::GuestMemoryMmap;
 
 /// Most ports: each has two queues, and each queue a vector.
 pub const PORTS_MAX: usize = 31;
@@ -29,9 +28,8 @@ const QUEUE_SIZE: u16 = 128;
 const MULTIPORT: u64 = 1 << 1;
 const _: () = assert!(QUEUE_SIZE <= SIZE_MAX);
 
-/// Most bytes that are copied at once, and most buffers of a queue at a time.
+/// Most bytes that are copied at once.
 const PART: usize = 64 << 10;
-const BUDGET: usize = 64;
 
 /// Messages about ports (5.3.6.2).
 mod event {
@@ -139,7 +137,14 @@ impl Console {
         let mut config = vec![0; 12];
         config[4..8].copy_from_slice(&(ports as u32).to_le_bytes());
         let features = MULTIPORT | feature::INDIRECT | feature::EVENT_INDEX;
-        Offer { device: DEVICE, class: CLASS, features, queues: vec![QUEUE_SIZE; 2 * ports + 2], config }
+        Offer {
+            device: DEVICE,
+            class: CLASS,
+            features,
+            queues: vec![QUEUE_SIZE; 2 * ports + 2],
+            config,
+            writable: 0..0,
+        }
     }
 
     /// The driver has reset the device.
@@ -176,56 +181,41 @@ impl Console {
     pub fn work(
         &mut self,
         number: u16,
-        queue: &mut Queue,
+        queue: &mut dyn Chains,
         ends: &mut [&mut dyn End],
         features: u64,
-        memory: &GuestMemoryMmap,
-        written: Written,
-    ) -> Result<Progress, Broken> {
+    ) -> Result<(), Broken> {
         match Role::of(number) {
             // Without the feature there is one port, and no messages (5.3.2).
-            Role::Tell | Role::Hear if features & MULTIPORT == 0 => Ok(Progress::default()),
-            Role::Receive(port) | Role::Transmit(port) if port > 0 && features & MULTIPORT == 0 => {
-                Ok(Progress::default())
-            }
-            Role::Tell => self.tell(queue, ends, memory, written),
-            Role::Hear => self.hear(queue, memory, written),
-            Role::Receive(port) if self.is_guest_open(port, features) => {
-                receive(queue, &mut *ends[port], memory, written)
-            }
-            Role::Receive(_) => Ok(Progress::default()),
-            Role::Transmit(port) => {
-                transmit(queue, &mut self.state.ports[port].begun, &mut *ends[port], memory, written)
-            }
+            Role::Tell | Role::Hear if features & MULTIPORT == 0 => Ok(()),
+            Role::Receive(port) | Role::Transmit(port) if port > 0 && features & MULTIPORT == 0 => Ok(()),
+            Role::Tell => self.tell(queue, ends),
+            Role::Hear => self.hear(queue),
+            Role::Receive(port) if self.is_guest_open(port, features) => receive(queue, &mut *ends[port]),
+            Role::Receive(_) => Ok(()),
+            Role::Transmit(port) => transmit(queue, &mut self.state.ports[port].begun, &mut *ends[port]),
         }
     }
 
     /// Sends the messages that are due, as far as there are buffers for them.
-    fn tell(
-        &mut self,
-        queue: &mut Queue,
-        ends: &[&mut dyn End],
-        memory: &GuestMemoryMmap,
-        written: Written,
-    ) -> Result<Progress, Broken> {
-        let mut progress = Progress::default();
+    fn tell(&mut self, queue: &mut dyn Chains, ends: &[&mut dyn End]) -> Result<(), Broken> {
         for port in 0..self.kinds.len() {
             while let Some((what, value)) = self.due(port, ends[port].is_open()) {
-                let Some(chain) = queue.pop(memory)? else { return Ok(progress) };
-                let mut message = [(port as u32).to_le_bytes().as_slice(), &what.to_le_bytes(), &value.to_le_bytes()].concat();
+                let Some(chain) = queue.pop()? else { return Ok(()) };
+                let mut message =
+                    [(port as u32).to_le_bytes().as_slice(), &what.to_le_bytes(), &value.to_le_bytes()].concat();
                 if what == event::PORT_NAME {
                     message.extend(self.kinds[port].name.as_bytes());
                 }
                 if total(&chain.writable) < message.len() as u64 {
                     return Err(Broken("a buffer without room for a message about a port"));
                 }
-                let length = scatter(memory, &chain.writable, &message, written);
-                queue.push(memory, chain.head, length, written)?;
+                let length = scatter(queue.memory(), &chain.writable, &message, queue.written());
+                queue.push(chain.head, length)?;
                 self.told(port, what, value);
-                progress.used = true;
             }
         }
-        Ok(progress)
+        Ok(())
     }
 
     /// The next message about a port, and its value.
@@ -253,18 +243,16 @@ impl Console {
     }
 
     /// Takes the driver's messages.
-    fn hear(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, written: Written) -> Result<Progress, Broken> {
-        let mut progress = Progress::default();
-        for _ in 0..BUDGET {
-            let Some(chain) = queue.pop(memory)? else { return Ok(progress) };
+    fn hear(&mut self, queue: &mut dyn Chains) -> Result<(), Broken> {
+        while let Some(chain) = queue.pop()? {
             let mut bytes = [0; 8];
-            gather(memory, &chain.readable, &mut bytes).ok_or(Broken("a message about a port that is cut short"))?;
+            gather(queue.memory(), &chain.readable, &mut bytes)
+                .ok_or(Broken("a message about a port that is cut short"))?;
             let [id, rest] = [0, 4].map(|at| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")));
             self.heard(id as usize, rest as u16, (rest >> 16) != 0);
-            queue.push(memory, chain.head, 0, written)?;
-            progress.used = true;
+            queue.push(chain.head, 0)?;
         }
-        Ok(Progress { more: true, ..progress })
+        Ok(())
     }
 
     /// Messages about ports that are not there, and unknown ones, mean nothing.
@@ -286,75 +274,58 @@ impl Console {
 }
 
 /// Gives the guest what `end` has to say.
-fn receive(
-    queue: &mut Queue,
-    end: &mut dyn End,
-    memory: &GuestMemoryMmap,
-    written: Written,
-) -> Result<Progress, Broken> {
-    let mut progress = Progress::default();
+fn receive(queue: &mut dyn Chains, end: &mut dyn End) -> Result<(), Broken> {
     let mut data = Vec::new();
-    for _ in 0..BUDGET {
-        let Some(chain) = queue.pop(memory)? else { return Ok(progress) };
+    while let Some(chain) = queue.pop()? {
         let room = total(&chain.writable).min(PART as u64) as usize;
         if room == 0 {
             return Err(Broken("a buffer for a port's bytes without room"));
         }
         data.resize(room, 0);
         let Ok(length @ 1..) = end.read(&mut data) else {
-            queue.put_back(1);
-            return Ok(progress);
+            queue.put_back();
+            return Ok(());
         };
-        let length = scatter(memory, &chain.writable, &data[..length], written);
-        queue.push(memory, chain.head, length, written)?;
-        progress.used = true;
+        let length = scatter(queue.memory(), &chain.writable, &data[..length], queue.written());
+        queue.push(chain.head, length)?;
     }
-    Ok(Progress { more: true, ..progress })
+    Ok(())
 }
 
 /// Gives `end` what the guest has to say. `begun` bytes of the first buffer are there already.
-fn transmit(
-    queue: &mut Queue,
-    begun: &mut u64,
-    end: &mut dyn End,
-    memory: &GuestMemoryMmap,
-    written: Written,
-) -> Result<Progress, Broken> {
-    let mut progress = Progress::default();
+fn transmit(queue: &mut dyn Chains, begun: &mut u64, end: &mut dyn End) -> Result<(), Broken> {
     let mut data = Vec::new();
-    for _ in 0..BUDGET {
-        // What nobody hears waits for who comes next, who is not to get half a buffer.
-        if !end.is_open() && *begun == 0 {
-            return Ok(progress);
-        }
-        let Some(chain) = queue.pop(memory)? else { return Ok(progress) };
+    // What nobody hears waits for who comes next, who is not to get half a buffer.
+    while (end.is_open() || *begun > 0)
+        && let Some(chain) = queue.pop()?
+    {
         if chain.readable.is_empty() || !chain.writable.is_empty() {
             return Err(Broken("a buffer of a port's bytes that is to be written"));
         }
         let (_, left) = split(&chain.readable, *begun);
         let (part, rest) = split(&left, PART as u64);
         data.resize(total(&part) as usize, 0);
-        gather(memory, &part, &mut data).ok_or(Broken("a port's bytes that are not in RAM"))?;
-        let result = if data.is_empty() || !end.is_open() { Err(ErrorKind::BrokenPipe.into()) } else { end.write(&data) };
+        gather(queue.memory(), &part, &mut data).ok_or(Broken("a port's bytes that are not in RAM"))?;
+        let result =
+            if data.is_empty() || !end.is_open() { Err(ErrorKind::BrokenPipe.into()) } else { end.write(&data) };
         match result {
             Ok(taken) if taken == data.len() && rest.is_empty() => {}
             Ok(taken) => {
                 *begun += taken as u64;
-                queue.put_back(1);
+                queue.put_back();
                 continue;
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                queue.put_back(1);
-                return Ok(progress);
+                queue.put_back();
+                return Ok(());
             }
             // Nobody will ever hear it.
             Err(_) => {}
         }
         *begun = 0;
-        queue.push(memory, chain.head, 0, written)?;
-        progress.used = true;
+        queue.push(chain.head, 0)?;
     }
-    Ok(Progress { more: true, ..progress })
+    Ok(())
 }
 
 #[cfg(test)]

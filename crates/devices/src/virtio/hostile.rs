@@ -11,8 +11,8 @@
 //!
 //! What a chain is, is read here by code of its own.
 
-use super::queue::{Queue, tests::describe};
-use super::{Broken, Written};
+use super::Broken;
+use super::queue::{Queue, tests::Plain, tests::describe};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -95,7 +95,11 @@ impl Case {
             for descriptor in 0..SIZE {
                 case.describe(chance, &maker, base, (descriptor, SIZE), &mut tables);
             }
-            let available = if malice == Malice::Wild && chance.one_in(5) { chance.next() as u16 } else { chance.below(SIZE.into()) as u16 };
+            let available = if malice == Malice::Wild && chance.one_in(5) {
+                chance.next() as u16
+            } else {
+                chance.below(SIZE.into()) as u16
+            };
             let slots: Vec<u16> = (0..SIZE).map(|_| maker.head(chance)).collect();
             case.memory.write_obj([0, available], GuestAddress(base + 0x400)).unwrap();
             slots.iter().zip(0..).for_each(|(head, n)| {
@@ -264,7 +268,7 @@ pub fn torment(
     cases: u64,
     ways: &[Way],
     fill: &dyn Fn(&mut Chance, &mut [u8]),
-    mut serve: impl FnMut(&mut Chance, &mut [Queue], &GuestMemoryMmap, Written) -> Result<(), Broken>,
+    mut serve: impl FnMut(&mut Chance, &mut [Plain<'_>]) -> Result<(), Broken>,
 ) -> Outcome {
     let mut outcome = Outcome::default();
     for seed in 0..cases {
@@ -273,8 +277,9 @@ pub fn torment(
         let before = case.bytes();
         let reports = RefCell::new(Vec::new());
         let report = |gpa: u64, length: u64| reports.borrow_mut().push(gpa..gpa + length);
-        let mut driven = case.queues.clone();
-        let result = serve(&mut chance, &mut driven, &case.memory, &report);
+        let Case { memory, queues, .. } = &mut case;
+        let mut queues: Vec<_> = queues.iter_mut().map(|queue| Plain::new(queue, memory, &report)).collect();
+        let result = serve(&mut chance, &mut queues);
         let after = case.bytes();
         let covered = |ranges: &[Range<u64>]| {
             let mut map = vec![false; RAM as usize];
@@ -293,7 +298,6 @@ pub fn torment(
         if !case.overlaps {
             (0..ways.len()).for_each(|n| outcome.used += case.check_used(seed, n));
         }
-        case.queues = driven;
     }
     outcome
 }
@@ -315,33 +319,37 @@ impl Case {
 
 /// What [`torment`] finds, it finds.
 mod tests {
+    use super::super::queue::Chains;
     use super::*;
 
-    fn serve_all(queue: &mut Queue, memory: &GuestMemoryMmap, written: Written, length: u32) -> Result<(), Broken> {
-        while let Some(chain) = queue.pop(memory)? {
-            queue.push(memory, chain.head, length, written)?;
+    fn serve_all(queue: &mut dyn Chains, length: u32) -> Result<(), Broken> {
+        while let Some(chain) = queue.pop()? {
+            queue.push(chain.head, length)?;
         }
         Ok(())
     }
 
     #[test]
     fn a_harmless_device_passes() {
-        let outcome = torment(200, &[Way::Both], &|_, _| {}, |_, q, m, w| serve_all(&mut q[0], m, w, 0));
+        let outcome = torment(200, &[Way::Both], &|_, _| {}, |_, queues| serve_all(&mut queues[0], 0));
         assert!(outcome.fine > 100 && outcome.broken > 20, "{outcome:?}");
     }
 
     #[test]
     #[should_panic(expected = "not reported")]
     fn silent_writes_are_found() {
-        torment(200, &[Way::Both], &|_, _| {}, |_, q, m, _| serve_all(&mut q[0], m, &|_, _| {}, 0));
+        torment(200, &[Way::Both], &|_, _| {}, |_, queues| {
+            queues[0].written = &|_, _| {};
+            serve_all(&mut queues[0], 0)
+        });
     }
 
     #[test]
     #[should_panic(expected = "not the device's to write")]
     fn stray_writes_are_found() {
-        torment(200, &[Way::ToDevice], &|_, _| {}, |_, _, memory, written| {
-            memory.write_slice(&[7; 100], GuestAddress(0x1_0000)).unwrap();
-            written(0x1_0000, 100);
+        torment(200, &[Way::ToDevice], &|_, _| {}, |_, queues| {
+            queues[0].memory.write_slice(&[7; 100], GuestAddress(0x1_0000)).unwrap();
+            (queues[0].written)(0x1_0000, 100);
             Ok(())
         });
     }
@@ -349,12 +357,12 @@ mod tests {
     #[test]
     #[should_panic(expected = "bytes in chain")]
     fn lengths_beyond_the_buffers_are_found() {
-        torment(200, &[Way::ToDevice], &|_, _| {}, |_, q, m, w| serve_all(&mut q[0], m, w, 1));
+        torment(200, &[Way::ToDevice], &|_, _| {}, |_, queues| serve_all(&mut queues[0], 1));
     }
 
     #[test]
     #[should_panic(expected = "was not there")]
     fn made_up_chains_are_found() {
-        torment(200, &[Way::ToDevice], &|_, _| {}, |chance, q, m, w| q[0].push(m, chance.next() as u16, 0, w));
+        torment(200, &[Way::ToDevice], &|_, _| {}, |chance, queues| queues[0].push(chance.next() as u16, 0));
     }
 }

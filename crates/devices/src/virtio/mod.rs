@@ -15,9 +15,9 @@
 pub mod balloon;
 pub mod block;
 pub mod console;
-pub mod pci;
 #[cfg(test)]
 pub(crate) mod hostile;
+pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod vsock;
@@ -29,15 +29,6 @@ pub type Written<'a> = &'a dyn Fn(u64, u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Broken(pub &'static str);
-
-/// What came of work on a queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Buffers were given back: the driver may want an interrupt.
-    pub used: bool,
-    /// There may be more to do at once.
-    pub more: bool,
-}
 
 /// Feature bits of every device (chapter 6).
 pub mod feature {

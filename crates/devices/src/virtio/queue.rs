@@ -240,6 +240,25 @@ impl Queue {
     }
 }
 
+/// A queue that a device works on, with the memory that it is in.
+pub trait Chains {
+    /// Takes the next chain, if there is one.
+    ///
+    /// # Errors
+    /// The queue or the chain makes no sense.
+    fn pop(&mut self) -> Result<Option<Chain>, Broken>;
+    /// Gives chain `head` back, into whose buffers `length` bytes have been written and reported.
+    ///
+    /// # Errors
+    /// The queue is not in RAM.
+    fn push(&mut self, head: u16, length: u32) -> Result<(), Broken>;
+    /// Makes the chain that was popped last, and has not been pushed, available again.
+    fn put_back(&mut self);
+    fn memory(&self) -> &GuestMemoryMmap;
+    /// To be told what was written to memory.
+    fn written(&self) -> Written<'_>;
+}
+
 const GONE: Broken = Broken("a queue is not in RAM");
 
 /// Whether `length` bytes at `gpa` are RAM of one piece.
@@ -311,6 +330,39 @@ pub(in crate::virtio) mod tests {
 
     pub fn queue() -> Queue {
         Queue::new(SIZE, DESCRIPTORS, DRIVER, DEVICE, false)
+    }
+
+    /// A queue by itself, which counts what is given back.
+    pub struct Plain<'a> {
+        pub queue: &'a mut Queue,
+        pub memory: &'a GuestMemoryMmap,
+        pub written: Written<'a>,
+        pub pushed: u32,
+    }
+
+    impl<'a> Plain<'a> {
+        pub fn new(queue: &'a mut Queue, memory: &'a GuestMemoryMmap, written: Written<'a>) -> Plain<'a> {
+            Plain { queue, memory, written, pushed: 0 }
+        }
+    }
+
+    impl Chains for Plain<'_> {
+        fn pop(&mut self) -> Result<Option<Chain>, Broken> {
+            self.queue.pop(self.memory)
+        }
+        fn push(&mut self, head: u16, length: u32) -> Result<(), Broken> {
+            self.pushed += 1;
+            self.queue.push(self.memory, head, length, self.written)
+        }
+        fn put_back(&mut self) {
+            self.queue.put_back(1);
+        }
+        fn memory(&self) -> &GuestMemoryMmap {
+            self.memory
+        }
+        fn written(&self) -> Written<'_> {
+            self.written
+        }
     }
 
     /// Writes descriptor `n` of the table at `table`.

@@ -4,10 +4,9 @@
 //! gives in a moment, however large the guest makes it.
 
 use super::pci::Offer;
-use super::queue::{Queue, scatter, total};
-use super::{Broken, Written, feature};
+use super::queue::{Chains, scatter, total};
+use super::{Broken, feature};
 use std::io;
-use vm_memory::GuestMemoryMmap;
 
 const DEVICE: u16 = 4;
 /// Unclassified: PCI has no class for it.
@@ -28,35 +27,32 @@ pub trait Source {
 /// What the device offers.
 pub fn offer() -> Offer {
     let features = feature::INDIRECT | feature::EVENT_INDEX;
-    Offer { device: DEVICE, class: CLASS, features, queues: vec![QUEUE_SIZE], config: vec![] }
+    Offer { device: DEVICE, class: CLASS, features, queues: vec![QUEUE_SIZE], config: vec![], writable: 0..0 }
 }
 
 /// Answers the next request of `queue`. Says whether there was one.
 ///
 /// # Errors
 /// The queue or the request makes no sense, or the host has no random bytes.
-pub fn serve(
-    queue: &mut Queue,
-    source: &mut dyn Source,
-    memory: &GuestMemoryMmap,
-    written: Written,
-) -> Result<bool, Broken> {
-    let Some(chain) = queue.pop(memory)? else { return Ok(false) };
+pub fn serve(queue: &mut dyn Chains, source: &mut dyn Source) -> Result<bool, Broken> {
+    let Some(chain) = queue.pop()? else { return Ok(false) };
     let room = total(&chain.writable).min(PART as u64) as usize;
     if room == 0 || !chain.readable.is_empty() {
         return Err(Broken("a request for random bytes that has no room for them, or something to say"));
     }
     let mut data = [0; PART];
     source.fill(&mut data[..room]).map_err(|_| Broken("the host has no random bytes"))?;
-    let length = scatter(memory, &chain.writable, &data[..room], written);
-    queue.push(memory, chain.head, length, written)?;
+    let length = scatter(queue.memory(), &chain.writable, &data[..room], queue.written());
+    queue.push(chain.head, length)?;
     Ok(true)
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::hostile::{Way, torment};
-    use super::super::queue::tests::{DESCRIPTORS, DEVICE as USED, describe, memory, offer as make_available, queue};
+    use super::super::queue::tests::{
+        DESCRIPTORS, DEVICE as USED, Plain, describe, memory, offer as make_available, queue,
+    };
     use super::*;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -78,9 +74,10 @@ mod tests {
         let (memory, mut queue) = (memory(), queue());
         describe(&memory, DESCRIPTORS, 0, 0x8000, length, flags, 0);
         make_available(&memory, 0);
-        let result = serve(&mut queue, &mut Numbers(0), &memory, &|_, _| {});
+        let mut queue = Plain::new(&mut queue, &memory, &|_, _| {});
+        let result = serve(&mut queue, &mut Numbers(0));
         assert!(result.is_err() || memory.read_obj::<[u8; 3]>(GuestAddress(0x8000)).unwrap() == [1, 2, 3]);
-        assert_eq!(serve(&mut self::queue(), &mut Numbers(0), &self::memory(), &|_, _| {}), Ok(false));
+        assert!(result.is_err() || serve(&mut queue, &mut Numbers(0)) == Ok(false));
         (result, memory.read_obj(GuestAddress(USED + 8)).unwrap())
     }
 
@@ -93,8 +90,8 @@ mod tests {
 
     #[test]
     fn hostile_queues_harm_nobody() {
-        let outcome = torment(1000, &[Way::ToDriver], &|_, _| {}, |_, queues, memory, written| {
-            while serve(&mut queues[0], &mut Numbers(0), memory, written)? {}
+        let outcome = torment(1000, &[Way::ToDriver], &|_, _| {}, |_, queues| {
+            while serve(&mut queues[0], &mut Numbers(0))? {}
             Ok(())
         });
         assert!(outcome.fine > 200 && outcome.broken > 200 && outcome.used > 2000, "{outcome:?}");

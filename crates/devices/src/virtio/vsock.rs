@@ -12,8 +12,8 @@
 //! dead connection, which goes when its place is wanted.
 
 use super::pci::Offer;
-use super::queue::{Chain, Queue, gather, scatter, split, total};
-use super::{Broken, Progress, Written, feature};
+use super::queue::{Chain, Chains, gather, scatter, split, total};
+use super::{Broken, feature};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::ops::Bound;
@@ -36,9 +36,8 @@ const QUEUE_SIZE: u16 = 128;
 const BUFFER: u32 = 256 << 10;
 const CONNECTIONS_MAX: usize = 256;
 const RESETS_MAX: usize = 256;
-/// Most bytes of a packet's data, and packets at a time.
+/// Most bytes of a packet's data.
 const PART: usize = 64 << 10;
-const BUDGET: usize = 64;
 /// The first of the ports that the host's connections have: above those of any service.
 const HOST_PORTS: u32 = 1 << 30;
 
@@ -106,10 +105,14 @@ struct Packet {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     /// The host has asked for it; the guest is to be told, or to answer.
-    Asked { told: bool },
+    Asked {
+        told: bool,
+    },
     Open,
     /// Both know, or are to know, that it is over; it waits for the guest's reset.
-    Over { told: bool },
+    Over {
+        told: bool,
+    },
 }
 
 /// One connection.
@@ -196,7 +199,7 @@ impl Vsock {
     pub fn offer(&self) -> Offer {
         let features = feature::INDIRECT | feature::EVENT_INDEX;
         let config = self.guest.to_le_bytes().to_vec();
-        Offer { device: DEVICE, class: CLASS, features, queues: vec![QUEUE_SIZE; 3], config }
+        Offer { device: DEVICE, class: CLASS, features, queues: vec![QUEUE_SIZE; 3], config, writable: 0..0 }
     }
 
     /// The driver has reset the device.
@@ -258,55 +261,38 @@ impl Vsock {
     ///
     /// # Errors
     /// The queue or a packet makes no sense.
-    pub fn work(
-        &mut self,
-        number: u16,
-        queue: &mut Queue,
-        host: &mut dyn Host,
-        memory: &GuestMemoryMmap,
-        written: Written,
-    ) -> Result<Progress, Broken> {
+    pub fn work(&mut self, number: u16, queue: &mut dyn Chains, host: &mut dyn Host) -> Result<(), Broken> {
         match number {
-            RECEIVE => self.tell(queue, host, memory, written),
-            TRANSMIT => self.hear(queue, host, memory, written),
-            _ => self.report(queue, memory, written),
+            RECEIVE => self.tell(queue, host),
+            TRANSMIT => self.hear(queue, host),
+            _ => self.report(queue),
         }
     }
 
     /// Events: there is one.
-    fn report(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, written: Written) -> Result<Progress, Broken> {
+    fn report(&mut self, queue: &mut dyn Chains) -> Result<(), Broken> {
         if !self.transport_reset {
-            return Ok(Progress::default());
+            return Ok(());
         }
-        let Some(chain) = queue.pop(memory)? else { return Ok(Progress::default()) };
+        let Some(chain) = queue.pop()? else { return Ok(()) };
         if total(&chain.writable) < 4 {
             return Err(Broken("a buffer without room for an event"));
         }
-        let length = scatter(memory, &chain.writable, &TRANSPORT_RESET.to_le_bytes(), written);
-        queue.push(memory, chain.head, length, written)?;
+        let length = scatter(queue.memory(), &chain.writable, &TRANSPORT_RESET.to_le_bytes(), queue.written());
+        queue.push(chain.head, length)?;
         self.transport_reset = false;
-        Ok(Progress { used: true, more: false })
+        Ok(())
     }
 
     /// Takes the driver's packets, as long as there is room for answers.
-    fn hear(
-        &mut self,
-        queue: &mut Queue,
-        host: &mut dyn Host,
-        memory: &GuestMemoryMmap,
-        written: Written,
-    ) -> Result<Progress, Broken> {
-        let mut progress = Progress::default();
-        for _ in 0..BUDGET {
-            if self.resets.len() >= RESETS_MAX {
-                return Ok(progress);
-            }
-            let Some(chain) = queue.pop(memory)? else { return Ok(progress) };
-            self.heard(&chain, host, memory)?;
-            queue.push(memory, chain.head, 0, written)?;
-            progress.used = true;
+    fn hear(&mut self, queue: &mut dyn Chains, host: &mut dyn Host) -> Result<(), Broken> {
+        while self.resets.len() < RESETS_MAX
+            && let Some(chain) = queue.pop()?
+        {
+            self.heard(&chain, host, queue.memory())?;
+            queue.push(chain.head, 0)?;
         }
-        Ok(Progress { more: true, ..progress })
+        Ok(())
     }
 
     fn heard(&mut self, chain: &Chain, host: &mut dyn Host, memory: &GuestMemoryMmap) -> Result<(), Broken> {
@@ -363,17 +349,9 @@ impl Vsock {
     }
 
     /// Sends what is due, as far as there are buffers for it: to each connection in turn.
-    fn tell(
-        &mut self,
-        queue: &mut Queue,
-        host: &mut dyn Host,
-        memory: &GuestMemoryMmap,
-        written: Written,
-    ) -> Result<Progress, Broken> {
-        let mut progress = Progress::default();
+    fn tell(&mut self, queue: &mut dyn Chains, host: &mut dyn Host) -> Result<(), Broken> {
         self.flush(host);
-        for _ in 0..BUDGET {
-            let Some(chain) = queue.pop(memory)? else { return Ok(progress) };
+        while let Some(chain) = queue.pop()? {
             let room = total(&chain.writable);
             if room <= HEADER as u64 {
                 return Err(Broken("a buffer without room for a packet"));
@@ -383,16 +361,15 @@ impl Vsock {
             let packet = self.next_packet(&mut data, host);
             self.buffer = data;
             let Some(packet) = packet else {
-                queue.put_back(1);
-                return Ok(progress);
+                queue.put_back();
+                return Ok(());
             };
             let (front, back) = split(&chain.writable, HEADER as u64);
-            let header = scatter(memory, &front, &packet.to_guest(self.guest), written);
-            let payload = scatter(memory, &back, &self.buffer[..packet.length as usize], written);
-            queue.push(memory, chain.head, header + payload, written)?;
-            progress.used = true;
+            let header = scatter(queue.memory(), &front, &packet.to_guest(self.guest), queue.written());
+            let payload = scatter(queue.memory(), &back, &self.buffer[..packet.length as usize], queue.written());
+            queue.push(chain.head, header + payload)?;
         }
-        Ok(Progress { more: true, ..progress })
+        Ok(())
     }
 
     /// Has the host take what waits for it.
@@ -458,12 +435,16 @@ impl Connection {
             }
             (op::SHUTDOWN, Stage::Open) => {
                 self.guest_receives &= packet.flags & NO_RECEIVE == 0;
-                if packet.flags & NO_SEND != 0 && std::mem::replace(&mut self.guest_sends, false) && self.waiting.is_empty() {
+                if packet.flags & NO_SEND != 0
+                    && std::mem::replace(&mut self.guest_sends, false)
+                    && self.waiting.is_empty()
+                {
                     host.finish(key);
                 }
             }
             (op::CREDIT_REQUEST, Stage::Open) => self.update = true,
-            (op::CREDIT_UPDATE, Stage::Open) | (op::SHUTDOWN | op::CREDIT_REQUEST | op::CREDIT_UPDATE, Stage::Over { .. }) => {}
+            (op::CREDIT_UPDATE, Stage::Open)
+            | (op::SHUTDOWN | op::CREDIT_REQUEST | op::CREDIT_UPDATE, Stage::Over { .. }) => {}
             // The host has given up before the guest took it.
             (op::RESPONSE, Stage::Over { .. }) | (op::RST, _) => {}
             _ => return false,
