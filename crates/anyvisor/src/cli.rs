@@ -2,7 +2,8 @@
 
 use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
-use anyvisor_vmm::config::{Config, Disk, Firmware, HugePages, Memory, Module, OnReboot, Serial, show_size};
+use anyvisor_vmm::config::{Config, Console, Disk, Firmware, HugePages, Memory, Module, OnReboot, Serial, show_size};
+use anyvisor_vmm::ports::Port;
 use anyvisor_vmm::{Error, Result, gdb, snapshot};
 use anyvisor_x86::cpuid::{CpuChoice, CpuModel};
 use clap::error::ErrorKind;
@@ -78,7 +79,7 @@ pub struct RunOptions {
     /// Module of a Multiboot kernel, and what the kernel is told of it; repeat for more
     #[arg(long, value_name = "FILE[,TEXT]")]
     pub module: Vec<Module>,
-    /// Kernel command line [default: console=ttyS0]
+    /// Kernel command line [default: console=ttyS0; with --console virtio console=hvc0]
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
     /// Disk, a raw image or block device of the host: PATH, or PATH,ro to read it only; repeat for more
@@ -100,6 +101,16 @@ pub struct RunOptions {
     /// Serial console: stdio, file:PATH or null [default: stdio; with --detach null]
     #[arg(long, value_name = "WHERE")]
     pub serial: Option<Serial>,
+    /// What the guest has as its console: serial (Linux' ttyS0) or virtio (hvc0); where it goes says --serial [default: serial]
+    #[arg(long, value_name = "DEVICE")]
+    pub console: Option<Console>,
+    /// A port for the guest, /dev/virtio-ports/NAME there: a Unix socket to connect to, or a file that takes what the guest
+    /// writes; repeat for more
+    #[arg(long, value_name = "NAME=PATH|file:PATH")]
+    pub port: Vec<Port>,
+    /// Give the guest a device with the host's random bytes
+    #[arg(long)]
+    pub rng: bool,
     /// Run the VM in the background and print its name; see anyvisor console and stop
     #[arg(short, long, conflicts_with = "no_api")]
     pub detach: bool,
@@ -141,13 +152,16 @@ impl RunOptions {
             kernel: self.kernel.clone().unwrap_or_default(),
             initrd: self.initrd.clone(),
             modules: self.module.clone(),
-            command_line: self.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into()),
+            command_line: self.cmdline.clone().unwrap_or_else(|| default_command_line(self.console).into()),
             disks: self.disk.clone(),
             memory: self.memory.map_or(512 << 20, |memory| memory.size),
             huge_pages: self.huge_pages(),
             cpus: self.cpus.unwrap_or(1),
             cpu: self.cpu_model.unwrap_or(CpuModel::V3.into()),
             serial: self.serial(),
+            console: self.console.unwrap_or_default(),
+            ports: self.port.clone(),
+            rng: self.rng,
             debug_exit: self.debug_exit || self.test_device,
             test_device: self.test_device,
             on_reboot: self.on_reboot,
@@ -212,7 +226,24 @@ impl RunOptions {
         if !given.is_empty() && given != machine.disks {
             return contradicts("disk", "as given".into(), format!("{} others", machine.disks.len()));
         }
-        let config = machine.config(self.serial(), self.on_reboot);
+        if let Some(given) = self.console.filter(|given| *given != machine.console) {
+            return contradicts(
+                "console",
+                format!("{given:?}").to_lowercase(),
+                format!("{:?}", machine.console).to_lowercase(),
+            );
+        }
+        if self.rng && !machine.rng {
+            return contradicts("rng", String::new(), "no such device".into());
+        }
+        let names = |ports: &[Port]| ports.iter().map(|port| port.name.clone()).collect::<Vec<_>>().join(", ");
+        if !self.port.is_empty() && names(&self.port) != names(&machine.ports) {
+            return contradicts("port", names(&self.port), names(&machine.ports));
+        }
+        let mut config = machine.config(self.serial(), self.on_reboot);
+        if !self.port.is_empty() {
+            config.ports.clone_from(&self.port);
+        }
         let id = match &self.id {
             Some(id) => id.clone(),
             None if is_default_id(&config.id) => default_id(),
@@ -240,6 +271,13 @@ impl RunOptions {
             None if self.no_api => Wanted::Nothing,
             None => Wanted::InFolder,
         }
+    }
+}
+
+fn default_command_line(console: Option<Console>) -> &'static str {
+    match console.unwrap_or_default() {
+        Console::Serial => "console=ttyS0",
+        Console::Virtio => "console=hvc0",
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Every error here is the user's, and one line that says what is wrong, with which value, and what to do.
 
+use crate::ports::{self, Port};
 use crate::{Error, Result};
 use anyvisor_x86::cpuid::CpuChoice;
 use std::path::PathBuf;
@@ -37,6 +38,12 @@ pub struct Config {
     pub cpus: u32,
     pub cpu: CpuChoice,
     pub serial: Serial,
+    /// What the guest has as its console: its output goes where `serial` says.
+    pub console: Console,
+    /// Named virtio ports.
+    pub ports: Vec<Port>,
+    /// A virtio device with random bytes of the host.
+    pub rng: bool,
     /// A write of v to port 0xf4 ends the VM with exit code (v << 1) | 1.
     pub debug_exit: bool,
     /// The ports and memory that kvm-unit-tests need, and the debug-exit port.
@@ -137,6 +144,7 @@ impl Config {
                 "--memory {size},hugepages=2M is not a multiple of 2M; give a size that is"
             )));
         }
+        ports::check(&self.ports)?;
         if self.cpus == 0 || self.cpus > CPUS_MAX {
             return Err(Error::user(format!("--cpus {} is out of range; give 1 to {CPUS_MAX}", self.cpus)));
         }
@@ -208,6 +216,28 @@ impl FromStr for Serial {
                 Some(path) if !path.is_empty() => Ok(Serial::File(path.into())),
                 _ => Err(format!("unknown serial console '{text}'; use stdio, file:PATH or null")),
             },
+        }
+    }
+}
+
+/// The device that is the guest's console.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Console {
+    /// The 16550, Linux' ttyS0.
+    #[default]
+    Serial,
+    /// A virtio console, Linux' hvc0. What the guest writes to the 16550 is dropped.
+    Virtio,
+}
+
+impl FromStr for Console {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Console, String> {
+        match text {
+            "serial" => Ok(Console::Serial),
+            "virtio" => Ok(Console::Virtio),
+            _ => Err(format!("unknown console '{text}'; use serial or virtio")),
         }
     }
 }
@@ -349,6 +379,9 @@ mod tests {
             cpus: 1,
             cpu: anyvisor_x86::cpuid::CpuModel::V3.into(),
             serial: Serial::Null,
+            console: Console::Serial,
+            ports: Vec::new(),
+            rng: false,
             debug_exit: false,
             test_device: false,
             on_reboot: OnReboot::Exit,

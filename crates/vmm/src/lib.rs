@@ -18,6 +18,8 @@ pub mod gdb;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod ports;
+mod rng;
 pub mod snapshot;
 pub mod variables;
 pub mod virtio;

@@ -14,7 +14,7 @@ pub(crate) mod driver;
 use crate::Result;
 use anyvisor_devices::state::BadState;
 use anyvisor_devices::virtio::pci::Offer;
-use anyvisor_devices::virtio::queue::{Chain, Queue};
+use anyvisor_devices::virtio::queue::{Chain, Chains, Queue};
 use anyvisor_devices::virtio::{Broken, Written};
 use rustix::event::PollFlags;
 use serde_json::Value;
@@ -67,6 +67,10 @@ pub trait Model: Send {
     fn settle(&mut self, _queues: &mut Queues<'_>) -> Result<(), Broken> {
         Ok(())
     }
+
+    /// The VM has ended by itself: what the guest has said and is not where it should be goes there now, as long as that is
+    /// worth waiting for.
+    fn finish(&mut self, _queues: &mut Queues<'_>) {}
 
     /// What a snapshot needs of it beside registers and queues. It has settled. On the owner's thread.
     ///
@@ -217,6 +221,16 @@ impl<'a> Queues<'a> {
         Ok(())
     }
 
+    /// Queue `n` by itself.
+    pub fn queue(&mut self, n: usize) -> OneQueue<'_, 'a> {
+        OneQueue { queues: self, n }
+    }
+
+    /// Lets a model that is not to be interrupted take as many chains again.
+    pub(crate) fn new_turn(&mut self) {
+        self.left = TURN;
+    }
+
     /// The configuration in [`Model::offer`] has changed: the driver is told when the model returns.
     pub fn reconfigure(&mut self) {
         self.reconfigured = true;
@@ -230,5 +244,29 @@ impl<'a> Queues<'a> {
     /// Whether a model was told that there is nothing more only because it was another's turn.
     pub(crate) fn is_cut_short(&self) -> bool {
         self.left == 0
+    }
+}
+
+/// One of a device's queues.
+pub struct OneQueue<'q, 'a> {
+    queues: &'q mut Queues<'a>,
+    n: usize,
+}
+
+impl Chains for OneQueue<'_, '_> {
+    fn pop(&mut self) -> std::result::Result<Option<Chain>, Broken> {
+        self.queues.pop(self.n)
+    }
+    fn push(&mut self, head: u16, length: u32) -> std::result::Result<(), Broken> {
+        self.queues.push(self.n, head, length)
+    }
+    fn put_back(&mut self) {
+        self.queues.put_back(self.n, 1);
+    }
+    fn memory(&self) -> &GuestMemoryMmap {
+        self.queues.memory
+    }
+    fn written(&self) -> Written<'_> {
+        self.queues.written
     }
 }

@@ -12,7 +12,7 @@ use crate::control::runtime::Wanted;
 use crate::engines::Chosen;
 use crate::run::Surroundings;
 use crate::{engines, run, terminal};
-use anyvisor_vmm::config::{OnReboot, Serial};
+use anyvisor_vmm::config::{Console, OnReboot, Serial};
 use anyvisor_vmm::{Config, End, Error, Result};
 use std::io::{IsTerminal, Read, Write};
 use std::sync::Arc;
@@ -40,6 +40,9 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         serial: if interactive { Serial::Stdio } else { Serial::Null },
         debug_exit: false,
         test_device: false,
+        console: Console::default(),
+        ports: Vec::new(),
+        rng: false,
         on_reboot: OnReboot::Exit,
     };
     config.validate()?;

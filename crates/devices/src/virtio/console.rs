@@ -199,8 +199,8 @@ impl Console {
 
     /// Sends the messages that are due, as far as there are buffers for them.
     fn tell(&mut self, queue: &mut dyn Chains, ends: &[&mut dyn End]) -> Result<(), Broken> {
-        for port in 0..self.kinds.len() {
-            while let Some((what, value)) = self.due(port, ends[port].is_open()) {
+        for (port, end) in ends.iter().enumerate() {
+            while let Some((what, value)) = self.due(port, end.is_open()) {
                 let Some(chain) = queue.pop()? else { return Ok(()) };
                 let mut message =
                     [(port as u32).to_le_bytes().as_slice(), &what.to_le_bytes(), &value.to_le_bytes()].concat();

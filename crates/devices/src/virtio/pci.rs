@@ -167,6 +167,10 @@ impl Transport {
             (SPECIFIC, offer.config.len() as u64),
             (NOTIFY, u64::from(NOTIFY_MULTIPLIER) * offer.queues.len() as u64),
         ] {
+            // A device without configuration has no structure of it (4.1.4.6).
+            if length == 0 {
+                continue;
+            }
             let multiplier = (kind == NOTIFY.1).then_some(NOTIFY_MULTIPLIER);
             let body = capability(kind, offset as u32, length as u32, multiplier);
             config.add_capability(VENDOR_CAPABILITY, &body, &vec![0; body.len()]);

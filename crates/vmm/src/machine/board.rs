@@ -18,6 +18,7 @@ use super::timer::Alarm;
 use super::variables::VariablesChip;
 use super::{End, Notify, Parts, lock};
 use crate::acpi::{PCI_PINS, SCI};
+use crate::config::Console;
 use crate::console::{Input, Output};
 use crate::{Config, Error, Result, firmware, layout, memory};
 use anyvisor_devices::acpi_pm::{self, AcpiPm};
@@ -73,6 +74,8 @@ pub(super) struct Wired {
     /// For firmware that has somewhere to keep its variables.
     variables: Option<Mutex<VariablesChip>>,
     devices: Vec<Arc<Device>>,
+    /// The console's bytes go to and from virtio devices, and not the serial port.
+    virtio_console: bool,
     /// In machines that start firmware.
     fw_cfg: Option<Mutex<FwCfg>>,
     test_device: Option<Mutex<TestDevice>>,
@@ -157,6 +160,7 @@ impl Board {
                 piix,
                 variables,
                 devices,
+                virtio_console: config.console == Console::Virtio,
                 fw_cfg: config.firmware.as_ref().map(|_| Mutex::new(firmware::device(config))),
                 test_device: config.test_device.then(Mutex::default),
                 interrupts: Mutex::new(Interrupts { pic: Pic::new(), io_apic: IoApic::new(), lines: 0, pci: [0; 4] }),
@@ -594,7 +598,7 @@ impl Wired {
         let sent = serial.write(offset, value);
         self.settle_serial(&mut serial);
         // Under the lock, so that bytes of several vCPUs keep their order.
-        if let Some(byte) = sent {
+        if let Some(byte) = sent.filter(|_| !self.virtio_console) {
             self.output.put(byte);
         }
     }
@@ -617,6 +621,10 @@ impl Wired {
 
     /// Input that waits goes to the serial port, unless the VM is paused.
     fn take_input(&self) {
+        if self.virtio_console {
+            // Those that have no console find nothing to do.
+            return self.devices.iter().for_each(|device| device.ring());
+        }
         let still = self.still();
         if !*still {
             self.feed_serial(&mut lock(&self.serial));
@@ -624,6 +632,9 @@ impl Wired {
     }
 
     fn feed_serial(&self, serial: &mut Serial) {
+        if self.virtio_console {
+            return self.set_line(serial::COM1_IRQ, serial.interrupt());
+        }
         self.input.pull(|bytes| if bytes.is_empty() { 0 } else { serial.enqueue(bytes) });
         self.set_line(serial::COM1_IRQ, serial.interrupt());
     }

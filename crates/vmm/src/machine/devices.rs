@@ -66,6 +66,8 @@ struct Life {
     asked: u64,
     done: u64,
     stopped: bool,
+    /// The VM has ended by itself, and what the guest said last is to be heard.
+    heard_out: bool,
 }
 
 /// A device in a snapshot. Its configuration space is the bus's.
@@ -139,9 +141,12 @@ impl Device {
         self.bell.ring();
     }
 
-    /// Ends [`Device::run`], and nobody waits for the thread any more.
-    pub fn stop(&self) {
-        lock(&self.life).stopped = true;
+    /// Ends [`Device::run`], and nobody waits for the thread any more. With `hear_out` what the guest said last still goes
+    /// out.
+    pub fn stop(&self, hear_out: bool) {
+        let mut life = lock(&self.life);
+        (life.stopped, life.heard_out) = (true, hear_out);
+        drop(life);
         self.obeyed.notify_all();
         self.bell.ring();
     }
@@ -161,7 +166,26 @@ impl Device {
                 }
             }
         }
+        if lock(&self.life).heard_out {
+            self.hear_out();
+        }
         Ok(())
+    }
+
+    fn hear_out(&self) {
+        let Some(wired) = self.wired.upgrade() else { return };
+        let mut side = lock(&self.side);
+        self.obey(&wired, &mut side);
+        let features = {
+            let pins = lock(&self.pins);
+            pins.transport.may_work().then(|| pins.transport.features())
+        };
+        if let Some(features) = features {
+            self.attend(&wired, &mut side, features, |model, queues| {
+                model.finish(queues);
+                Ok(())
+            });
+        }
     }
 
     /// Does what there is to do now.

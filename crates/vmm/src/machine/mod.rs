@@ -31,8 +31,10 @@ mod timer;
 mod variables;
 mod vcpu;
 
-use crate::config::{OnReboot, show_size};
+use crate::config::{Console, OnReboot, show_size};
 use crate::console::{Input, Output};
+use crate::ports::PortsModel;
+use crate::rng::RngModel;
 use crate::snapshot::{History, Snapshot};
 use crate::variables::Variables;
 use crate::virtio::Model;
@@ -275,8 +277,8 @@ impl Machine {
         room_for_test_device(config, &memory)?;
         let entry = load(config, &memory)?;
         let vm = engine.create_vm(memory.clone())?;
-        let parts = Parts::open(config, &memory)?;
         let outside = Outside { output, input, notify: &notify };
+        let parts = Parts::open(config, &memory, &outside)?;
         let board = Arc::new(Board::new(config, vm.clone(), &memory, parts, &outside, 0)?);
         let choice = match memory::flash_size(&memory) {
             0 => config.cpu,
@@ -349,7 +351,8 @@ impl Machine {
         notify.stop_vcpus();
         input.set_ready(None);
         board.stop_timers();
-        board.devices().iter().for_each(|device| device.stop());
+        let by_itself = matches!(end, End::PowerOff | End::Reboot | End::DebugExit(_));
+        board.devices().iter().for_each(|device| device.stop(by_itself));
         if matches!(end, End::Stopped | End::Left) {
             output.abandon_after(Duration::from_millis(200));
         }
@@ -375,8 +378,8 @@ impl Parts {
     ///
     /// # Errors
     /// [`Error::User`]: which cannot be used, why, and what to do.
-    fn open(config: &Config, memory: &GuestMemoryMmap) -> Result<Parts> {
-        let models = models(config)?;
+    fn open(config: &Config, memory: &GuestMemoryMmap, outside: &Outside<'_>) -> Result<Parts> {
+        let models = models(config, outside)?;
         let Some(path) = config.firmware.as_ref().and_then(|firmware| firmware.variables.as_ref()) else {
             return Ok(Parts { models, variables: None });
         };
@@ -392,10 +395,17 @@ impl Parts {
 }
 
 /// What the virtio devices do, disks first.
-fn models(config: &Config) -> Result<Vec<Box<dyn Model>>> {
+fn models(config: &Config, outside: &Outside<'_>) -> Result<Vec<Box<dyn Model>>> {
     let mut models: Vec<Box<dyn Model>> = Vec::new();
     for image in disk::open(&config.disks)? {
         models.push(Box::new(disk::DiskModel::new(image)));
+    }
+    let screen = (config.console == Console::Virtio).then(|| (outside.output.clone(), outside.input.clone()));
+    if screen.is_some() || !config.ports.is_empty() {
+        models.push(Box::new(PortsModel::new(&config.ports, screen)?));
+    }
+    if config.rng {
+        models.push(Box::new(RngModel));
     }
     if models.len() > devices::DEVICES_MAX {
         let (given, most) = (models.len(), devices::DEVICES_MAX);

@@ -47,9 +47,9 @@ impl Machine {
             let (name, list) = (engine.name(), missing.join(", "));
             return Err(snapshot.error(&format!("cannot go on under engine {name} on this host, which lacks {list}")));
         }
-        let parts = Parts::open(config, &memory)?;
         let start = saved.board.now;
         let outside = Outside { output, input, notify: &notify };
+        let parts = Parts::open(config, &memory, &outside)?;
         let board = Arc::new(Board::new(config, vm.clone(), &memory, parts, &outside, start)?);
         if let Some(difference) = board.changed_image(&saved.board)? {
             return Err(snapshot.error(&format!("cannot go on: {difference}")));

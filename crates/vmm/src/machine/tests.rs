@@ -203,6 +203,9 @@ fn config(kernel: &KernelFile) -> Config {
         serial: crate::config::Serial::Null,
         debug_exit: true,
         test_device: false,
+        console: crate::config::Console::default(),
+        ports: Vec::new(),
+        rng: false,
         on_reboot: OnReboot::Exit,
     }
 }

@@ -2,10 +2,11 @@
 
 use super::{PAGE, pages};
 use crate::Config;
-use crate::config::{Disk, Firmware, HugePages, Module, OnReboot, Serial};
+use crate::config::{Console, Disk, Firmware, HugePages, Module, OnReboot, Serial};
 use crate::layout;
 use crate::machine::BoardState;
 use crate::memory::flash_size;
+use crate::ports::Port;
 use anyvisor_devices::state::LATEST;
 use anyvisor_x86::cpuid::CpuChoice;
 use anyvisor_x86::{Cpuid, VcpuState};
@@ -123,6 +124,16 @@ pub struct Machine {
     pub debug_exit: bool,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub test_device: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub console: Console,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rng: bool,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn is_zero(number: &u64) -> bool {
@@ -147,12 +158,16 @@ impl Machine {
             cpu: config.cpu,
             debug_exit: config.debug_exit,
             test_device: config.test_device,
+            console: config.console,
+            ports: config.ports.iter().map(Port::absolute).collect(),
+            rng: config.rng,
         }
     }
 
     /// Virtio devices.
     fn devices(&self) -> usize {
-        self.disks.len()
+        let console = self.console == Console::Virtio || !self.ports.is_empty();
+        self.disks.len() + usize::from(console) + usize::from(self.rng)
     }
 
     /// Bytes of all its memory.
@@ -180,6 +195,9 @@ impl Machine {
             cpus: self.cpus,
             cpu: self.cpu,
             serial,
+            console: self.console,
+            ports: self.ports.clone(),
+            rng: self.rng,
             debug_exit: self.debug_exit,
             test_device: self.test_device,
             on_reboot,

@@ -1,3 +1,5 @@
+//! What a driver sees of consoles and ports, and what no driver can do to them.
+
 use super::super::hostile::{Chance, Way, torment};
 use super::super::queue::tests::{
     self as queues, DESCRIPTORS, DEVICE as USED, DRIVER, Plain, describe, memory, offer, queue,

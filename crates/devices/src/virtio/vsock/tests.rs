@@ -1,3 +1,5 @@
+//! Connections between a guest and scripted ends on the host, and what no driver can do to them.
+
 use super::super::hostile::{Chance, Way, torment};
 use super::super::queue::tests::{DESCRIPTORS, DEVICE as USED, DRIVER, Plain, SIZE, describe, memory, offer, queue};
 use super::*;
