@@ -383,7 +383,7 @@ mod tests {
             Ok(())
         });
         assert!(
-            outcome.fine > 500 && outcome.broken > 200 && outcome.used > 2000 && given > 1000,
+            outcome.fine > 500 && outcome.broken > 200 && outcome.used > 2000 && given > 300,
             "{outcome:?} {given}"
         );
     }

@@ -159,3 +159,17 @@ fn sockets_have_one_client_after_another() {
     assert!(message(Target::File("/nonexistent/x".into())).contains("--port p"));
     std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
 }
+
+#[test]
+fn hostile_queues_harm_nobody() {
+    let message = |port: u32, what: u16, value: u16| {
+        [port.to_le_bytes().as_slice(), &what.to_le_bytes(), &value.to_le_bytes()].concat()
+    };
+    let headers: Vec<_> = (0..8).flat_map(|what| (0..3).map(move |port| message(port, what, 1))).collect();
+    let (from, to) = (std::fs::File::open("/dev/zero").unwrap(), std::fs::File::create("/dev/null").unwrap());
+    let target =
+        Target::Descriptors { input: Some(OwnedFd::from(from).into()), output: Some(OwnedFd::from(to).into()) };
+    let mut model = PortsModel::new(&[port("a", target.clone()), port("b", target)], None).unwrap();
+    let taken = crate::virtio::driver::fuzz(&mut model, &headers, 300, 1);
+    assert!(taken.broken > 20 && taken.answered > 1000, "{taken:?}");
+}
