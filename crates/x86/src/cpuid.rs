@@ -373,10 +373,12 @@ const HOST_EXTRAS: &[Feature] = &[
 /// move to an engine that does not.
 const ON_REQUEST: &[Feature] = &[PKU, PKS];
 
-/// Vendor, signature and name that the named models show: family 6, model 8Fh. Linux knows no flaw of
-/// this model that [`ARCH_CAPABILITIES`] cannot deny, unlike those of the first x86-64-v3 processors.
+/// Vendor, signature and name that the named models show: family 6, model FFh, which no processor has. Linux knows no flaw
+/// of it that [`ARCH_CAPABILITIES`] cannot deny, unlike those of the first x86-64-v3 processors. Programs that gcc made for
+/// several processors (`target_clones` with `arch=`) look at the model alone, so a real one must have all it is known for:
+/// stress-ng runs AVX-512 on model 8Fh.
 const NAMED_VENDOR: &[u8; 12] = b"GenuineIntel";
-const NAMED_SIGNATURE: u32 = 0x0008_06f4;
+const NAMED_SIGNATURE: u32 = 0x000f_06f0;
 
 /// Physical address bits that named models show at most, so that VMs can move.
 const NAMED_PHYSICAL_BITS: u32 = 46;
