@@ -16,7 +16,7 @@ use anyvisor_x86::{Cpuid, CpuidResult};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
 /// How often somebody who waits for a vCPU looks whether it has left translated code.
@@ -45,6 +45,8 @@ pub struct VmShared {
     pub clock: Mutex<ClockReference>,
     /// The vCPU that last received a lowest-priority interrupt.
     pub last_receiver: AtomicU32,
+    /// Held by who alone may execute instructions ([`Core::with_bus`]).
+    bus: Mutex<()>,
 }
 
 impl VmShared {
@@ -60,7 +62,20 @@ impl VmShared {
             tsc_started,
             clock: Mutex::new(ClockReference { tsc: tsc_started, ns: 0 }),
             last_receiver: AtomicU32::new(0),
+            bus: Mutex::default(),
         }
+    }
+}
+
+impl VmShared {
+    /// Returns once nobody holds the bus that does now.
+    pub(crate) fn wait_for_bus(&self) {
+        drop(self.bus());
+    }
+
+    /// It guards no data that a panic could leave half done.
+    fn bus(&self) -> MutexGuard<'_, ()> {
+        self.bus.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -110,6 +125,8 @@ pub struct VcpuShared {
     told: Condvar,
     /// The thread is in translated code, or in what that has called. It looks at `pending` before.
     inside: AtomicBool,
+    /// The thread executes instructions. It looks at `pending` before.
+    busy: AtomicBool,
     /// The [`lapic::Address`] of the vCPU's APIC, packed; senders match destinations against it.
     address: AtomicU64,
 }
@@ -133,6 +150,7 @@ impl VcpuShared {
             notices: Mutex::default(),
             told: Condvar::new(),
             inside: AtomicBool::new(false),
+            busy: AtomicBool::new(false),
             address: AtomicU64::new(0),
         });
         let owner = CpuBox { shared: shared.clone() };
@@ -229,6 +247,21 @@ impl VcpuShared {
     /// Notes that its thread has left translated code.
     pub(crate) fn leave(&self) {
         self.inside.store(false, Ordering::SeqCst);
+    }
+
+    /// Notes that its thread is about to execute instructions. `false` if it must not: somebody wants the bus.
+    pub(crate) fn begin(&self) -> bool {
+        self.busy.store(true, Ordering::SeqCst);
+        if self.pending().load(Ordering::SeqCst) & pending::BUS != 0 {
+            self.end();
+            return false;
+        }
+        true
+    }
+
+    /// Notes that its thread executes no instructions, or waits in the middle of one before it has accessed anything.
+    pub(crate) fn end(&self) {
+        self.busy.store(false, Ordering::SeqCst);
     }
 
     /// How the vCPU's APIC is addressed.
@@ -401,6 +434,26 @@ impl Core {
         if wait {
             others().for_each(|vcpu| vcpu.wait_until_told());
         }
+    }
+
+    /// Has `act` access memory while no other vCPU executes anything, as a locked access that crosses pages needs it
+    /// (SDM vol. 3A 8.1.2.2). They stop at the ends of their instructions.
+    pub fn with_bus<T>(&mut self, act: impl FnOnce(&mut Core) -> T) -> T {
+        let vm = self.vm.clone();
+        // Whoever has the bus waits for this one.
+        self.shared.end();
+        let _alone = vm.bus();
+        self.shared.busy.store(true, Ordering::SeqCst);
+        let vcpus = vm.vcpus.read().unwrap();
+        let others = || vcpus.iter().filter(|vcpu| vcpu.id != self.shared.id);
+        others().for_each(|vcpu| vcpu.notify(pending::BUS));
+        for vcpu in others() {
+            while vcpu.busy.load(Ordering::SeqCst) {
+                host::give_way();
+            }
+        }
+        drop(vcpus);
+        act(self)
     }
 
     /// What the vCPU's local APIC has.

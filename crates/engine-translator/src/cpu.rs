@@ -200,6 +200,8 @@ pub mod pending {
     pub const DEBUG: u32 = 1 << 3;
     /// Somebody has told something that concerns translated code ([`crate::core::VcpuShared::tell`]).
     pub const CODE: u32 = 1 << 4;
+    /// Somebody wants the bus for himself ([`crate::core::Core::with_bus`]).
+    pub const BUS: u32 = 1 << 5;
 }
 
 /// The vCPU block. `repr(C)`: generated code uses its offsets.

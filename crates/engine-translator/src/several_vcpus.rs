@@ -69,3 +69,25 @@ fn code_that_another_vcpu_writes() {
         assert_eq!(test.read_u64(0x3_0800) & 0xffff_ffff, 2 * ROUNDS, "{method:?}: counted");
     }
 }
+
+/// Both add to eight bytes that lie on two pages, which are not next to each other in physical memory: none of the sums
+/// may get lost, nor a carry from one page to the other.
+/// ```text
+/// mov ebp, 10000 / mov ebx, 0x20ffd / mov eax, 0x101
+/// again: lock add [rbx], rax / dec ebp / jne again / out 0xf4, al
+/// ```
+#[test]
+fn locked_accesses_across_pages() {
+    let code = bytes("bd10270000bbfd0f0200b801010000f0480103ffcd75f8e6f4");
+    for method in [Method::Translate, Method::Interpret] {
+        let mut test = TestVm::long_mode_by(&code, 0, method);
+        test.load(WRITER, &code);
+        test.load(place::PT + 8 * (place::DATA + 0x1000 >> 12), &(place::DATA + 0x3000 | 7).to_le_bytes());
+        let mut other = test.another_vcpu(method, WRITER, place::STACK - 0x800);
+        run(&mut test, &mut other);
+        let mut sum = [0; 8];
+        sum[..3].copy_from_slice(&test.read_u64(place::DATA + 0xffd).to_le_bytes()[..3]);
+        sum[3..].copy_from_slice(&test.read_u64(place::DATA + 0x3000).to_le_bytes()[..5]);
+        assert_eq!(u64::from_le_bytes(sum), 2 * 10_000 * 0x101, "{method:?}");
+    }
+}

@@ -171,6 +171,10 @@ impl TranslatorVcpu {
                 core.cpu.pending.fetch_and(!pending::FLUSH, Ordering::SeqCst);
                 core.flush_all();
             }
+            if reasons & pending::BUS != 0 {
+                core.cpu.pending.fetch_and(!pending::BUS, Ordering::SeqCst);
+                core.vm.wait_for_bus();
+            }
             if reasons & pending::CODE != 0 {
                 core.cpu.pending.fetch_and(!pending::CODE, Ordering::SeqCst);
                 let notices = core.shared.take_notices();
@@ -180,10 +184,14 @@ impl TranslatorVcpu {
             }
             let steps = core.debugger.steps();
             if steps && !core.cpu.halted && !core.cpu.wait_for_sipi {
+                if !core.shared.begin() {
+                    continue;
+                }
                 let step = match &mut self.translator {
                     Some(translator) => translator.interpret(core, io),
                     None => interpret_until_pending(core, io, true),
                 };
+                core.shared.end();
                 if step == Step::Shutdown {
                     return Exit::Shutdown;
                 }
@@ -211,6 +219,9 @@ impl TranslatorVcpu {
             if reasons != 0 {
                 timer.follow(core);
             }
+            if !core.shared.begin() {
+                continue;
+            }
             // An event may be left pending because of an interrupt shadow: one instruction ends that.
             let single = core.cpu.pending.load(Ordering::Relaxed) != 0;
             let step = match &mut self.translator {
@@ -218,6 +229,7 @@ impl TranslatorVcpu {
                 Some(translator) => translator.run(core, io),
                 None => interpret_until_pending(core, io, single),
             };
+            core.shared.end();
             if step == Step::Shutdown {
                 return Exit::Shutdown;
             }

@@ -3,6 +3,7 @@
 use super::alu::mask;
 use super::memory::{self, load, operand_address, store};
 use super::{Exec, atomic, debug};
+use crate::core::Core;
 use crate::mmu::{InRam, Rights};
 use crate::ram::{PAGE_SIZE, copy_from_guest, copy_to_guest};
 use anyvisor_x86::Exception;
@@ -103,13 +104,14 @@ impl Exec<'_> {
             return Ok(());
         }
         self.core.probe_write(address, size as usize, Rights::Current)?;
-        let mut data = [0; 8];
-        let data = &mut data[..size as usize];
-        self.core.read(self.io, address, data, Rights::Current)?;
-        let mut old = [0; 8];
-        old[..size as usize].copy_from_slice(data);
-        let new = f(u64::from_le_bytes(old));
-        self.core.write(self.io, address, &new.to_le_bytes()[..size as usize], Rights::Current)
+        let (io, size) = (self.io, size as usize);
+        let mut replace = |core: &mut Core| {
+            let mut data = [0; 8];
+            core.read(io, address, &mut data[..size], Rights::Current)?;
+            let new = f(u64::from_le_bytes(data));
+            core.write(io, address, &new.to_le_bytes()[..size], Rights::Current)
+        };
+        if locked { self.core.with_bus(replace) } else { replace(self.core) }
     }
 
     /// Where a write target is, within one page of RAM, that `host_address` withholds because translated code is there.

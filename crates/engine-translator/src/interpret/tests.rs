@@ -7,9 +7,7 @@ use anyvisor_x86::bits::{cr0, cr4, efer, gpr::*, rflags::*, xcr0};
 use anyvisor_x86::exception::vector;
 use anyvisor_x86::segment::attr;
 use anyvisor_x86::{Cpuid, CpuidResult, Segment};
-use std::sync::atomic::{AtomicBool, AtomicU32};
-use std::sync::{Arc, RwLock};
-use std::time::Instant;
+use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 mod host;
@@ -53,16 +51,7 @@ fn host_cpuid() -> Cpuid {
 /// A vCPU with `RAM_SIZE` bytes of RAM, no paging, and everything enabled, in `mode`.
 fn machine(mode: Mode) -> Core {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM_SIZE as usize)]).unwrap();
-    let vm = Arc::new(VmShared {
-        ram: Arc::new(Ram::new(memory)),
-        vcpus: RwLock::new(Vec::new()),
-        started: Instant::now(),
-        pic_intr: AtomicBool::new(false),
-        tsc_khz: 1_000_000,
-        tsc_started: 0,
-        clock: Default::default(),
-        last_receiver: AtomicU32::new(0),
-    });
+    let vm = Arc::new(VmShared::new(Arc::new(Ram::new(memory)), 1_000_000));
     let (shared, cpu) = VcpuShared::new(0);
     let mut core = Core::new(vm, shared, cpu, host_cpuid());
     let long = matches!(mode, Mode::Long64 | Mode::Compat16 | Mode::Compat32);
