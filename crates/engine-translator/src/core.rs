@@ -268,7 +268,7 @@ impl VcpuShared {
     pub fn address(&self) -> lapic::Address {
         let packed = self.address.load(Ordering::Acquire);
         lapic::Address {
-            id: self.id,
+            id: (packed >> 40) as u32,
             ldr: packed as u32,
             dfr: (packed >> 32) as u32 & 0xf,
             enabled: packed >> 36 & 1 != 0,
@@ -281,7 +281,8 @@ impl VcpuShared {
         let packed = u64::from(address.ldr)
             | u64::from(address.dfr) << 32
             | u64::from(address.enabled) << 36
-            | u64::from(address.x2apic) << 37;
+            | u64::from(address.x2apic) << 37
+            | u64::from(address.id) << 40;
         self.address.store(packed, Ordering::Release);
     }
 
@@ -350,7 +351,9 @@ pub struct Core {
     pub cpuid: Cpuid,
     /// Width of guest-physical addresses in bits.
     pub physical_bits: u8,
-    pub nmi_pending: bool,
+    /// NMIs that are to be delivered: one at most while another blocks them, else two, as if the first had been delivered at
+    /// once.
+    pub nmis_pending: u8,
     /// The next halt ends at once.
     pub woken: bool,
     /// Guest-physical ranges written that hold translated code; the translator drains it after each step.
@@ -403,7 +406,7 @@ impl Core {
             shared,
             cpuid,
             physical_bits,
-            nmi_pending: false,
+            nmis_pending: 0,
             woken: false,
             code_writes: Vec::new(),
             sample_period: Self::SAMPLE_PERIODS.start,

@@ -292,7 +292,7 @@ impl Vcpu for TranslatorVcpu {
             })
             .collect();
         let woken = self.core.woken;
-        let (nmi_pending, xsave) = (self.core.nmi_pending, self.save_xsave());
+        let (nmi_pending, xsave) = (self.core.nmis_pending > 0, self.save_xsave());
         let cpu = &self.core.cpu;
         Ok(VcpuState {
             gpr: cpu.gpr,
@@ -336,7 +336,7 @@ impl Vcpu for TranslatorVcpu {
         let core = &mut self.core;
         self.exception = state.events.exception;
         self.interrupt = state.events.interrupt;
-        core.nmi_pending = state.events.nmi_pending;
+        core.nmis_pending = state.events.nmi_pending.into();
         core.cpu.nmi_blocked = state.events.nmi_blocked;
         core.cpu.interrupt_shadow = state.events.interrupt_shadow & 3;
         core.cpu.halted = state.activity == Activity::Halted;

@@ -136,6 +136,7 @@ pub enum Destination {
 /// What decides whether a message is for an APIC. Small, so that it can be published to senders.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Address {
+    /// In the mode that it is in: 8 bits in xAPIC mode.
     pub id: u32,
     pub ldr: u32,
     /// The model, bits 31:28 of DFR.
@@ -153,8 +154,7 @@ impl Address {
         let ldr = self.ldr;
         match destination {
             Destination::Broadcast => true,
-            Destination::Physical(id) if self.x2apic => id == self.id,
-            Destination::Physical(id) => id == self.id & 0xff,
+            Destination::Physical(id) => id == self.id,
             Destination::Logical(mda) if self.x2apic => mda >> 16 == ldr >> 16 && mda & ldr & 0xffff != 0,
             Destination::Logical(mda) if mda > 0xff => false,
             Destination::Logical(mda) => match self.dfr {
@@ -265,6 +265,8 @@ pub struct LocalApic {
     highest_irr: u8,
     highest_isr: u8,
     id: u32,
+    /// The ID in xAPIC mode, which software may change on processors without x2APIC mode (SDM 10.4.6).
+    xapic_id: u8,
     base: u64,
     features: Features,
     /// Errors since the last write of ESR.
@@ -288,6 +290,7 @@ impl LocalApic {
             highest_irr: 0,
             highest_isr: 0,
             id,
+            xapic_id: id as u8,
             base: DEFAULT_BASE | base::EN | if id == 0 { base::BSP } else { 0 },
             features,
             errors: 0,
@@ -363,8 +366,8 @@ impl LocalApic {
         regs.iter().flat_map(|&value| [value, 0, 0, 0]).flat_map(u32::to_le_bytes).collect()
     }
 
-    /// Takes over a saved state. The APIC ID is this processor's own, whatever the page says; bits that no
-    /// guest could have set are dropped. Errors leave the APIC as it was.
+    /// Takes over a saved state. The APIC ID is this processor's own, whatever the page says, unless software can change
+    /// it; bits that no guest could have set are dropped. Errors leave the APIC as it was.
     pub fn restore(&mut self, page: &[u8], base: u64, deadline: u64, now: Now) -> Result<(), RestoreError> {
         if page.len() != PAGE_SIZE {
             return Err(RestoreError::Length);
@@ -384,6 +387,9 @@ impl LocalApic {
             }
         }
         *self.reg_mut(reg::DFR) |= 0x0fff_ffff;
+        if !self.features.x2apic {
+            self.xapic_id = (saved(reg::ID) >> 24) as u8;
+        }
         self.set_identity();
         self.highest_irr = self.highest(reg::IRR);
         self.highest_isr = self.highest(reg::ISR);
@@ -423,7 +429,7 @@ impl LocalApic {
             *self.reg_mut(reg::ID) = self.id;
             *self.reg_mut(reg::LDR) = (self.id >> 4) << 16 | 1 << (self.id & 0xf);
         } else {
-            *self.reg_mut(reg::ID) = self.id << 24;
+            *self.reg_mut(reg::ID) = u32::from(self.xapic_id) << 24;
         }
     }
 
@@ -452,6 +458,7 @@ impl LocalApic {
             // To disabled, and from there to xAPIC: the registers start afresh (SDM 10.4.3).
             _ => {
                 self.base = value;
+                self.xapic_id = self.id as u8;
                 self.init();
             }
         }
@@ -591,6 +598,10 @@ impl LocalApic {
                 *self.reg_mut(reg::DIVIDE) = value & 0xb;
                 self.start_count(count, now);
             }
+            reg::ID if !self.features.x2apic => {
+                self.xapic_id = (value >> 24) as u8;
+                self.set_identity();
+            }
             // Read-only registers ignore writes; what does not exist is an error.
             _ if self.read_register(offset, now).is_some() => {}
             _ => self.error(esr::ILLEGAL_REGISTER),
@@ -718,7 +729,7 @@ impl LocalApic {
     /// How messages address this APIC now.
     pub fn address(&self) -> Address {
         Address {
-            id: self.id,
+            id: if self.is_x2apic() { self.id } else { self.xapic_id.into() },
             ldr: self.reg(reg::LDR),
             dfr: self.reg(reg::DFR) >> 28,
             enabled: self.is_enabled(),

@@ -139,7 +139,7 @@ pub fn run(place: &Place, bits: Bits, only: Option<&str>) -> Result<Suite> {
         rows.push(Row { tcg: qemu.get(&entry.name).cloned(), name: entry.name, tests: 1, native: None, ours, remark });
     }
     let about = format!(
-        "kvm-unit-tests ({}), {}, its own list; `cargo xtask suites {}`. anyvisor: translator, one vCPU. {}.",
+        "kvm-unit-tests ({}), {}, its own list; `cargo xtask suites {}`. anyvisor: translator, as many vCPUs as the list says. {}.",
         commit(&folder),
         bits.arch(),
         bits.name(),
@@ -229,20 +229,20 @@ fn run_here(place: &Place, folder: &Path, entry: &Entry) -> Result<(Verdict, Str
     // Of the tests that go by AMD's rules, those that cannot on Intel's are left out where no test device is told of.
     let amd = entry.qemu.contains("vendor=AuthenticAMD");
     let environment = place.cache.join("environment");
-    let text = format!("NR_CPUS=1\nMEMSIZE=1024\nTEST_DEVICE={}\nBOOTLOADER=0\n", u8::from(!amd));
+    let cpus = entry.smp.to_string();
+    let text = format!("NR_CPUS={cpus}\nMEMSIZE=1024\nTEST_DEVICE={}\nBOOTLOADER=0\n", u8::from(!amd));
     std::fs::write(&environment, text).with_context(|| format!("writing {}", environment.display()))?;
     let memory = if entry.qemu.contains("-m 2048") { "2048M" } else { "1024M" };
     // One test compares clocks, and asks the shell for the time.
     let arguments = entry.arguments.replace("`date +%s`", &now().to_string());
     let mut command = vm::command();
-    command.args(["run", "--engine", "translator", "--no-api", "--test-device", "--memory", memory]);
+    command.args(["run", "--engine", "translator", "--no-api", "--test-device", "--memory", memory, "--cpus", &cpus]);
     command.args(["--cpu-model", &cpu_model(&entry.qemu), "--cmdline", &arguments]);
     command.arg("--module").arg(&environment).arg("--kernel").arg(folder.join("x86").join(&entry.file));
     let ended = process::run(&mut command, entry.timeout.unwrap_or(TIMEOUT), |_| false)?;
     let verdict = judge(&ended);
-    let several = "with one vCPU; what needs several waits for SMP";
     let note = match &verdict {
-        Verdict::Pass if entry.smp > 1 => several.into(),
+        Verdict::Pass if entry.smp > 1 => format!("{cpus} vCPUs"),
         Verdict::Skip => skipped_for(&ended.text()),
         _ => String::new(),
     };

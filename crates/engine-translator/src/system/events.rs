@@ -30,7 +30,7 @@ pub fn poll_events(core: &mut Core, io: &dyn GuestIo) -> Step {
     if core.cpu.halted && std::mem::take(&mut core.woken) {
         core.cpu.halted = false;
     }
-    let waiting = core.nmi_pending || core.lapic.highest_pending().is_some() || extint_waits(core);
+    let waiting = core.nmis_pending > 0 || core.lapic.highest_pending().is_some() || extint_waits(core);
     core.cpu.irq_waiting = u32::from(waiting);
     if waiting && (core.cpu.interrupt_shadow != 0 || nmi_accepted(core) || interrupts_accepted(core)) {
         core.cpu.pending.fetch_or(pending::EVENT, Ordering::SeqCst);
@@ -39,7 +39,7 @@ pub fn poll_events(core: &mut Core, io: &dyn GuestIo) -> Step {
 }
 
 fn nmi_accepted(core: &Core) -> bool {
-    core.nmi_pending && !core.cpu.nmi_blocked && core.cpu.interrupt_shadow == 0
+    core.nmis_pending > 0 && !core.cpu.nmi_blocked && core.cpu.interrupt_shadow == 0
 }
 
 fn interrupts_accepted(core: &Core) -> bool {
@@ -55,7 +55,7 @@ fn extint_waits(core: &Core) -> bool {
 
 fn deliver_one(core: &mut Core, io: &dyn GuestIo) -> Step {
     if nmi_accepted(core) {
-        core.nmi_pending = false;
+        core.nmis_pending -= 1;
         core.cpu.nmi_blocked = true;
         core.cpu.halted = false;
         return deliver_interrupt(core, io, vector::NMI);
@@ -84,7 +84,8 @@ pub fn take_messages(core: &mut Core) {
             }
             Message::Nmi => {
                 if core.lapic.deliver(DeliveryMode::Nmi, 0, false) == Delivery::Nmi {
-                    core.nmi_pending = true;
+                    let most = if core.cpu.nmi_blocked { 1 } else { 2 };
+                    core.nmis_pending = (core.nmis_pending + 1).min(most);
                 }
             }
             Message::Init => init(core),
@@ -124,7 +125,7 @@ fn init(core: &mut Core) {
     cpu.wait_for_sipi = core.lapic.base() & base::BSP == 0;
     let signature = core.cpuid(1, 0).eax;
     core.cpu.gpr[gpr::RDX] = u64::from(signature);
-    core.nmi_pending = false;
+    core.nmis_pending = 0;
     core.woken = false;
     core.flush_all();
 }

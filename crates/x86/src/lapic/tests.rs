@@ -683,3 +683,24 @@ fn any_guest_keeps_the_invariants() {
         }
     }
 }
+
+/// Without x2APIC mode the ID is software's to choose, until the APIC is disabled.
+#[test]
+fn ids_can_be_changed_without_x2apic_mode() {
+    let mut apic = LocalApic::new(2, Features { x2apic: false, ..Features::default() });
+    set(&mut apic, reg::ID, 0x7f12_3456);
+    assert_eq!(apic.read32(reg::ID, T0), 0x7f00_0000);
+    assert!(
+        apic.matches_destination(Destination::Physical(0x7f)) && !apic.matches_destination(Destination::Physical(2))
+    );
+    apic.init();
+    assert_eq!((apic.read32(reg::ID, T0), apic.id()), (0x7f00_0000, 2));
+    let page = apic.save(T0);
+    let mut other = LocalApic::new(2, Features { x2apic: false, ..Features::default() });
+    assert_eq!(other.restore(&page, apic.base(), 0, T0), Ok(()));
+    assert_eq!(other.read32(reg::ID, T0), 0x7f00_0000);
+    for base in [0, base::EN] {
+        assert_eq!(apic.write_msr(msr::IA32_APIC_BASE, DEFAULT_BASE | base, T0), Ok(Work::None));
+    }
+    assert_eq!(apic.read32(reg::ID, T0), 0x0200_0000);
+}

@@ -129,6 +129,22 @@ fn nmis_are_blocked_until_iret() {
     assert_eq!(test.rip(), handler(2), "the one that waited");
 }
 
+/// One is delivered, and one waits until then; more are lost.
+#[test]
+fn two_of_several_nmis_arrive() {
+    let mut test = machine(&[0x90], false);
+    test.load(handler(2), &[0x48, 0xcf]); // iretq
+    (0..3).for_each(|_| test.core().shared.send(Message::Nmi));
+    for _ in 0..2 {
+        poll(&mut test);
+        assert_eq!(test.rip(), handler(2));
+        test.steps(1);
+        assert_eq!(test.rip(), place::CODE);
+    }
+    poll(&mut test);
+    assert_eq!(test.rip(), place::CODE, "no third");
+}
+
 #[test]
 fn hlt_wakes_for_what_is_accepted_only() {
     let mut test = machine(&[0xf4, 0x90], false);
