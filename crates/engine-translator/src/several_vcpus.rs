@@ -82,12 +82,13 @@ fn locked_accesses_across_pages() {
     for method in [Method::Translate, Method::Interpret] {
         let mut test = TestVm::long_mode_by(&code, 0, method);
         test.load(WRITER, &code);
-        test.load(place::PT + 8 * (place::DATA + 0x1000 >> 12), &(place::DATA + 0x3000 | 7).to_le_bytes());
+        let (entry, page) = (place::PT + 8 * ((place::DATA + 0x1000) >> 12), place::DATA + 0x3000);
+        test.load(entry, &(page | 7).to_le_bytes());
         let mut other = test.another_vcpu(method, WRITER, place::STACK - 0x800);
         run(&mut test, &mut other);
         let mut sum = [0; 8];
         sum[..3].copy_from_slice(&test.read_u64(place::DATA + 0xffd).to_le_bytes()[..3]);
-        sum[3..].copy_from_slice(&test.read_u64(place::DATA + 0x3000).to_le_bytes()[..5]);
+        sum[3..].copy_from_slice(&test.read_u64(page).to_le_bytes()[..5]);
         assert_eq!(u64::from_le_bytes(sum), 2 * 10_000 * 0x101, "{method:?}");
     }
 }
