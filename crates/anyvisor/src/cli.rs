@@ -2,12 +2,15 @@
 
 use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
-use anyvisor_vmm::config::{Config, Console, Disk, Firmware, HugePages, Memory, Module, OnReboot, Serial, show_size};
+use anyvisor_vmm::config::{
+    Config, Console, Disk, Firmware, HugePages, Memory, Module, OnReboot, Serial, Share, show_size,
+};
 use anyvisor_vmm::ports::Port;
 use anyvisor_vmm::{Error, Result, gdb, snapshot};
 use anyvisor_x86::cpuid::{CpuChoice, CpuModel};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -45,6 +48,8 @@ pub enum Command {
     Doctor,
     /// Fetches a Linux kernel and a shell, and boots them
     Quickstart(QuickstartOptions),
+    /// Runs a command of this host's in a fresh VM: it sees the host's files, and what it changes of them is gone with the VM
+    Exec(ExecOptions),
 }
 
 impl Command {
@@ -52,6 +57,7 @@ impl Command {
         match self {
             Command::Run(options) => options.verbose,
             Command::Quickstart(options) => options.verbose,
+            Command::Exec(options) => options.verbose.saturating_sub(1),
             _ => 0,
         }
     }
@@ -85,6 +91,10 @@ pub struct RunOptions {
     /// Disk, a raw image or block device of the host: PATH, or PATH,ro to read it only; repeat for more
     #[arg(long, value_name = "PATH[,ro][,format=raw]")]
     pub disk: Vec<Disk>,
+    /// Folder of the host that the guest may mount (mount -t virtiofs NAME /mnt); by default its name is the folder's own.
+    /// With ro nothing in it can be changed, with cache=always nobody else changes it meanwhile; repeat for more
+    #[arg(long, value_name = "FOLDER[:NAME][,ro][,cache=always]")]
+    pub share: Vec<Share>,
     /// RAM, and on which pages of the host: 4G, 4G,hugepages=thp (transparent huge pages, or none at all) or
     /// 4G,hugepages=2M (from the host's pool, vm.nr_hugepages) [default: 512M]
     #[arg(long, value_name = "SIZE[,hugepages=thp|2M]")]
@@ -154,6 +164,8 @@ impl RunOptions {
             modules: self.module.clone(),
             command_line: self.cmdline.clone().unwrap_or_else(|| default_command_line(self.console).into()),
             disks: self.disk.clone(),
+            shares: self.share.clone(),
+            channel: None,
             memory: self.memory.map_or(512 << 20, |memory| memory.size),
             huge_pages: self.huge_pages(),
             cpus: self.cpus.unwrap_or(1),
@@ -239,6 +251,9 @@ impl RunOptions {
         let names = |ports: &[Port]| ports.iter().map(|port| port.name.clone()).collect::<Vec<_>>().join(", ");
         if !self.port.is_empty() && names(&self.port) != names(&machine.ports) {
             return contradicts("port", names(&self.port), names(&machine.ports));
+        }
+        if !self.share.is_empty() {
+            return contradicts("share", "as given".into(), "none".into());
         }
         let mut config = machine.config(self.serial(), self.on_reboot);
         if !self.port.is_empty() {
@@ -379,6 +394,47 @@ pub struct QuickstartOptions {
     #[arg(long)]
     pub check: bool,
     /// More messages on stderr; repeat for more
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+#[derive(Debug, Args)]
+pub struct ExecOptions {
+    /// The command and its arguments; exec's own options stand before it
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+    /// The guest's kernel, a bzImage [default: this host's or its distribution's, as quickstart finds it]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Where the kernel's modules are, if it has not built in what it takes to see the host's files [default: those of its
+    /// version in /lib/modules]
+    #[arg(long, value_name = "FOLDER", requires = "kernel")]
+    pub modules: Option<PathBuf>,
+    /// A folder below which changes are made on the host; repeat for more
+    #[arg(long, value_name = "FOLDER")]
+    pub rw: Vec<PathBuf>,
+    /// Run the command as you, not as the guest's root
+    #[arg(long)]
+    pub user: bool,
+    /// End the VM after this time, with exit code 124
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub timeout: Option<Duration>,
+    /// What executes guest code: auto, translator or kvm
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    pub engine: EngineChoice,
+    /// RAM, and on which pages of the host; the command's changes to files are in three quarters of it
+    #[arg(long, value_name = "SIZE[,hugepages=thp|2M]", default_value = "1G")]
+    pub memory: Memory,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// x86-64-v3, x86-64-v2 or host
+    #[arg(long, value_name = "MODEL", default_value = "x86-64-v3")]
+    pub cpu_model: CpuChoice,
+    /// More words for the kernel's command line
+    #[arg(long, value_name = "WORDS")]
+    pub append: Option<String>,
+    /// Show the kernel's console on stderr; repeat for messages of anyvisor's
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }

@@ -3,7 +3,9 @@
 //! Every error here is the user's, and one line that says what is wrong, with which value, and what to do.
 
 use crate::ports::{self, Port};
+use crate::share::Channel;
 use crate::{Error, Result};
+use anyvisor_devices::virtio::fs::TAG_MAX;
 use anyvisor_x86::cpuid::CpuChoice;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -32,6 +34,10 @@ pub struct Config {
     pub modules: Vec<Module>,
     pub command_line: String,
     pub disks: Vec<Disk>,
+    /// Folders of the host's that the guest has.
+    pub shares: Vec<Share>,
+    /// A command's standard streams.
+    pub channel: Option<Channel>,
     /// RAM in bytes, a multiple of 4 KiB.
     pub memory: u64,
     pub huge_pages: HugePages,
@@ -116,6 +122,54 @@ pub struct Disk {
 pub enum Format {
     /// Sector by sector.
     Raw,
+}
+
+/// A folder of the host's and how the guest has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub path: PathBuf,
+    /// The name by which the guest mounts it.
+    pub tag: String,
+    pub read_only: bool,
+    /// Nobody changes it while the guest runs, so that the guest may keep what it has seen.
+    pub unchanging: bool,
+    /// The guest sees what belongs to the user who runs this process as root's.
+    pub as_root: bool,
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    /// A folder, a name behind a colon, and options behind commas: `ro`, `cache=always`.
+    fn from_str(text: &str) -> std::result::Result<Share, String> {
+        let mut parts = text.split(',');
+        let place = parts.next().unwrap_or_default();
+        let (path, tag) = match place.rsplit_once(':') {
+            Some((path, tag)) if !tag.contains('/') => (path, Some(tag)),
+            _ => (place, None),
+        };
+        if path.is_empty() {
+            return Err("a share has no folder; write FOLDER, FOLDER:NAME or FOLDER,ro".into());
+        }
+        let path = PathBuf::from(path);
+        let own = path.file_name().map_or("root".into(), |name| name.to_string_lossy().into_owned());
+        let tag = tag.map_or(own, str::to_owned);
+        if tag.is_empty() || tag.len() > TAG_MAX || tag.contains('\0') {
+            return Err(format!(
+                "bad name '{tag}' of a share; a guest mounts it by 1 to {TAG_MAX} bytes: write FOLDER:NAME"
+            ));
+        }
+        let mut share = Share { path, tag, read_only: false, unchanging: false, as_root: false };
+        for part in parts {
+            match part {
+                "ro" => share.read_only = true,
+                "cache=always" => share.unchanging = true,
+                "cache=auto" => share.unchanging = false,
+                _ => return Err(format!("unknown option '{part}' of a share; use ro or cache=always")),
+            }
+        }
+        Ok(share)
+    }
 }
 
 impl Config {
@@ -374,6 +428,8 @@ mod tests {
             modules: Vec::new(),
             command_line: String::new(),
             disks: Vec::new(),
+            shares: vec![],
+            channel: None,
             memory: 512 << 20,
             huge_pages: HugePages::IfThere,
             cpus: 1,

@@ -20,6 +20,7 @@ pub mod machine;
 pub mod memory;
 pub mod ports;
 mod rng;
+pub mod share;
 pub mod snapshot;
 pub mod variables;
 pub mod virtio;

@@ -38,7 +38,7 @@ use crate::rng::RngModel;
 use crate::snapshot::{History, Snapshot};
 use crate::variables::Variables;
 use crate::virtio::Model;
-use crate::{Config, Error, Result, acpi, boot, disk, layout, memory};
+use crate::{Config, Error, Result, acpi, boot, disk, layout, memory, share};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
 use anyvisor_x86::Cpuid;
@@ -407,6 +407,8 @@ fn models(config: &Config, outside: &Outside<'_>) -> Result<Vec<Box<dyn Model>>>
     if config.rng {
         models.push(Box::new(RngModel));
     }
+    models.extend(share::open(&config.shares)?);
+    models.extend(config.channel.as_ref().map(share::channel));
     if models.len() > devices::DEVICES_MAX {
         let (given, most) = (models.len(), devices::DEVICES_MAX);
         return Err(Error::user(format!(

@@ -196,6 +196,8 @@ fn config(kernel: &KernelFile) -> Config {
         modules: Vec::new(),
         command_line: "console=ttyS0".into(),
         disks: Vec::new(),
+        shares: vec![],
+        channel: None,
         memory: 32 << 20,
         huge_pages: crate::config::HugePages::IfThere,
         cpus: 1,

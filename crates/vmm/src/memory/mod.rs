@@ -11,7 +11,7 @@ mod huge_file;
 
 use crate::config::{HUGE, HugePages, show_size};
 use crate::{Error, Result, layout};
-use anyvisor_devices::virtio::queue::Piece;
+use anyvisor_devices::virtio::queue::{Piece, total};
 use anyvisor_engine::memory::{FILE_NAME, ram_file};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
@@ -156,6 +156,14 @@ pub fn flash_size(memory: &GuestMemoryMmap) -> u64 {
 /// # Errors
 /// The host's; or the file ends before.
 pub fn read_file(memory: &GuestMemoryMmap, pieces: &[Piece], file: &File, offset: u64) -> std::io::Result<()> {
+    all_of(pieces, read_file_up_to(memory, pieces, file, offset)?)
+}
+
+/// As [`read_file`], but the file may end before: returns how many bytes were read.
+///
+/// # Errors
+/// The host's.
+pub fn read_file_up_to(memory: &GuestMemoryMmap, pieces: &[Piece], file: &File, offset: u64) -> std::io::Result<u64> {
     transfer(memory, pieces, offset, |part, at| {
         // SAFETY: `transfer` gives ranges of guest RAM, which stays mapped while `memory` is borrowed and to which no
         // Rust reference exists; the kernel writes no more than their lengths.
@@ -168,19 +176,25 @@ pub fn read_file(memory: &GuestMemoryMmap, pieces: &[Piece], file: &File, offset
 /// # Errors
 /// The host's.
 pub fn write_file(memory: &GuestMemoryMmap, pieces: &[Piece], file: &File, offset: u64) -> std::io::Result<()> {
-    transfer(memory, pieces, offset, |part, at| {
-        // SAFETY: as in `read_file`; the kernel only reads the ranges.
+    let done = transfer(memory, pieces, offset, |part, at| {
+        // SAFETY: as in `read_file_up_to`; the kernel only reads the ranges.
         unsafe { libc::pwritev(file.as_raw_fd(), part.as_ptr(), part.len() as i32, at) }
-    })
+    })?;
+    all_of(pieces, done)
 }
 
-/// Has `system_call` transfer all of `pieces`, from byte `offset` of a file, some at a time.
+fn all_of(pieces: &[Piece], done: u64) -> std::io::Result<()> {
+    if done < total(pieces) { Err(std::io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+}
+
+/// Has `system_call` transfer all of `pieces`, from byte `offset` of a file, some at a time, until it transfers none.
+/// Returns how many bytes that were.
 fn transfer(
     memory: &GuestMemoryMmap,
     pieces: &[Piece],
     offset: u64,
     system_call: impl Fn(&[libc::iovec], libc::off_t) -> isize,
-) -> std::io::Result<()> {
+) -> std::io::Result<u64> {
     let outside = || std::io::Error::other("a buffer outside of guest memory");
     let mut ranges = Vec::with_capacity(pieces.len());
     for piece in pieces {
@@ -192,7 +206,7 @@ fn transfer(
         let part = &ranges[first..ranges.len().min(first + PIECES_MAX)];
         let position = libc::off_t::try_from(at).map_err(|_| std::io::Error::other("an offset beyond any file"))?;
         let mut done = match system_call(part, position) {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            0 => break,
             done if done > 0 => done as usize,
             _ => match std::io::Error::last_os_error() {
                 error if error.kind() == std::io::ErrorKind::Interrupted => continue,
@@ -210,7 +224,7 @@ fn transfer(
             range.iov_len -= done;
         }
     }
-    Ok(())
+    Ok(at - offset)
 }
 
 /// Whether this process can have transparent huge pages, or why not and what to do.

@@ -190,6 +190,9 @@ impl Machine {
             modules: self.modules.clone(),
             command_line: self.command_line.clone(),
             disks: self.disks.clone(),
+            // A VM that has some is not saved.
+            shares: Vec::new(),
+            channel: None,
             memory: self.memory,
             huge_pages: HugePages::default(),
             cpus: self.cpus,
