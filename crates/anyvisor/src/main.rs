@@ -3,13 +3,14 @@
 //! This file knows the commands, the exit codes and, alone in the workspace, the engines by name.
 //!
 //! Exit codes: 0 when the guest powers off or reboots, (v << 1) | 1 for a guest's debug exit with v,
-//! 2 for a user's mistake, 3 for a triple fault, 1 otherwise.
+//! 2 for a user's mistake, 3 for a triple fault, 1 otherwise. `exec` has its command's own.
 
 mod cli;
 mod control;
 mod detach;
 mod doctor;
 mod engines;
+mod exec;
 mod quickstart;
 mod run;
 mod signals;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         cli::Command::Console(vm) => control::console::attach(&vm.id),
         cli::Command::Doctor => doctor::command(),
         cli::Command::Quickstart(options) => quickstart::command(options),
+        cli::Command::Exec(options) => Ok(exec::command(&options)),
     };
     match result {
         Ok(code) => ExitCode::from(code),

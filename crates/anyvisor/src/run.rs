@@ -38,10 +38,14 @@ pub fn command(options: RunOptions) -> Result<u8> {
     let chosen = engines::open(options.engine)?;
     let output = open_output(&config.serial)?;
     let gdb = options.gdb.as_ref().map(gdb::Listener::new).transpose()?;
-    let surroundings = Surroundings { output, limit: None, api: options.api(), gdb, measure: options.stat, background };
+    let surroundings =
+        Surroundings { output, limit: None, api: options.api(), gdb, measure: options.stat, background, control: None };
     let end = run_vm(&config, snapshot.as_ref(), &chosen, surroundings)?;
     Ok(exit_code(&config, &end))
 }
+
+/// Told a VM's control.
+pub type TakeControl = Box<dyn FnOnce(&Remote)>;
 
 /// What a VM has to do with on the host.
 pub struct Surroundings {
@@ -57,6 +61,8 @@ pub struct Surroundings {
     pub measure: bool,
     /// For a VM that is to run in the background.
     pub background: Option<Background>,
+    /// Given the VM's control before it is built.
+    pub control: Option<TakeControl>,
 }
 
 fn open_snapshot(folder: &Path, verify: bool) -> Result<Arc<Snapshot>> {
@@ -75,10 +81,13 @@ pub fn run_vm(
     chosen: &Chosen,
     surroundings: Surroundings,
 ) -> Result<End> {
-    let Surroundings { output, limit, api, gdb, measure, background } = surroundings;
+    let Surroundings { output, limit, api, gdb, measure, background, control: take_control } = surroundings;
     let (control, remote) = machine::control();
     // Before any thread starts, so that all inherit the mask.
     signals::end_vm_on_signals(remote.clone())?;
+    if let Some(take) = take_control {
+        take(&remote);
+    }
     if let Some(limit) = limit {
         let remote = remote.clone();
         std::thread::spawn(move || {

@@ -33,14 +33,29 @@ pub fn leave_on_signals() -> Result<()> {
     watch(|_| leave())
 }
 
+/// Calls `then` whenever the terminal's size changes. Call it before starting other threads.
+pub fn on_resize(then: impl Fn() + Send + 'static) -> Result<()> {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initializes the set; sigaddset then gets a valid signal number.
+    let set = unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), libc::SIGWINCH);
+        set.assume_init()
+    };
+    block(&set)?;
+    let thread = std::thread::Builder::new().name("resizes".into()).spawn(move || {
+        loop {
+            wait(&set);
+            then();
+        }
+    });
+    thread.map(drop).map_err(|e| Error::host("cannot start the thread for the terminal's size", e))
+}
+
 /// Starts the thread that waits for a signal and then does `then`.
 fn watch(then: impl FnOnce(&libc::sigset_t) + Send + 'static) -> Result<()> {
     let set = signal_set();
-    // SAFETY: `set` is initialized, and the old mask is not asked for.
-    let status = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
-    if status != 0 {
-        return Err(Error::host("cannot block signals", std::io::Error::from_raw_os_error(status)));
-    }
+    block(&set)?;
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
@@ -49,6 +64,15 @@ fn watch(then: impl FnOnce(&libc::sigset_t) + Send + 'static) -> Result<()> {
         })
         .map_err(|e| Error::host("cannot start the signal thread", e))?;
     Ok(())
+}
+
+/// Blocks the signals in this thread, and in those that it starts.
+fn block(set: &libc::sigset_t) -> Result<()> {
+    // SAFETY: `set` is initialized, and the old mask is not asked for.
+    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, set, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(Error::host("cannot block signals", std::io::Error::from_raw_os_error(error))),
+    }
 }
 
 fn leave() -> ! {

@@ -17,14 +17,33 @@ const KERNEL_PACKAGES: [&str; 3] = ["linux-image-cloud-amd64", "linux-image-virt
 const KERNEL_OPTIONS: [&str; 5] =
     ["CONFIG_SERIAL_8250_CONSOLE", "CONFIG_BLK_DEV_INITRD", "CONFIG_DEVTMPFS", "CONFIG_BINFMT_SCRIPT", "CONFIG_TMPFS"];
 
+/// What is kept of a kernel's modules: what a guest needs to have this host's files, and a network.
+const KEPT_MODULES: [&str; 11] = [
+    "virtio",
+    "virtio_ring",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "fuse",
+    "virtiofs",
+    "overlay",
+    "failover",
+    "net_failover",
+    "virtio_net",
+];
+
 const WITHOUT_APT: &str = "give your own with: anyvisor run --kernel FILE --initrd FILE";
 
 /// A folder of this program's in the user's cache.
-pub struct Cache(PathBuf);
+pub struct Cache {
+    folder: PathBuf,
+    /// Say what is fetched, and not what is found.
+    quiet: bool,
+}
 
 impl Cache {
     /// `$XDG_CACHE_HOME/anyvisor`, or `~/.cache/anyvisor`.
-    pub fn open() -> Result<Cache> {
+    pub fn open(quiet: bool) -> Result<Cache> {
         let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let base = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
         let Some(base) = base else {
@@ -32,7 +51,7 @@ impl Cache {
         };
         let path = base.join("anyvisor");
         fs::create_dir_all(&path).map_err(|e| cannot_write(&path, e))?;
-        Ok(Cache(path))
+        Ok(Cache { folder: path, quiet })
     }
 
     /// Writes a file under `name`, all of it or nothing.
@@ -44,13 +63,19 @@ impl Cache {
     }
 
     fn keep(&self, file: &Path, name: &str) -> Result<PathBuf> {
-        let path = self.0.join(name);
+        let path = self.folder.join(name);
         fs::rename(file, &path).map_err(|e| cannot_write(&path, e))?;
         Ok(path)
     }
 
+    fn found(&self, what: &str, path: &Path) {
+        if !self.quiet {
+            progress(&format!("{what}{}", path.display()));
+        }
+    }
+
     fn find(&self, name: &str) -> Option<PathBuf> {
-        Some(self.0.join(name)).filter(|path| path.is_file())
+        Some(self.folder.join(name)).filter(|path| path.is_file())
     }
 }
 
@@ -59,7 +84,7 @@ struct WorkFolder(PathBuf);
 
 impl WorkFolder {
     fn new(cache: &Cache) -> Result<WorkFolder> {
-        let path = cache.0.join(format!("work-{}", std::process::id()));
+        let path = cache.folder.join(format!("work-{}", std::process::id()));
         fs::create_dir_all(&path).map_err(|e| cannot_write(&path, e))?;
         Ok(WorkFolder(path))
     }
@@ -74,13 +99,18 @@ impl Drop for WorkFolder {
 /// A kernel's path: the newest of /boot that will do, or one from the cache or the archive.
 pub fn kernel(cache: &Cache) -> Result<PathBuf> {
     if let Some(path) = host_kernel(Path::new("/boot")) {
-        progress(&format!("kernel: this host's {}", path.display()));
+        cache.found("kernel: this host's ", &path);
         return Ok(path);
     }
     if let Some(path) = cache.find("vmlinuz").filter(|path| boot::check_kernel(path).is_ok()) {
-        progress(&format!("kernel: {}", path.display()));
+        cache.found("kernel: ", &path);
         return Ok(path);
     }
+    fetch_kernel(cache)
+}
+
+/// Fetches a kernel and those of its modules that [`crate::exec`] may want.
+fn fetch_kernel(cache: &Cache) -> Result<PathBuf> {
     let apt = Apt::new(cache)?;
     let package = KERNEL_PACKAGES.iter().find_map(|meta| apt.kernel_behind(meta)).ok_or_else(|| {
         Error::user(format!(
@@ -89,16 +119,66 @@ pub fn kernel(cache: &Cache) -> Result<PathBuf> {
         ))
     })?;
     let work = WorkFolder::new(cache)?;
-    let file = apt.fetch(&package, "boot/vmlinuz-*", &work)?;
+    let modules = KEPT_MODULES.iter().map(|name| format!("*lib/modules/*/{name}.ko*"));
+    let wanted: Vec<String> = ["boot/vmlinuz-*".into()].into_iter().chain(modules).collect();
+    let tree = apt.unpack(&package, &wanted, &work)?;
+    let file =
+        only_file(&tree, |path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-")))
+            .ok_or_else(|| Error::user(format!("{package} has no kernel; {WITHOUT_APT}")))?;
     boot::check_kernel(&file)?;
+    if let Some(version) = version(&file) {
+        let folder = cache.folder.join(format!("modules-{version}"));
+        let whole = work.0.join("modules");
+        fs::create_dir_all(&whole).map_err(|e| cannot_write(&whole, e))?;
+        for name in KEPT_MODULES {
+            let file_of = |path: &Path| {
+                path.file_name().and_then(|file| file.to_string_lossy().split_once(".ko").map(|(of, _)| of == name))
+                    == Some(true)
+            };
+            if let Some(module) = only_file(&tree, file_of) {
+                let to = whole.join(module.file_name().expect("a file has a name"));
+                fs::rename(&module, &to).map_err(|e| cannot_write(&to, e))?;
+            }
+        }
+        // Whoever finds the name finds them all.
+        if !folder.is_dir() {
+            fs::rename(&whole, &folder).map_err(|e| cannot_write(&folder, e))?;
+        }
+    }
     cache.keep(&file, "vmlinuz")
+}
+
+/// The folder with the modules of a kernel that [`kernel`] has found, if its version has any: the host's own, or those kept
+/// with it.
+pub fn modules(cache: &Cache, kernel: &Path) -> Result<Option<PathBuf>> {
+    let Some(version) = version(kernel) else { return Ok(None) };
+    let found = |cache: &Cache| {
+        let places = [cache.folder.join(format!("modules-{version}")), Path::new("/lib/modules").join(&version)];
+        places.into_iter().find(|place| place.is_dir())
+    };
+    // A cache that an earlier version has made holds the kernel alone.
+    if found(cache).is_none() && kernel.starts_with(&cache.folder) {
+        fetch_kernel(cache)?;
+    }
+    Ok(found(cache))
+}
+
+/// The version in a bzImage's header (Linux Documentation/arch/x86/boot.rst, `kernel_version`).
+pub fn version(kernel: &Path) -> Option<String> {
+    let image = fs::read(kernel).ok()?;
+    let offset = u16::from_le_bytes(image.get(0x20e..0x210)?.try_into().ok()?);
+    let text = image.get(usize::from(offset) + 0x200..)?;
+    let end = text.iter().position(|byte| *byte == b' ' || *byte == 0)?;
+    let version = String::from_utf8(text[..end].to_vec()).ok()?;
+    // It becomes a folder's name.
+    Some(version).filter(|version| !version.is_empty() && !version.contains('/'))
 }
 
 /// A static busybox's path.
 pub fn busybox(cache: &Cache) -> Result<PathBuf> {
     let host = ["/bin/busybox", "/usr/bin/busybox"].map(PathBuf::from);
     if let Some(path) = host.into_iter().chain(cache.find("busybox")).find(|path| is_static(path)) {
-        progress(&format!("busybox: {}", path.display()));
+        cache.found("busybox: ", &path);
         return Ok(path);
     }
     let work = WorkFolder::new(cache)?;
@@ -174,7 +254,7 @@ impl Apt {
         if host.knows("busybox-static") && KERNEL_PACKAGES.iter().any(|package| host.knows(package)) {
             return Ok(host);
         }
-        let private = Apt::private(&cache.0.join("apt"))?;
+        let private = Apt::private(&cache.folder.join("apt"))?;
         if !private.knows("busybox-static") {
             progress("fetching package lists (apt-get update, into the cache folder)");
             let update = ["-o", "APT::Update::Error-Mode=any", "update"];
@@ -224,6 +304,12 @@ impl Apt {
 
     /// Downloads `package` and takes the one file that matches `pattern` out of it.
     fn fetch(&self, package: &str, pattern: &str, work: &WorkFolder) -> Result<PathBuf> {
+        let tree = self.unpack(package, &[pattern.into()], work)?;
+        only_file(&tree, |_| true).ok_or_else(|| Error::user(format!("{package} has no {pattern}; {WITHOUT_APT}")))
+    }
+
+    /// Downloads `package` and takes the files out of it that match one of `patterns`, into a folder.
+    fn unpack(&self, package: &str, patterns: &[String], work: &WorkFolder) -> Result<PathBuf> {
         progress(&format!("fetching {package}"));
         run(self.command("apt-get").args(["download", package]).current_dir(&work.0), &format!("download {package}"))?;
         let deb = only_file(&work.0, |path| path.extension().is_some_and(|e| e == "deb"))
@@ -236,12 +322,16 @@ impl Apt {
             Command::new("dpkg-deb").arg("--fsys-tarfile").arg(&deb).stdout(Stdio::piped()).spawn().map_err(failed)?;
         let stream = unpack.stdout.take().expect("stdout is piped");
         let mut tar = Command::new("tar");
-        tar.args(["-x", "--no-same-owner", "--wildcards", "-C"]).arg(&tree).arg(format!("./{pattern}")).stdin(stream);
+        tar.args(["-x", "--no-same-owner", "--wildcards", "-C"]).arg(&tree);
+        tar.args(patterns.iter().map(|pattern| format!("./{pattern}"))).stdin(stream);
         let unpacked = run(&mut tar, &what);
         // tar reads to the end, so this ends too.
         unpack.wait().map_err(failed)?;
-        unpacked?;
-        only_file(&tree, |_| true).ok_or_else(|| Error::user(format!("{package} has no {pattern}; {WITHOUT_APT}")))
+        match unpacked {
+            // A pattern that nothing matches is no reason to have none of the others.
+            Err(error) if patterns.len() == 1 || only_file(&tree, |_| true).is_none() => Err(error),
+            _ => Ok(tree),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! (`init.sh`) and powers off; it has passed if its last words on the console are a line with a number that
 //! this run has chosen. That line, not the exit of the VM, is what makes the exit code 0.
 
-mod fetch;
+pub mod fetch;
 mod initramfs;
 
 use crate::cli::QuickstartOptions;
@@ -33,6 +33,8 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         modules: Vec::new(),
         command_line: String::new(),
         disks: Vec::new(),
+        shares: vec![],
+        channel: None,
         memory: options.memory.size,
         huge_pages: options.memory.huge_pages,
         cpus: options.cpus,
@@ -47,7 +49,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
     };
     config.validate()?;
     let chosen = engines::open(options.engine)?;
-    let cache = fetch::Cache::open()?;
+    let cache = fetch::Cache::open(false)?;
     config.kernel = fetch::kernel(&cache)?;
     let busybox = fetch::busybox(&cache)?;
     let busybox =
@@ -66,7 +68,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
 }
 
 fn surroundings(output: Box<dyn Write + Send>, limit: Option<Duration>) -> Surroundings {
-    Surroundings { output, limit, api: Wanted::InFolder, gdb: None, measure: false, background: None }
+    Surroundings { output, limit, api: Wanted::InFolder, gdb: None, measure: false, background: None, control: None }
 }
 
 /// Boots the guest to check itself.
