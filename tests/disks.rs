@@ -102,6 +102,52 @@ check complaints "$(dmesg | grep -c -E 'nobody cared|I/O error|BUG:|Oops|WARNING
     all_pass(&ended, 3);
 }
 
+/// qcow2 with an image behind it, past the page cache, with limits, by several queues: what is there is read, and what is written is
+/// there after.
+#[test]
+fn disks_of_every_kind_hold_a_file_system() {
+    let folder = assets::scratch_folder();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let base = image(folder.path(), "base", 16 * MIB);
+    let sum = std::process::Command::new("md5sum").arg(&base).output().expect("md5sum runs");
+    let sum = String::from_utf8_lossy(&sum.stdout).split(' ').next().unwrap().to_owned();
+    let qemu_img = |arguments: &[&str]| {
+        let output = std::process::Command::new("qemu-img").args(arguments).output().expect("qemu-img runs");
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    };
+    qemu_img(&["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", &at("top")]);
+    image(folder.path(), "direct", 16 * MIB);
+    image(folder.path(), "limited", 4 * MIB);
+    let script = format!(
+        r#"
+check queues "$(ls /sys/block/vda/mq | wc -l) $(ls /sys/block/vdb/mq | wc -l)" "2 2"
+check behind "$(md5sum </dev/vda)" "{sum}  -"
+seq 1 200000 >/tmp/numbers
+for d in a b; do
+    mke2fs -F /dev/vd$d >/dev/null 2>&1; mkdir -p /$d; mount -t ext4 /dev/vd$d /$d
+    for i in 1 2 3 4; do cp /tmp/numbers /$d/$i & done; wait
+    sync; rm /$d/1; fstrim /$d; umount /$d; echo 3 >/proc/sys/vm/drop_caches; mount -t ext4 /dev/vd$d /$d
+    check files$d "$(cat /$d/[0-9]* | md5sum)" "$(cat /tmp/numbers /tmp/numbers /tmp/numbers | md5sum)"
+    umount /$d
+done
+start=$(cut -d. -f1 /proc/uptime); dd if=/dev/vdc of=/dev/null bs=64k 2>/dev/null; end=$(cut -d. -f1 /proc/uptime)
+check limit "$([ $((end - start)) -ge 2 ] && echo slow)" slow
+check complaints "$(dmesg | grep -c -E 'I/O error|BUG:|Oops|WARNING:|Call Trace')" 0
+"#
+    );
+    let disks =
+        [format!("{},format=qcow2", at("top")), format!("{},direct", at("direct")), format!("{},bw=1M", at("limited"))];
+    let kernel = assets::kernel().expect("a kernel");
+    let initramfs = initramfs("kinds", &script).display().to_string();
+    let mut more = vec!["--initrd", &initramfs, "--cmdline", "console=ttyS0 quiet", "--cpus", "2"];
+    disks.iter().for_each(|disk| more.extend(["--disk", disk]));
+    let ended = vm::Vm::start(&vm::arguments(&kernel, &more)).expect("anyvisor starts").end(PATIENCE);
+    all_pass(&ended, 6);
+    qemu_img(&["check", "-q", &at("top")]);
+    let now = std::fs::read(&base).unwrap();
+    assert!(now == std::fs::read(image(folder.path(), "again", 16 * MIB)).unwrap(), "what is behind stays as it was");
+}
+
 #[test]
 fn a_disk_is_found_again_after_a_reboot() {
     let folder = assets::scratch_folder();
@@ -194,7 +240,9 @@ fn bad_disks_are_refused() {
         ("/nonexistent", "cannot open disk '/nonexistent'"),
         (&*used, "in use by another program"),
         (&*qcow, "looks like a qcow2 image"),
-        ("x,format=qcow2", "'qcow2' is not supported"),
+        (&format!("{qcow},format=qcow2"), "cannot be used as qcow2"),
+        ("x,format=vmdk", "'vmdk' is not supported"),
+        ("x,iops=0", "bad limit 'iops=0'"),
         ("x,rw", "unknown option 'rw'"),
         (&format!("{},ro", folder.path().display()), "neither a file nor a block device"),
     ] {

@@ -88,8 +88,9 @@ pub struct RunOptions {
     /// Kernel command line [default: console=ttyS0; with --console virtio console=hvc0]
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
-    /// Disk, a raw image or block device of the host: PATH, or PATH,ro to read it only; repeat for more
-    #[arg(long, value_name = "PATH[,ro][,format=raw]")]
+    /// Disk, an image or block device of the host; ro: read it only; direct: past the host's page cache; iops, bw: most requests,
+    /// bytes a second (bw=20M); repeat for more
+    #[arg(long, value_name = "PATH[,ro][,format=raw|qcow2][,direct][,iops=N][,bw=N]")]
     pub disk: Vec<Disk>,
     /// Folder of the host that the guest may mount (mount -t virtiofs NAME /mnt); by default its name is the folder's own.
     /// With ro nothing in it can be changed, with cache=always nobody else changes it meanwhile; repeat for more
@@ -378,8 +379,9 @@ pub struct QuickstartOptions {
     /// What executes guest code: auto, translator or kvm
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub engine: EngineChoice,
-    /// Disk, a raw image or block device of the host: PATH, or PATH,ro to read it only; repeat for more
-    #[arg(long, value_name = "PATH[,ro][,format=raw]")]
+    /// Disk, an image or block device of the host; ro: read it only; direct: past the host's page cache; iops, bw: most requests,
+    /// bytes a second (bw=20M); repeat for more
+    #[arg(long, value_name = "PATH[,ro][,format=raw|qcow2][,direct][,iops=N][,bw=N]")]
     pub disk: Vec<Disk>,
     /// RAM, and on which pages of the host
     #[arg(long, value_name = "SIZE[,hugepages=thp|2M]", default_value = "512M")]

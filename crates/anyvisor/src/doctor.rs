@@ -77,6 +77,10 @@ fn host(out: &mut String, cpuinfo: &str) -> std::fmt::Result {
         writeln!(out, "  is itself a virtual machine")?;
     }
     let Pool { total, free } = Pool::of_host();
+    match anyvisor_vmm::disk::io_uring() {
+        Ok(()) => writeln!(out, "  io_uring: disks use it")?,
+        Err(error) => writeln!(out, "  io_uring: {error}; disks take one request after the other")?,
+    }
     writeln!(out, "  transparent huge pages: {}", memory::transparent_state(memory::TRANSPARENT))?;
     let in_files = memory::transparent_state(memory::TRANSPARENT_IN_FILES);
     let on_request = match memory::transparent_file(HUGE) {

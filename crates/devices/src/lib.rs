@@ -17,7 +17,7 @@
 //! | [`pci::PciRoot`] | `port_read`/`port_write`, `ecam_*`, `window_*`; shared, locks itself | `PowerEvent` from port 0xcf9 |
 //! | [`fw_cfg::FwCfg`] | `read(offset, data)`, `write(offset, data)` | none |
 //! | [`virtio::pci::Transport`] | `config_*`, `bar_*`, writes `-> Work` | `pin()` level; `interrupt_queue -> Option<Msi>` |
-//! | [`virtio::block::serve`] | one request of a queue on a [`virtio::block::Storage`] | what it wrote, told as it goes |
+//! | [`virtio::block::Request`] | `parse` of what a driver made available | `Action`; `finish` gives it its status |
 //! | [`test_device::TestDevice`] | `read_latch`, `write_latch`, `read_memory`, `write_memory` | none: its lines are the machine's |
 //! | [`flash::Flash`] | `read`, `write` | what of its contents changed |
 //! | [`power`] | the debug-exit port and the reset control register | `PowerEvent` |

@@ -114,6 +114,14 @@ pub struct Disk {
     /// By default raw, unless the image looks like something else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
+    /// Past the host's page cache (O_DIRECT).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub direct: bool,
+    /// Most requests and most bytes in a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
 }
 
 /// The format of an image.
@@ -122,6 +130,8 @@ pub struct Disk {
 pub enum Format {
     /// Sector by sector.
     Raw,
+    /// QEMU's, with what is behind it.
+    Qcow2,
 }
 
 /// A folder of the host's and how the guest has it.

@@ -231,6 +231,11 @@ impl<'a> Queues<'a> {
         self.left = TURN;
     }
 
+    /// Takes no more chains in this turn: the model is called again at once, after others who want something of the device.
+    pub fn give_way(&mut self) {
+        self.left = 0;
+    }
+
     /// The configuration in [`Model::offer`] has changed: the driver is told when the model returns.
     pub fn reconfigure(&mut self) {
         self.reconfigured = true;

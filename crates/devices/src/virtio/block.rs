@@ -1,18 +1,18 @@
-//! Disks (virtio 1.2, 5.2): the configuration, and one request at a time.
+//! Disks (virtio 1.2, 5.2): the configuration, and what a request asks for.
 //!
-//! A request is a header, data, and a status byte that the device writes, in buffers cut anywhere. What is wrong with
-//! the request itself becomes its status; a chain without room for header or status breaks the device, for there is
-//! nowhere to say so.
+//! A request is a header, data, and a status byte that the device writes, in buffers cut anywhere. It comes out as an
+//! [`Action`] that is possible on such a disk. Who carries it out, now or later, gives it its end with [`Request::finish`].
+//! What is wrong with the request itself becomes its status; a chain without room for header or status breaks the device,
+//! for there is nowhere to say so.
 
 use super::pci::Offer;
 use super::queue::{Chain, Piece, gather, scatter, split, total};
 use super::{Broken, Written, feature};
-use std::io;
 use vm_memory::GuestMemoryMmap;
 
 /// Bytes of a sector, the unit of all addresses.
 pub const SECTOR: u64 = 512;
-/// Bytes of a disk's name for [`Storage::id`].
+/// Bytes of a disk's name, padded with zeros.
 pub const ID_SIZE: usize = 20;
 
 const DEVICE: u16 = 2;
@@ -30,6 +30,7 @@ mod bits {
     pub const READ_ONLY: u64 = 1 << 5;
     pub const BLOCK_SIZE: u64 = 1 << 6;
     pub const FLUSH: u64 = 1 << 9;
+    pub const QUEUES: u64 = 1 << 12;
     pub const DISCARD: u64 = 1 << 13;
     pub const WRITE_ZEROES: u64 = 1 << 14;
 }
@@ -44,254 +45,213 @@ const WRITE_ZEROES: u32 = 13;
 /// Flag of a range to write zeroes to: the device may forget it.
 const UNMAP: u32 = 1;
 
-/// Status bytes.
-const OK: u8 = 0;
-const IO_ERROR: u8 = 1;
-const UNSUPPORTED: u8 = 2;
-
-/// What a disk's contents are in. Offsets and lengths are bytes within the disk.
-pub trait Storage: Send {
-    /// Size of the disk.
-    fn sectors(&self) -> u64;
-    fn is_read_only(&self) -> bool;
-    /// Its name, for people, padded with zeros.
-    fn id(&self) -> [u8; ID_SIZE];
-    /// Reads from `offset` into `pieces`, which are RAM.
-    ///
-    /// # Errors
-    /// The host's; some of it may have been read.
-    fn read(&self, memory: &GuestMemoryMmap, pieces: &[Piece], offset: u64) -> io::Result<()>;
-    /// Writes `pieces` to `offset`.
-    ///
-    /// # Errors
-    /// The host's; some of it may have been written.
-    fn write(&self, memory: &GuestMemoryMmap, pieces: &[Piece], offset: u64) -> io::Result<()>;
-    /// Returns when all that was written lasts.
-    ///
-    /// # Errors
-    /// The host's.
-    fn flush(&self) -> io::Result<()>;
-    /// Forgets a range, if that can be done: what it reads as is then undefined.
-    ///
-    /// # Errors
-    /// The host's.
-    fn discard(&self, offset: u64, length: u64) -> io::Result<()>;
-    /// Makes a range read as zeros, and may give its room back with `unmap`.
-    ///
-    /// # Errors
-    /// The host's.
-    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()>;
+/// What a driver sees of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    pub sectors: u64,
+    pub read_only: bool,
+    /// Bytes of a block, a power of two of at least [`SECTOR`]: what is read and written is best a multiple of it.
+    pub block: u32,
+    /// Request queues.
+    pub queues: u16,
 }
 
-/// What the device on `storage` offers.
-pub fn offer(storage: &dyn Storage) -> Offer {
+/// What the device with this geometry offers.
+pub fn offer(geometry: &Geometry) -> Offer {
     let mut features = bits::SEGMENTS | bits::BLOCK_SIZE | bits::FLUSH | feature::INDIRECT | feature::EVENT_INDEX;
-    features |= if storage.is_read_only() { bits::READ_ONLY } else { bits::DISCARD | bits::WRITE_ZEROES };
-    Offer {
-        device: DEVICE,
-        class: CLASS,
-        features,
-        queues: vec![QUEUE_SIZE],
-        config: config(storage.sectors()),
-        writable: 0..0,
+    features |= if geometry.read_only { bits::READ_ONLY } else { bits::DISCARD | bits::WRITE_ZEROES };
+    if geometry.queues > 1 {
+        features |= bits::QUEUES;
     }
+    let queues = vec![QUEUE_SIZE; geometry.queues.into()];
+    Offer { device: DEVICE, class: CLASS, features, queues, config: config(geometry), writable: 0..0 }
 }
 
 /// `struct virtio_blk_config` (5.2.4).
-fn config(sectors: u64) -> Vec<u8> {
+fn config(geometry: &Geometry) -> Vec<u8> {
     let mut bytes = vec![0; 60];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
-    put(0, &sectors.to_le_bytes());
+    let sectors_of_a_block = geometry.block / SECTOR as u32;
+    put(0, &geometry.sectors.to_le_bytes());
     put(12, &SEGMENTS.to_le_bytes());
-    put(20, &(SECTOR as u32).to_le_bytes());
-    put(34, &1u16.to_le_bytes());
+    put(20, &geometry.block.to_le_bytes());
+    put(34, &geometry.queues.to_le_bytes());
     for at in [36, 48] {
         put(at, &RANGE_MAX.to_le_bytes());
         put(at + 4, &1u32.to_le_bytes());
     }
-    put(44, &1u32.to_le_bytes());
+    put(44, &sectors_of_a_block.to_le_bytes());
     put(56, &[1]);
     bytes
 }
 
-/// Carries out the request in `chain`, under the agreed `features`. Returns how many bytes of its buffers were written.
-///
-/// # Errors
-/// The request makes no sense.
-pub fn serve(
-    chain: &Chain,
-    features: u64,
-    storage: &dyn Storage,
-    memory: &GuestMemoryMmap,
-    written: Written,
-) -> Result<u32, Broken> {
-    let mut header = [0; 16];
-    gather(memory, &chain.readable, &mut header).ok_or(Broken("a disk request without a header"))?;
-    let room = total(&chain.writable).checked_sub(1).ok_or(Broken("a disk request without a status"))?;
-    let (_, payload) = split(&chain.readable, header.len() as u64);
-    let (data, status) = split(&chain.writable, room);
-    let request = Request {
-        kind: u32::from_le_bytes([header[0], header[1], header[2], header[3]]),
-        sector: u64::from_le_bytes(header[8..].try_into().expect("eight bytes")),
-        payload,
-        data,
-    };
-    let (result, length) = request.carry_out(features, storage, memory, written);
-    scatter(memory, &status, &[result], written);
-    Ok(length + 1)
+/// What a request asks for. Offsets and lengths are bytes within the disk, whole sectors, and lie in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Fill [`Request::data`].
+    Read { offset: u64 },
+    /// Write [`Request::data`]; `through`: it lasts when the request ends.
+    Write { offset: u64, through: bool },
+    /// What was written before lasts when the request ends.
+    Flush,
+    /// Tell the disk's name.
+    Id,
+    /// Forget a range, if that can be done: what it reads as is then undefined.
+    Discard { offset: u64, length: u64 },
+    /// Make a range read as zeros, and give its room back with `unmap`.
+    WriteZeroes { offset: u64, length: u64, unmap: bool },
+    /// Nothing: the request cannot be carried out, for this reason.
+    Refuse(Status),
 }
 
-struct Request {
-    kind: u32,
-    sector: u64,
-    /// From the driver, and for it.
-    payload: Vec<Piece>,
-    data: Vec<Piece>,
+/// How a request ended (5.2.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Ok = 0,
+    Failed = 1,
+    Unsupported = 2,
+}
+
+/// A request that has been taken from a queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The chain that it came in.
+    pub head: u16,
+    pub action: Action,
+    /// Buffers to read into, or to write from.
+    pub data: Vec<Piece>,
+    status: Vec<Piece>,
 }
 
 impl Request {
-    /// Returns the status, and how many bytes of `data` were written.
-    fn carry_out(&self, features: u64, storage: &dyn Storage, memory: &GuestMemoryMmap, written: Written) -> (u8, u32) {
-        let status = |result: io::Result<()>| if result.is_ok() { OK } else { IO_ERROR };
-        match self.kind {
-            IN => {
-                let length = total(&self.data);
-                let Some(offset) = range(storage, self.sector, length) else { return (IO_ERROR, 0) };
-                let result = storage.read(memory, &self.data, offset);
-                // What a read that failed left there was written too.
-                self.data.iter().for_each(|piece| written(piece.gpa, piece.length.into()));
-                (status(result), length as u32)
-            }
-            OUT => (self.write(features, storage, memory), 0),
-            FLUSH => (status(storage.flush()), 0),
-            GET_ID => (OK, scatter(memory, &self.data, &storage.id(), written)),
+    /// The request in `chain` to a disk with this geometry, under the agreed `features`.
+    ///
+    /// # Errors
+    /// It makes no sense.
+    pub fn parse(
+        chain: &Chain,
+        features: u64,
+        geometry: &Geometry,
+        memory: &GuestMemoryMmap,
+    ) -> Result<Request, Broken> {
+        let mut header = [0; 16];
+        gather(memory, &chain.readable, &mut header).ok_or(Broken("a disk request without a header"))?;
+        let room = total(&chain.writable).checked_sub(1).ok_or(Broken("a disk request without a status"))?;
+        let (_, payload) = split(&chain.readable, header.len() as u64);
+        let (data, status) = split(&chain.writable, room);
+        let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+        let sector = u64::from_le_bytes(header[8..].try_into().expect("eight bytes"));
+        let (action, data) = match kind {
+            IN => (read(geometry, sector, &data), data),
+            OUT => (write(geometry, features, sector, &payload), payload),
+            FLUSH => (Action::Flush, vec![]),
+            GET_ID => (Action::Id, data),
             DISCARD | WRITE_ZEROES if features & (bits::DISCARD | bits::WRITE_ZEROES) != 0 => {
-                (self.forget(storage, memory), 0)
+                (forget(geometry, kind, &payload, memory), vec![])
             }
-            _ => (UNSUPPORTED, 0),
-        }
-    }
-
-    fn write(&self, features: u64, storage: &dyn Storage, memory: &GuestMemoryMmap) -> u8 {
-        let Some(offset) = range(storage, self.sector, total(&self.payload)) else { return IO_ERROR };
-        if storage.is_read_only() {
-            return IO_ERROR;
-        }
-        let mut result = storage.write(memory, &self.payload, offset);
-        // A driver that cannot flush relies on each write to last (5.2.6.2).
-        if features & bits::FLUSH == 0 {
-            result = result.and_then(|()| storage.flush());
-        }
-        if result.is_ok() { OK } else { IO_ERROR }
-    }
-
-    /// Discards or zeroes the one range that such a request may have.
-    fn forget(&self, storage: &dyn Storage, memory: &GuestMemoryMmap) -> u8 {
-        let mut bytes = [0; 16];
-        if total(&self.payload) != 16 || gather(memory, &self.payload, &mut bytes).is_none() {
-            return IO_ERROR;
-        }
-        let sector = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
-        let [sectors, flags] = [8, 12].map(|at| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")));
-        let known = if self.kind == WRITE_ZEROES { UNMAP } else { 0 };
-        if flags & !known != 0 {
-            return UNSUPPORTED;
-        }
-        let length = u64::from(sectors) * SECTOR;
-        let Some(offset) = range(storage, sector, length).filter(|_| sectors <= RANGE_MAX) else { return IO_ERROR };
-        if storage.is_read_only() {
-            return IO_ERROR;
-        }
-        let result = match self.kind {
-            DISCARD => storage.discard(offset, length),
-            _ => storage.write_zeroes(offset, length, flags & UNMAP != 0),
+            _ => (Action::Refuse(Status::Unsupported), vec![]),
         };
-        if result.is_ok() { OK } else { IO_ERROR }
+        Ok(Request { head: chain.head, action, data, status })
+    }
+
+    /// Bytes that it reads or writes.
+    pub fn length(&self) -> u64 {
+        match self.action {
+            Action::Read { .. } | Action::Write { .. } => total(&self.data),
+            _ => 0,
+        }
+    }
+
+    /// Answers an [`Action::Id`], and returns how many bytes that took.
+    pub fn tell_id(&self, id: &[u8; ID_SIZE], memory: &GuestMemoryMmap, written: Written) -> u32 {
+        scatter(memory, &self.data, id, written)
+    }
+
+    /// Ends the request: `told` bytes have been written by [`Request::tell_id`]. Returns how many bytes of its buffers were
+    /// written in all, for the queue.
+    pub fn finish(&self, status: Status, told: u32, memory: &GuestMemoryMmap, written: Written) -> u32 {
+        let mut length = told;
+        if matches!(self.action, Action::Read { .. }) {
+            // What a read that failed left there was written too.
+            self.data.iter().for_each(|piece| written(piece.gpa, piece.length.into()));
+            length = total(&self.data) as u32;
+        }
+        length + scatter(memory, &self.status, &[status as u8], written)
+    }
+}
+
+const FAILED: Action = Action::Refuse(Status::Failed);
+
+fn read(geometry: &Geometry, sector: u64, data: &[Piece]) -> Action {
+    range(geometry, sector, total(data)).map_or(FAILED, |offset| Action::Read { offset })
+}
+
+fn write(geometry: &Geometry, features: u64, sector: u64, payload: &[Piece]) -> Action {
+    match range(geometry, sector, total(payload)) {
+        // A driver that cannot flush relies on each write to last (5.2.6.2).
+        Some(offset) if !geometry.read_only => Action::Write { offset, through: features & bits::FLUSH == 0 },
+        _ => FAILED,
+    }
+}
+
+/// Discards or zeroes the one range that such a request may have.
+fn forget(geometry: &Geometry, kind: u32, payload: &[Piece], memory: &GuestMemoryMmap) -> Action {
+    let mut bytes = [0; 16];
+    if total(payload) != 16 || gather(memory, payload, &mut bytes).is_none() {
+        return FAILED;
+    }
+    let sector = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
+    let [sectors, flags] = [8, 12].map(|at| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")));
+    let known = if kind == WRITE_ZEROES { UNMAP } else { 0 };
+    if flags & !known != 0 {
+        return Action::Refuse(Status::Unsupported);
+    }
+    let length = u64::from(sectors) * SECTOR;
+    match range(geometry, sector, length) {
+        Some(offset) if sectors <= RANGE_MAX && !geometry.read_only => match kind {
+            DISCARD => Action::Discard { offset, length },
+            _ => Action::WriteZeroes { offset, length, unmap: flags & UNMAP != 0 },
+        },
+        _ => FAILED,
     }
 }
 
 /// The offset of `length` bytes, whole sectors, from `sector`; `None` if they do not lie in the disk.
-fn range(storage: &dyn Storage, sector: u64, length: u64) -> Option<u64> {
+fn range(geometry: &Geometry, sector: u64, length: u64) -> Option<u64> {
     let end = sector.checked_add(length / SECTOR)?;
-    (length.is_multiple_of(SECTOR) && end <= storage.sectors()).then(|| sector * SECTOR)
+    (length.is_multiple_of(SECTOR) && end <= geometry.sectors).then(|| sector * SECTOR)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::queue::tests::{DESCRIPTORS, describe, memory, offer as make_available, queue};
+    use super::super::queue::tests::{DESCRIPTORS, DRIVER, describe, memory, offer as make_available, queue};
     use super::*;
     use std::cell::RefCell;
-    use std::sync::Mutex;
     use vm_memory::{Bytes, GuestAddress};
 
     const NEXT: u16 = 1;
     const WRITABLE: u16 = 2;
-    const SECTORS: u64 = 64;
-
-    /// A disk in memory that takes notes.
-    #[derive(Default)]
-    struct Disk {
-        bytes: Mutex<Vec<u8>>,
-        notes: Mutex<Vec<String>>,
-        read_only: bool,
-        fails: bool,
-    }
-
-    impl Disk {
-        fn new() -> Disk {
-            let bytes = (0..SECTORS).flat_map(|sector| [sector as u8; SECTOR as usize]).collect();
-            Disk { bytes: Mutex::new(bytes), ..Disk::default() }
-        }
-        fn note(&self, what: String) -> io::Result<()> {
-            self.notes.lock().unwrap().push(what);
-            if self.fails { Err(io::Error::other("broken")) } else { Ok(()) }
-        }
-        fn notes(&self) -> Vec<String> {
-            std::mem::take(&mut self.notes.lock().unwrap())
-        }
-    }
-
-    impl Storage for Disk {
-        fn sectors(&self) -> u64 {
-            SECTORS
-        }
-        fn is_read_only(&self) -> bool {
-            self.read_only
-        }
-        fn id(&self) -> [u8; ID_SIZE] {
-            *b"anyvisor-disk0\0\0\0\0\0\0"
-        }
-        fn read(&self, memory: &GuestMemoryMmap, pieces: &[Piece], offset: u64) -> io::Result<()> {
-            self.note(format!("read {offset}"))?;
-            let length = total(pieces) as usize;
-            scatter(memory, pieces, &self.bytes.lock().unwrap()[offset as usize..][..length], &|_, _| {});
-            Ok(())
-        }
-        fn write(&self, memory: &GuestMemoryMmap, pieces: &[Piece], offset: u64) -> io::Result<()> {
-            self.note(format!("write {offset}"))?;
-            let length = total(pieces) as usize;
-            gather(memory, pieces, &mut self.bytes.lock().unwrap()[offset as usize..][..length]).unwrap();
-            Ok(())
-        }
-        fn flush(&self) -> io::Result<()> {
-            self.note("flush".into())
-        }
-        fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-            self.note(format!("discard {offset} {length}"))
-        }
-        fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-            self.note(format!("zeroes {offset} {length} {unmap}"))
-        }
-    }
+    const DISK: Geometry = Geometry { sectors: 64, read_only: false, block: 512, queues: 1 };
 
     const HEADER: u64 = 0x8000;
     const DATA: u64 = 0x9000;
     const STATUS: u64 = 0xa000;
 
-    /// Sends a request with `length` bytes of data; returns its status, and how many bytes were said to be written.
-    fn send(disk: &Disk, features: u64, kind: u32, sector: u64, length: u32, memory: &GuestMemoryMmap) -> (u8, u32) {
+    fn all(geometry: &Geometry) -> u64 {
+        offer(geometry).features
+    }
+
+    /// The request with `length` bytes of data that a driver makes.
+    fn request(
+        geometry: &Geometry,
+        features: u64,
+        kind: u32,
+        sector: u64,
+        length: u32,
+        memory: &GuestMemoryMmap,
+    ) -> Request {
         let mut queue = queue();
-        memory.write_obj(0u32, GuestAddress(super::super::queue::tests::DRIVER)).unwrap();
+        memory.write_obj(0u32, GuestAddress(DRIVER)).unwrap();
         memory.write_obj([u64::from(kind), sector], GuestAddress(HEADER)).unwrap();
         memory.write_obj(0xeeu8, GuestAddress(STATUS)).unwrap();
         describe(memory, DESCRIPTORS, 0, HEADER, 16, NEXT, if length == 0 { 2 } else { 1 });
@@ -299,108 +259,112 @@ mod tests {
         describe(memory, DESCRIPTORS, 1, DATA, length, NEXT | to_driver, 2);
         describe(memory, DESCRIPTORS, 2, STATUS, 1, WRITABLE, 0);
         make_available(memory, 0);
-        let reported = RefCell::new(Vec::new());
-        let told: Written = &|gpa, length| reported.borrow_mut().push((gpa, length));
         let chain = queue.pop(memory).unwrap().unwrap();
-        let length = serve(&chain, features, disk, memory, told).unwrap();
-        assert!(reported.borrow().contains(&(STATUS, 1)), "{reported:x?}");
-        (memory.read_obj(GuestAddress(STATUS)).unwrap(), length)
+        Request::parse(&chain, features, geometry, memory).unwrap()
     }
 
-    fn all(disk: &Disk) -> u64 {
-        offer(disk).features
+    fn action(geometry: &Geometry, kind: u32, sector: u64, length: u32) -> Action {
+        request(geometry, all(geometry), kind, sector, length, &memory()).action
     }
 
     #[test]
-    fn reads_and_writes_go_where_they_should() {
-        let (memory, disk) = (memory(), Disk::new());
-        let features = all(&disk);
-        assert_eq!(send(&disk, features, IN, 5, 1024, &memory), (OK, 1025));
-        let mut data = [0; 1024];
-        memory.read_slice(&mut data, GuestAddress(DATA)).unwrap();
-        assert_eq!((data[0], data[511], data[512], data[1023]), (5, 5, 6, 6));
-        memory.write_slice(&[0x77; 512], GuestAddress(DATA)).unwrap();
-        assert_eq!(send(&disk, features, OUT, SECTORS - 1, 512, &memory), (OK, 1));
-        assert_eq!(disk.bytes.lock().unwrap()[63 * 512..], [0x77; 512]);
-        assert_eq!(send(&disk, features, FLUSH, 0, 0, &memory), (OK, 1));
-        assert_eq!(disk.notes(), ["read 2560", "write 32256", "flush"]);
-        assert_eq!(send(&disk, features, GET_ID, 0, 20, &memory), (OK, 21));
-        assert_eq!(memory.read_obj::<[u8; 20]>(GuestAddress(DATA)).unwrap(), disk.id());
+    fn requests_say_what_they_want() {
+        assert_eq!(action(&DISK, IN, 5, 1024), Action::Read { offset: 2560 });
+        assert_eq!(action(&DISK, OUT, 63, 512), Action::Write { offset: 63 * 512, through: false });
+        assert_eq!(action(&DISK, FLUSH, 0, 0), Action::Flush);
+        assert_eq!(action(&DISK, GET_ID, 0, 20), Action::Id);
+        let read = request(&DISK, all(&DISK), IN, 0, 512, &memory());
+        assert_eq!((read.data.clone(), read.length()), (vec![Piece { gpa: DATA, length: 512 }], 512));
+    }
+
+    #[test]
+    fn requests_end_with_a_status_and_what_was_written() {
+        let memory = memory();
+        let reported = RefCell::new(Vec::new());
+        let told: Written = &|gpa, length| reported.borrow_mut().push((gpa, length));
+        let status = || memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap();
+        let read = request(&DISK, all(&DISK), IN, 5, 1024, &memory);
+        assert_eq!((read.finish(Status::Ok, 0, &memory, told), status()), (1025, 0));
+        assert_eq!(reported.take(), [(DATA, 1024), (STATUS, 1)]);
+        let write = request(&DISK, all(&DISK), OUT, 5, 1024, &memory);
+        assert_eq!((write.finish(Status::Failed, 0, &memory, told), status()), (1, 1));
+        assert_eq!(reported.take(), [(STATUS, 1)]);
+        let id = request(&DISK, all(&DISK), GET_ID, 0, 20, &memory);
+        let length = id.tell_id(b"anyvisor-disk0\0\0\0\0\0\0", &memory, told);
+        assert_eq!(id.finish(Status::Ok, length, &memory, told), 21);
+        assert_eq!(&memory.read_obj::<[u8; 14]>(GuestAddress(DATA)).unwrap(), b"anyvisor-disk0");
     }
 
     #[test]
     fn a_write_lasts_if_the_driver_cannot_flush() {
-        let (memory, disk) = (memory(), Disk::new());
-        assert_eq!(send(&disk, all(&disk) & !bits::FLUSH, OUT, 0, 512, &memory), (OK, 1));
-        assert_eq!(disk.notes(), ["write 0", "flush"]);
+        let write = request(&DISK, all(&DISK) & !bits::FLUSH, OUT, 0, 512, &memory());
+        assert_eq!(write.action, Action::Write { offset: 0, through: true });
     }
 
     #[test]
-    fn impossible_requests_have_a_status() {
-        let (memory, disk) = (memory(), Disk::new());
-        let features = all(&disk);
-        for (kind, sector, length, status) in [
-            (IN, SECTORS, 512, IO_ERROR),
-            (IN, SECTORS - 1, 1024, IO_ERROR),
-            (IN, u64::MAX, 512, IO_ERROR),
-            (IN, 0, 511, IO_ERROR),
-            (OUT, SECTORS - 1, 1024, IO_ERROR),
-            (OUT, 0, 100, IO_ERROR),
-            (DISCARD, 0, 15, IO_ERROR),
-            (2, 0, 512, UNSUPPORTED),
-            (0xffff_ffff, 0, 0, UNSUPPORTED),
+    fn impossible_requests_are_refused() {
+        let unsupported = Action::Refuse(Status::Unsupported);
+        for (kind, sector, length, expected) in [
+            (IN, 64, 512, FAILED),
+            (IN, 63, 1024, FAILED),
+            (IN, u64::MAX, 512, FAILED),
+            (IN, 0, 511, FAILED),
+            (OUT, 63, 1024, FAILED),
+            (OUT, 0, 100, FAILED),
+            (DISCARD, 0, 15, FAILED),
+            (2, 0, 512, unsupported),
+            (0xffff_ffff, 0, 0, unsupported),
         ] {
-            assert_eq!(send(&disk, features, kind, sector, length, &memory).0, status, "{kind} {sector} {length}");
+            assert_eq!(action(&DISK, kind, sector, length), expected, "{kind} {sector} {length}");
         }
-        assert_eq!(disk.notes(), [""; 0]);
-        let read_only = Disk { read_only: true, ..Disk::new() };
-        assert_eq!(send(&read_only, all(&read_only), OUT, 0, 512, &memory).0, IO_ERROR);
-        assert_eq!(send(&read_only, all(&read_only), DISCARD, 0, 16, &memory).0, UNSUPPORTED);
-        let failing = Disk { fails: true, ..Disk::new() };
-        for kind in [IN, OUT, FLUSH] {
-            assert_eq!(send(&failing, features, kind, 0, 512, &memory).0, IO_ERROR);
-        }
+        let read_only = Geometry { read_only: true, ..DISK };
+        assert_eq!(action(&read_only, OUT, 0, 512), FAILED);
+        assert_eq!(action(&read_only, DISCARD, 0, 16), unsupported);
     }
 
     #[test]
     fn ranges_are_forgotten() {
-        let (memory, disk) = (memory(), Disk::new());
-        for (kind, sector, sectors, flags, status) in [
-            (DISCARD, 8u64, 4u32, 0u32, OK),
-            (WRITE_ZEROES, 8, 4, 0, OK),
-            (WRITE_ZEROES, 0, 64, UNMAP, OK),
-            (DISCARD, 0, 1, UNMAP, UNSUPPORTED),
-            (WRITE_ZEROES, 0, 1, 2, UNSUPPORTED),
-            (DISCARD, 60, 5, 0, IO_ERROR),
-            (WRITE_ZEROES, u64::MAX, 1, 0, IO_ERROR),
+        let memory = memory();
+        let unsupported = Action::Refuse(Status::Unsupported);
+        let zeroes = |offset, length, unmap| Action::WriteZeroes { offset, length, unmap };
+        for (kind, sector, sectors, flags, expected) in [
+            (DISCARD, 8u64, 4u32, 0u32, Action::Discard { offset: 4096, length: 2048 }),
+            (WRITE_ZEROES, 8, 4, 0, zeroes(4096, 2048, false)),
+            (WRITE_ZEROES, 0, 64, UNMAP, zeroes(0, 32768, true)),
+            (DISCARD, 0, 1, UNMAP, unsupported),
+            (WRITE_ZEROES, 0, 1, 2, unsupported),
+            (DISCARD, 60, 5, 0, FAILED),
+            (WRITE_ZEROES, u64::MAX, 1, 0, FAILED),
         ] {
             memory.write_obj(sector, GuestAddress(DATA)).unwrap();
             memory.write_obj([sectors, flags], GuestAddress(DATA + 8)).unwrap();
-            assert_eq!(send(&disk, all(&disk), kind, 0, 16, &memory).0, status, "{kind} {sector} {sectors} {flags}");
+            let request = request(&DISK, all(&DISK), kind, 0, 16, &memory);
+            assert_eq!(request.action, expected, "{kind} {sector} {sectors} {flags}");
         }
-        assert_eq!(disk.notes(), ["discard 4096 2048", "zeroes 4096 2048 false", "zeroes 0 32768 true"]);
     }
 
     #[test]
     fn requests_without_header_or_status_break_the_device() {
-        let (memory, disk) = (memory(), Disk::new());
+        let memory = memory();
         for (header, status) in [(15, WRITABLE), (16, 0)] {
             let mut queue = queue();
-            memory.write_obj(0u32, GuestAddress(super::super::queue::tests::DRIVER)).unwrap();
+            memory.write_obj(0u32, GuestAddress(DRIVER)).unwrap();
             describe(&memory, DESCRIPTORS, 0, HEADER, header, NEXT, 1);
             describe(&memory, DESCRIPTORS, 1, STATUS, 1, status, 0);
             make_available(&memory, 0);
             let chain = queue.pop(&memory).unwrap().unwrap();
-            assert!(serve(&chain, all(&disk), &disk, &memory, &|_, _| {}).is_err());
+            assert!(Request::parse(&chain, all(&DISK), &DISK, &memory).is_err());
         }
     }
 
     #[test]
     fn the_configuration_is_the_specifications() {
-        let config = offer(&Disk::new()).config;
+        let geometry = Geometry { block: 4096, queues: 3, ..DISK };
+        let Offer { config, queues, features, .. } = offer(&geometry);
         let u32_at = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
-        assert_eq!((u32_at(0), u32_at(4), u32_at(12), u32_at(20)), (64, 0, 254, 512));
-        assert_eq!((u32_at(36), u32_at(40), u32_at(44), u32_at(48), u32_at(52)), (RANGE_MAX, 1, 1, RANGE_MAX, 1));
-        assert_eq!((config[34], config[56], config.len()), (1, 1, 60));
+        assert_eq!((u32_at(0), u32_at(4), u32_at(12), u32_at(20)), (64, 0, 254, 4096));
+        assert_eq!((u32_at(36), u32_at(40), u32_at(44), u32_at(48), u32_at(52)), (RANGE_MAX, 1, 8, RANGE_MAX, 1));
+        assert_eq!((config[34], config[56], config.len()), (3, 1, 60));
+        assert_eq!((queues.len(), features & bits::QUEUES != 0, all(&DISK) & bits::QUEUES), (3, true, 0));
     }
 }

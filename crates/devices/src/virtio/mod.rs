@@ -3,7 +3,7 @@
 //!
 //! **Idea.** A device is two models that meet in the machine. [`pci::Transport`] is what vCPUs touch: it never looks at
 //! guest memory, and says what a write asks for as a value. The queues are what the device's own thread works on.
-//! Files are behind a trait ([`block::Storage`]), so that nothing here has a thread, a clock or a file.
+//! What a request asks for comes out as a value ([`block::Action`]), so that nothing here has a thread, a clock or a file.
 //!
 //! **A guest that misbehaves.** Whatever is in a queue, the device answers as the specification says: an error in the
 //! request's status, or, where the queue itself makes no sense ([`Broken`]), DEVICE_NEEDS_RESET and no more work until
@@ -19,6 +19,7 @@ pub mod console;
 pub mod fs;
 #[cfg(test)]
 pub(crate) mod hostile;
+pub mod limit;
 pub mod pci;
 pub mod queue;
 pub mod rng;

@@ -1,18 +1,58 @@
-//! A disk as a virtio device: one request of its queue at a time.
+//! A disk as a virtio device: requests of all its queues, many under way at once, within limits.
 
+use super::ring::DEPTH;
+use super::storage::Storage;
 use super::{Image, Stamp};
 use crate::virtio::{Model, Queues};
 use crate::{Error, Result};
 use anyvisor_devices::state::BadState;
 use anyvisor_devices::virtio::Broken;
-use anyvisor_devices::virtio::block::{self, Storage};
+use anyvisor_devices::virtio::block::{self, Action, Geometry, ID_SIZE, Request, Status};
+use anyvisor_devices::virtio::limit::Bucket;
 use anyvisor_devices::virtio::pci::Offer;
+use rustix::event::PollFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+/// How long requests that end at once may wait for the interrupt that tells of all of them.
+const TOGETHER: Duration = Duration::from_micros(100);
+/// How long they are carried out before others have a say, such as who wants to pause the VM.
+const TURN: Duration = Duration::from_millis(20);
 
 /// A disk on an image.
 pub struct DiskModel {
+    /// For messages.
+    name: String,
     image: Image,
+    storage: Box<dyn Storage>,
+    geometry: Geometry,
+    id: [u8; ID_SIZE],
+    limits: Limits,
+    /// Under way, by tag, with their queues; and the tags that are free.
+    requests: Vec<Option<(usize, Request)>>,
+    free: Vec<u16>,
+    /// The queue whose turn is next.
+    turn: usize,
+    /// An error of the host was told already.
+    told: bool,
+}
+
+/// What a disk may do in a second.
+struct Limits {
+    epoch: Instant,
+    buckets: Vec<(Unit, Bucket)>,
+    /// When it may go on, if it had to stop.
+    until: Option<Instant>,
+}
+
+/// What a limit counts.
+#[derive(Clone, Copy)]
+enum Unit {
+    Requests,
+    Bytes,
 }
 
 /// A disk in a snapshot.
@@ -23,49 +63,215 @@ struct Saved {
 }
 
 impl DiskModel {
-    pub fn new(image: Image) -> DiskModel {
-        DiskModel { image }
+    /// Disk number `n`, with this geometry.
+    pub(super) fn new(
+        n: usize,
+        image: Image,
+        storage: Box<dyn Storage>,
+        geometry: Geometry,
+        [iops, bandwidth]: [Option<u64>; 2],
+    ) -> DiskModel {
+        let mut id = [0; ID_SIZE];
+        let serial = format!("anyvisor-disk{n}");
+        id[..serial.len()].copy_from_slice(serial.as_bytes());
+        let limits = [(Unit::Requests, iops), (Unit::Bytes, bandwidth)];
+        let buckets = limits.into_iter().filter_map(|(unit, rate)| Some((unit, Bucket::new(rate?, 0))));
+        DiskModel {
+            name: format!("disk '{}'", image.path.display()),
+            image,
+            storage,
+            geometry,
+            id,
+            limits: Limits { epoch: Instant::now(), buckets: buckets.collect(), until: None },
+            requests: (0..DEPTH).map(|_| None).collect(),
+            free: (0..DEPTH as u16).rev().collect(),
+            turn: 0,
+            told: false,
+        }
     }
 
-    fn trouble(&self, what: &str, error: std::io::Error) -> Error {
-        Error::host(format!("cannot {what} disk '{}'", self.image.path().display()), error)
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn trouble(&self, what: &str, error: io::Error) -> Error {
+        Error::host(format!("cannot {what} {}", self.name), error)
+    }
+
+    /// The next chain, queue by queue.
+    fn pop(&mut self, queues: &mut Queues<'_>) -> Result<Option<(usize, Request)>, Broken> {
+        for _ in 0..queues.count() {
+            let n = self.turn % queues.count();
+            self.turn = n + 1;
+            if let Some(chain) = queues.pop(n)? {
+                let request = Request::parse(&chain, queues.features(), &self.geometry, queues.memory())?;
+                return Ok(Some((n, request)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Begins what can be begun. Returns whether some of it has ended already.
+    fn begin(&mut self, queues: &mut Queues<'_>) -> Result<bool, Broken> {
+        let (mut ended, began) = (false, Instant::now());
+        let mut told = began;
+        self.limits.until = None;
+        while !self.free.is_empty() && self.limits.allow() {
+            let Some((queue, request)) = self.pop(queues)? else { break };
+            self.limits.take(&request);
+            let result = match request.action {
+                Action::Refuse(status) => {
+                    let length = request.finish(status, 0, queues.memory(), queues.written());
+                    queues.push(queue, request.head, length)?;
+                    continue;
+                }
+                Action::Id => Some(Ok(())),
+                action => {
+                    let tag = self.free.pop().expect("one is free");
+                    let result = self.storage.begin(tag, action, &request.data, queues.memory());
+                    match result {
+                        None => {
+                            self.requests[usize::from(tag)] = Some((queue, request));
+                            continue;
+                        }
+                        Some(result) => {
+                            self.free.push(tag);
+                            Some(result)
+                        }
+                    }
+                }
+            };
+            self.finish(queues, queue, &request, result.expect("others go on"))?;
+            ended = true;
+            let now = Instant::now();
+            if now - told > TOGETHER {
+                queues.signal()?;
+                told = now;
+            }
+            if now - began > TURN {
+                queues.give_way();
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Answers what has ended; with `wait`, waits for some of what is under way. Returns whether there was any.
+    fn progress(&mut self, queues: &mut Queues<'_>, wait: bool) -> Result<bool, Broken> {
+        let mut ended = Vec::new();
+        if let Err(error) = self.storage.progress(&mut ended, wait) {
+            tracing::error!("{}: the host carries out no more requests: {error}", self.name);
+            return Err(Broken("the host carries out no more requests"));
+        }
+        let some = !ended.is_empty();
+        for (tag, result) in ended {
+            let (queue, request) = self.requests[usize::from(tag)].take().expect("a request under way");
+            self.free.push(tag);
+            self.finish(queues, queue, &request, result)?;
+        }
+        Ok(some)
+    }
+
+    fn finish(
+        &mut self,
+        queues: &mut Queues<'_>,
+        queue: usize,
+        request: &Request,
+        result: io::Result<()>,
+    ) -> Result<(), Broken> {
+        let (memory, written) = (queues.memory(), queues.written());
+        let told = if request.action == Action::Id { request.tell_id(&self.id, memory, written) } else { 0 };
+        let status = match result {
+            Ok(()) => Status::Ok,
+            Err(error) => {
+                if !std::mem::replace(&mut self.told, true) {
+                    let action = request.action;
+                    tracing::warn!("{}: {action:x?}: {error}; the guest sees I/O errors, this is told once", self.name);
+                }
+                Status::Failed
+            }
+        };
+        let length = request.finish(status, told, memory, written);
+        queues.push(queue, request.head, length)
+    }
+
+    fn is_idle(&self) -> bool {
+        self.free.len() == DEPTH
+    }
+}
+
+impl Limits {
+    /// Whether another request may begin now.
+    fn allow(&mut self) -> bool {
+        if self.buckets.is_empty() {
+            return true;
+        }
+        let now = self.epoch.elapsed().as_nanos() as u64;
+        let until = self.buckets.iter_mut().filter_map(|(_, bucket)| bucket.wait(now)).max();
+        self.until = until.map(|until| self.epoch + Duration::from_nanos(until));
+        until.is_none()
+    }
+
+    fn take(&mut self, request: &Request) {
+        for (unit, bucket) in &mut self.buckets {
+            bucket.take(match unit {
+                Unit::Requests => 1,
+                Unit::Bytes => request.length(),
+            });
+        }
     }
 }
 
 impl Model for DiskModel {
     fn name(&self) -> String {
-        format!("disk '{}'", self.image.path().display())
+        self.name.clone()
     }
 
     fn offer(&self) -> Offer {
-        block::offer(&self.image)
+        block::offer(&self.geometry)
+    }
+
+    fn sources(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
+        let source = self.storage.source().filter(|_| !self.is_idle());
+        source.into_iter().map(|source| (source, PollFlags::IN)).collect()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.limits.until
     }
 
     fn work(&mut self, queues: &mut Queues<'_>) -> Result<(), Broken> {
-        while let Some(chain) = queues.pop(0)? {
-            let length = block::serve(&chain, queues.features(), &self.image, queues.memory(), queues.written())?;
-            queues.push(0, chain.head, length)?;
+        loop {
+            let begun = self.begin(queues)?;
+            let ended = self.progress(queues, false)?;
+            if !begun && !ended {
+                return Ok(());
+            }
             queues.signal()?;
+        }
+    }
+
+    fn settle(&mut self, queues: &mut Queues<'_>) -> Result<(), Broken> {
+        while !self.is_idle() {
+            self.progress(queues, true)?;
         }
         Ok(())
     }
 
     /// What the guest has written lasts after this.
     fn save(&mut self) -> Result<Value> {
-        self.image.flush().map_err(|error| self.trouble("write through", error))?;
+        self.storage.flush().map_err(|error| self.trouble("write through", error))?;
         let image = self.image.stamp().map_err(|error| self.trouble("look at", error))?;
         Ok(serde_json::to_value(Saved { image }).expect("it is plain data"))
     }
 
     fn difference(&self, saved: &Value) -> Result<Option<String>> {
-        let now = self.image.stamp().map_err(|error| self.trouble("look at", error))?;
         // What makes no sense is refused later.
         let Ok(saved) = serde_json::from_value::<Saved>(saved.clone()) else { return Ok(None) };
-        let name = self.image.path().display();
-        Ok((now != saved.image).then(|| {
+        let name = &self.name;
+        Ok((self.image.found != saved.image).then(|| {
             format!(
-                "disk '{name}' has changed since; put the image back as it was then (a copy made with cp -p while the VM \
-                 was paused or had ended)"
+                "{name} has changed since; put the image back as it was then (a copy made with cp -p while the VM was \
+                 paused or had ended)"
             )
         }))
     }
@@ -77,25 +283,4 @@ impl Model for DiskModel {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::open;
-    use super::*;
-    use crate::config::Disk;
-    use crate::virtio::driver::fuzz;
-
-    #[test]
-    fn nonsense_in_a_disks_queue_is_taken() {
-        let image = tempfile::NamedTempFile::new().unwrap();
-        image.as_file().set_len(1 << 20).unwrap();
-        let disk = Disk { path: image.path().to_owned(), read_only: false, format: None };
-        let mut model = DiskModel::new(open(&[disk]).unwrap().remove(0));
-        let request = |kind: u32, sector: u64| {
-            [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes(), &[8, 0, 0, 0, 0, 0, 0, 0]].concat()
-        };
-        let headers: Vec<_> =
-            [0, 1, 4, 8, 11, 13, 99].iter().flat_map(|kind| [request(*kind, 3), request(*kind, 2040)]).collect();
-        let taken = fuzz(&mut model, &headers, 500, 1);
-        assert!(taken.broken > 50 && taken.answered > 1000, "{taken:?}");
-        assert_eq!(image.as_file().metadata().unwrap().len(), 1 << 20);
-    }
-}
+mod tests;

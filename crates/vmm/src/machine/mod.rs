@@ -397,8 +397,8 @@ impl Parts {
 /// What the virtio devices do, disks first.
 fn models(config: &Config, outside: &Outside<'_>) -> Result<Vec<Box<dyn Model>>> {
     let mut models: Vec<Box<dyn Model>> = Vec::new();
-    for image in disk::open(&config.disks)? {
-        models.push(Box::new(disk::DiskModel::new(image)));
+    for disk in disk::open(&config.disks, config.cpus)? {
+        models.push(Box::new(disk));
     }
     let screen = (config.console == Console::Virtio).then(|| (outside.output.clone(), outside.input.clone()));
     if screen.is_some() || !config.ports.is_empty() {

@@ -25,7 +25,7 @@ use vm_memory::{
 const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 /// Most ranges that one system call takes: Linux' UIO_MAXIOV.
-const PIECES_MAX: usize = 1024;
+pub const PIECES_MAX: usize = 1024;
 /// Attempts to get an aligned address: another thread may map something in between.
 const ATTEMPTS: usize = 8;
 
@@ -195,17 +195,12 @@ fn transfer(
     offset: u64,
     system_call: impl Fn(&[libc::iovec], libc::off_t) -> isize,
 ) -> std::io::Result<u64> {
-    let outside = || std::io::Error::other("a buffer outside of guest memory");
-    let mut ranges = Vec::with_capacity(pieces.len());
-    for piece in pieces {
-        let slice = memory.get_slice(GuestAddress(piece.gpa), piece.length as usize).map_err(|_| outside())?;
-        ranges.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
-    }
+    let mut ranges = ranges(memory, pieces)?;
     let (mut first, mut at) = (0, offset);
     while first < ranges.len() {
         let part = &ranges[first..ranges.len().min(first + PIECES_MAX)];
         let position = libc::off_t::try_from(at).map_err(|_| std::io::Error::other("an offset beyond any file"))?;
-        let mut done = match system_call(part, position) {
+        let done = match system_call(part, position) {
             0 => break,
             done if done > 0 => done as usize,
             _ => match std::io::Error::last_os_error() {
@@ -214,17 +209,44 @@ fn transfer(
             },
         };
         at += done as u64;
-        while first < ranges.len() && done >= ranges[first].iov_len {
-            done -= ranges[first].iov_len;
-            first += 1;
-        }
-        if done > 0 {
-            let range = &mut ranges[first];
-            range.iov_base = range.iov_base.wrapping_byte_add(done);
-            range.iov_len -= done;
-        }
+        first += skip(&mut ranges[first..], done);
     }
     Ok(at - offset)
+}
+
+/// Where on the host `pieces` are, which are RAM.
+///
+/// # Errors
+/// One is not.
+pub fn ranges(memory: &GuestMemoryMmap, pieces: &[Piece]) -> std::io::Result<Vec<libc::iovec>> {
+    let outside = || std::io::Error::other("a buffer outside of guest memory");
+    let mut ranges = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let slice = memory.get_slice(GuestAddress(piece.gpa), piece.length as usize).map_err(|_| outside())?;
+        ranges.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+    }
+    Ok(ranges)
+}
+
+/// Cuts the first `done` bytes off `ranges`. Returns how many of them are gone as a whole.
+pub fn skip(ranges: &mut [libc::iovec], mut done: usize) -> usize {
+    let mut first = 0;
+    while first < ranges.len() && done >= ranges[first].iov_len {
+        done -= ranges[first].iov_len;
+        first += 1;
+    }
+    if done > 0 {
+        let range = &mut ranges[first];
+        range.iov_base = range.iov_base.wrapping_byte_add(done);
+        range.iov_len -= done;
+    }
+    first
+}
+
+/// Whether `pieces`, which are RAM, begin at multiples of `alignment` on the host.
+pub fn are_aligned(memory: &GuestMemoryMmap, pieces: &[Piece], alignment: usize) -> bool {
+    ranges(memory, pieces)
+        .is_ok_and(|ranges| ranges.iter().all(|range| (range.iov_base as usize).is_multiple_of(alignment)))
 }
 
 /// Whether this process can have transparent huge pages, or why not and what to do.
