@@ -5,6 +5,8 @@
 //! - `bench`: guestbench natively, in QEMU's TCG and in anyvisor, into docs/performance.md.
 //! - `programs`: gcc, python3, sqlite3, openssl and 7z in a guest, likewise.
 //! - `boots`: Linux to a shell and off, fifty times.
+//! - `disks`: fio on disks of guests and on the host's file.
+//! - `crash-disks`: what was flushed is there when anyvisor is killed.
 //! - `restore`: how long a restore takes.
 //! - `start`: how long a start takes, and its memory.
 //! - `test-nested`: the KVM engine on emulated AMD-V or VT-x.
@@ -15,6 +17,7 @@
 mod bench;
 mod boots;
 mod chart;
+mod disks;
 mod measure;
 mod nested;
 mod programs;
@@ -49,6 +52,10 @@ enum Task {
     Programs(programs::Options),
     /// Boots Linux many times; all must end well
     Boots(boots::Options),
+    /// Compares disks: fio in anyvisor's guest, in QEMU's, and on the host's file
+    Disks(disks::Options),
+    /// Kills anyvisor while its guest writes; what was flushed must be in its images
+    CrashDisks(disks::CrashOptions),
     /// Measures restores, from the process's start to the guest's first output
     Restore(restore::Options),
     /// Measures starts, from the process's start to the guest's first output, and the process's memory
@@ -72,6 +79,8 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::bench(&options),
         Task::Programs(options) => programs::programs(&options),
         Task::Boots(options) => boots::boots(&options),
+        Task::Disks(options) => disks::disks(&options),
+        Task::CrashDisks(options) => disks::crash(&options),
         Task::Restore(options) => restore::restore(&options),
         Task::Start(options) => start::start(&options),
         Task::TestNested(options) => nested::nested(&options),
