@@ -4,6 +4,7 @@
 //! - `tidy`: the rules of ARCHITECTURE.md that a compiler does not check.
 //! - `bench`: guestbench natively, in QEMU's TCG and in anyvisor, into docs/performance.md.
 //! - `programs`: gcc, python3, sqlite3, openssl and 7z in a guest, likewise.
+//! - `cpus`: `make -j` of a C project with 1, 2 and 8 vCPUs, likewise; and stress-ng.
 //! - `boots`: Linux to a shell and off, fifty times.
 //! - `disks`: fio on disks of guests and on the host's file.
 //! - `crash-disks`: what was flushed is there when anyvisor is killed.
@@ -17,6 +18,7 @@
 mod bench;
 mod boots;
 mod chart;
+mod cpus;
 mod disks;
 mod measure;
 mod nested;
@@ -50,6 +52,8 @@ enum Task {
     Bench(bench::Options),
     /// Compares Debian's gcc, python3, sqlite3, openssl and 7z, native, in QEMU and in anyvisor; checks what they make
     Programs(programs::Options),
+    /// Compares how fast a C project is made with 1, 2 and 8 vCPUs; or has stress-ng at work
+    Cpus(cpus::Options),
     /// Boots Linux many times; all must end well
     Boots(boots::Options),
     /// Compares disks: fio in anyvisor's guest, in QEMU's, and on the host's file
@@ -78,6 +82,7 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::tidy(),
         Task::Bench(options) => bench::bench(&options),
         Task::Programs(options) => programs::programs(&options),
+        Task::Cpus(options) => cpus::cpus(&options),
         Task::Boots(options) => boots::boots(&options),
         Task::Disks(options) => disks::disks(&options),
         Task::CrashDisks(options) => disks::crash(&options),

@@ -6,7 +6,7 @@
 //! Times are medians: of the guest's clock, of the host's, and of the CPU time that the host spent, which other work
 //! on the host does not count in.
 
-mod root;
+pub mod root;
 mod source;
 mod table;
 
@@ -94,7 +94,7 @@ pub fn programs(options: &Options) -> Result<()> {
     }
     let initramfs = if options.native { PathBuf::new() } else { cache.join("initramfs.cpio") };
     if !options.native {
-        std::fs::write(&initramfs, root::initramfs(&root)?).context("writing the initramfs")?;
+        std::fs::write(&initramfs, root::initramfs(&root, root::DRIVE)?).context("writing the initramfs")?;
     }
     let mut measured = Vec::new();
     let mut checksums = BTreeMap::new();

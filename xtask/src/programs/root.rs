@@ -37,14 +37,7 @@ const FILES: [(&str, &str); 7] = [
 /// # Errors
 /// The packages cannot be fetched or unpacked (this needs root, or user namespaces).
 pub fn prepare(cache: &Path) -> Result<PathBuf> {
-    let root = cache.join(SUITE);
-    if !root.exists() {
-        install("mmdebstrap", &["mmdebstrap"])?;
-        eprintln!("xtask: unpacking Debian packages in {}", root.display());
-        let partial = cache.join(format!(".{SUITE}.{}", std::process::id()));
-        unpack(&partial)?;
-        std::fs::rename(&partial, &root).with_context(|| format!("putting {} in place", root.display()))?;
-    }
+    let root = unpacked(cache, PACKAGES, finish)?;
     let bench = root.join("bench");
     std::fs::create_dir_all(&bench)?;
     for (name, content) in FILES {
@@ -55,14 +48,35 @@ pub fn prepare(cache: &Path) -> Result<PathBuf> {
     Ok(root)
 }
 
-fn unpack(to: &Path) -> Result<()> {
+/// The folder in `cache` with Debian's `packages` (names with commas) unpacked; `finish` has been at it once.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn unpacked(cache: &Path, packages: &str, finish: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let root = cache.join(SUITE);
+    if !root.exists() {
+        install("mmdebstrap", &["mmdebstrap"])?;
+        eprintln!("xtask: unpacking Debian packages in {}", root.display());
+        let partial = cache.join(format!(".{SUITE}.{}", std::process::id()));
+        unpack(&partial, packages)?;
+        finish(&partial)?;
+        std::fs::rename(&partial, &root).with_context(|| format!("putting {} in place", root.display()))?;
+    }
+    Ok(root)
+}
+
+fn unpack(to: &Path, packages: &str) -> Result<()> {
     let mut command = Command::new("mmdebstrap");
-    command.args(["--quiet", "--variant=extract", &format!("--include={PACKAGES}")]);
+    command.args(["--quiet", "--variant=extract", &format!("--include={packages}")]);
     command.arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr");
     for path in LEFT_OUT {
         command.arg(format!("--dpkgopt=path-exclude={path}"));
     }
-    assets::run(command.arg(SUITE).arg(to)).context("unpacking Debian packages")?;
+    assets::run(command.arg(SUITE).arg(to)).context("unpacking Debian packages")
+}
+
+/// What installing these packages would do, and a key for openssl.
+fn finish(to: &Path) -> Result<()> {
     let bench = to.join("bench");
     std::fs::create_dir_all(&bench)?;
     let key = bench.join("key.pem");
@@ -84,14 +98,14 @@ pub fn in_root(root: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// An initramfs of `root`, whose init runs the driver and then powers off.
+/// An initramfs of `root`, whose init mounts what programs need, runs `script` and then powers off.
 ///
 /// # Errors
 /// A file cannot be read.
-pub fn initramfs(root: &Path) -> Result<Vec<u8>> {
+pub fn initramfs(root: &Path, script: &str) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
     archive.program("bin/busybox", &std::fs::read(assets::busybox()?)?).link("bin/sh", "busybox");
-    archive.program("init", INIT.as_bytes());
+    archive.program("init", format!("{INIT}{script}\n/bin/busybox poweroff -f\n").as_bytes());
     add(&mut archive, root, "")?;
     Ok(archive.finish())
 }
@@ -101,10 +115,10 @@ const INIT: &str = "#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox mount -t tmpfs tmp /tmp
-eval \"set -- $programs\"
-/usr/bin/python3 /bench/drive.py \"$@\"
-/bin/busybox poweroff -f
 ";
+
+/// Runs the driver.
+pub const DRIVE: &str = "eval \"set -- $programs\"\n/usr/bin/python3 /bench/drive.py \"$@\"";
 
 /// Adds the files of a folder. Where the archive has a folder of that name, Linux keeps that.
 fn add(archive: &mut Archive, folder: &Path, prefix: &str) -> Result<()> {
