@@ -20,7 +20,7 @@ pub const TLB_ENTRIES: usize = 1 << TLB_BITS;
 pub const JUMP_CACHE_ENTRIES: usize = 1 << 16;
 
 /// Jumps to other pages go through a link each, one for each target and context: the host address to go on at.
-pub const LINKS: usize = 1 << 17;
+pub const LINKS: usize = 1 << 18;
 
 /// Jump caches, by who runs: a block knows statically which one its indirect jumps use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
