@@ -140,9 +140,11 @@ fn fetch_kernel(cache: &Cache) -> Result<PathBuf> {
                 fs::rename(&module, &to).map_err(|e| cannot_write(&to, e))?;
             }
         }
-        // Whoever finds the name finds them all.
-        if !folder.is_dir() {
-            fs::rename(&whole, &folder).map_err(|e| cannot_write(&folder, e))?;
+        // Whoever finds the name finds them all. Another process may have put the same there.
+        if let Err(error) = fs::rename(&whole, &folder)
+            && !folder.is_dir()
+        {
+            return Err(cannot_write(&folder, error));
         }
     }
     cache.keep(&file, "vmlinuz")
@@ -151,16 +153,16 @@ fn fetch_kernel(cache: &Cache) -> Result<PathBuf> {
 /// The folder with the modules of a kernel that [`kernel`] has found, if its version has any: the host's own, or those kept
 /// with it.
 pub fn modules(cache: &Cache, kernel: &Path) -> Result<Option<PathBuf>> {
-    let Some(version) = version(kernel) else { return Ok(None) };
-    let found = |cache: &Cache| {
+    let find = || {
+        let version = version(kernel)?;
         let places = [cache.folder.join(format!("modules-{version}")), Path::new("/lib/modules").join(&version)];
         places.into_iter().find(|place| place.is_dir())
     };
-    // A cache that an earlier version has made holds the kernel alone.
-    if found(cache).is_none() && kernel.starts_with(&cache.folder) {
+    // A cache that an earlier version has made holds the kernel alone. What is fetched may be a newer one.
+    if find().is_none() && kernel.starts_with(&cache.folder) {
         fetch_kernel(cache)?;
     }
-    Ok(found(cache))
+    Ok(find())
 }
 
 /// The version in a bzImage's header (Linux Documentation/arch/x86/boot.rst, `kernel_version`).
