@@ -91,17 +91,31 @@ pub fn crash(options: &CrashOptions) -> Result<()> {
     Ok(())
 }
 
-/// The parameters `a` and `b` are the last rounds.
+/// The parameters `a` and `b` are the last rounds. One fio for each disk: a round is a job, and a job that ended says so.
 const SCRIPT: &str = r#"
 write() {
-    d=$1; k=$2
-    while :; do
+    d=$1; k=$2; end=$((k + 200))
+    echo "[global]
+ioengine=libaio
+iodepth=16
+direct=1
+bs=4k
+rw=randwrite
+size=4m
+filename=/dev/vd$d
+verify=pattern
+do_verify=0
+end_fsync=1
+thread
+stonewall" >/tmp/$d.job
+    while [ $k -lt $end ]; do
         k=$((k + 1))
-        fio --name=x --filename=/dev/vd$d --ioengine=libaio --iodepth=16 --direct=1 --bs=4k --rw=randwrite --size=4m \
-            --offset=$((k % 512 * 4))m --verify=pattern --verify_pattern=$(printf '0x%08x' $k)%o --do_verify=0 --end_fsync=1 \
-            --thread --allow_mounted_write=1 >/tmp/$d 2>&1 || { echo "fio failed"; cat /tmp/$d; }
-        echo "flushed $d $k."
+        echo "[$d$k]
+offset=$((k % 512 * 4))m
+verify_pattern=$(printf '0x%08x' $k)%o
+exec_postrun=echo flushed $d $k. >/dev/console && true" >>/tmp/$d.job
     done
+    cd /tmp; fio /tmp/$d.job >/tmp/$d 2>&1; echo "fio ended"; cat /tmp/$d
 }
 write a $a & write b $b & wait
 "#;
@@ -144,7 +158,7 @@ fn kill_once(initramfs: &Path, disks: &mut [Disk], random: &mut Random) -> Resul
     std::thread::sleep(Duration::from_millis(random.below(WRITING)));
     guest.signal(libc::SIGKILL);
     let ended = guest.end(PATIENCE);
-    ensure!(!ended.output.contains("fio failed"), "{}\n{}", ended.output, ended.errors);
+    ensure!(!ended.output.contains("fio ended"), "{}\n{}", ended.output, ended.errors);
     for disk in disks {
         let said = format!("flushed {} ", disk.letter);
         let rounds = ended.output.split(&said).skip(1).filter_map(|rest| rest.split_once('.')?.0.parse().ok());
@@ -199,9 +213,10 @@ fn region(image: &Path, offset: u64) -> Result<Vec<u8>> {
 fn region_of_qcow2(image: &Path, offset: u64) -> Result<Vec<u8>> {
     let copy = image.with_extension("region");
     let mut command = Command::new("qemu-img");
-    command.args(["dd", "-f", "qcow2", "-O", "raw", &format!("bs={REGION}"), "count=1"]);
-    // It counts from the start, what is skipped too.
-    command.arg(format!("skip={}", offset / REGION)).arg(format!("if={}", image.display()));
+    let skip = offset / REGION;
+    command.args(["dd", "-f", "qcow2", "-O", "raw", &format!("bs={REGION}")]);
+    // It counts what it skips too.
+    command.arg(format!("skip={skip}")).arg(format!("count={}", skip + 1)).arg(format!("if={}", image.display()));
     let output = command.arg(format!("of={}", copy.display())).output().context("starting qemu-img")?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     region(&copy, 0)

@@ -9,6 +9,7 @@ use std::process::Command;
 const SUITE: &str = "bookworm";
 const LINKER: &str = "lib64/ld-linux-x86-64.so.2";
 const PROGRAM: &str = "usr/bin/fio";
+const LIBRARIES: [&str; 3] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
 /// What Linux needs to have virtio disks, in the order of loading.
 const MODULES: [&str; 6] =
     ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
@@ -45,7 +46,7 @@ impl Fio {
     /// fio on this host.
     pub fn command(&self) -> Command {
         let mut command = Command::new(self.root.join(LINKER));
-        let folders = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"].map(|folder| self.root.join(folder));
+        let folders = LIBRARIES.map(|folder| self.root.join(folder));
         let folders: Vec<_> = folders.iter().map(|folder| folder.display().to_string()).collect();
         command.arg("--library-path").arg(folders.join(":")).arg(self.root.join(PROGRAM));
         command
@@ -76,8 +77,9 @@ impl Fio {
         command = Command::new(self.root.join(LINKER));
         command.args(&program[..2]).arg("--list").arg(&program[2]);
         let output = command.output().context("listing fio's libraries")?;
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let text = String::from_utf8(output.stdout)?;
+        let complete = output.status.success() && !text.contains("not found");
+        ensure!(complete, "{text}{}", String::from_utf8_lossy(&output.stderr));
         let paths = text.lines().filter_map(|line| line.split("=> ").nth(1)?.split(' ').next());
         let inside = |path: &str| Some(Path::new(path).strip_prefix(&self.root).ok()?.display().to_string());
         let mut paths: Vec<_> = paths.filter_map(inside).collect();
