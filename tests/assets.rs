@@ -166,6 +166,14 @@ pub fn kexec() -> Result<PathBuf> {
     compiled("kexec", &["-O2"])
 }
 
+/// `tests/guests/vsock.c`, compiled.
+///
+/// # Errors
+/// When there is no C compiler.
+pub fn vsock() -> Result<PathBuf> {
+    compiled("vsock", &["-O2"])
+}
+
 /// A program of `tests/guests`, linked statically. Its name says what it was made of, and how.
 fn compiled(name: &str, options: &[&str]) -> Result<PathBuf> {
     let source = root().join("tests/guests").join(format!("{name}.c"));

@@ -6,7 +6,7 @@ use anyvisor_vmm::config::{
     Config, Console, Disk, Firmware, HugePages, Memory, Module, OnReboot, Serial, Share, show_size,
 };
 use anyvisor_vmm::ports::Port;
-use anyvisor_vmm::{Error, Result, gdb, snapshot};
+use anyvisor_vmm::{Error, Result, gdb, snapshot, vsock};
 use anyvisor_x86::cpuid::{CpuChoice, CpuModel};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
@@ -122,6 +122,10 @@ pub struct RunOptions {
     /// Give the guest a device with the host's random bytes
     #[arg(long)]
     pub rng: bool,
+    /// Sockets between guest and host: the guest's address (3 or more), and the Unix socket that the host's programs connect to
+    /// (docs/devices.md)
+    #[arg(long, value_name = "CID:PATH")]
+    pub vsock: Option<vsock::Address>,
     /// Run the VM in the background and print its name; see anyvisor console and stop
     #[arg(short, long, conflicts_with = "no_api")]
     pub detach: bool,
@@ -175,6 +179,7 @@ impl RunOptions {
             console: self.console.unwrap_or_default(),
             ports: self.port.clone(),
             rng: self.rng,
+            vsock: self.vsock.clone(),
             debug_exit: self.debug_exit || self.test_device,
             test_device: self.test_device,
             on_reboot: self.on_reboot,
@@ -256,7 +261,15 @@ impl RunOptions {
         if !self.share.is_empty() {
             return contradicts("share", "as given".into(), "none".into());
         }
+        let cid = |address: &Option<vsock::Address>| address.as_ref().map(|address| address.cid);
+        if let Some(given) = cid(&self.vsock).filter(|given| Some(*given) != cid(&machine.vsock)) {
+            let saved = cid(&machine.vsock).map_or("none".into(), |cid| format!("address {cid}"));
+            return contradicts("vsock", given.to_string(), saved);
+        }
         let mut config = machine.config(self.serial(), self.on_reboot);
+        if self.vsock.is_some() {
+            config.vsock.clone_from(&self.vsock);
+        }
         if !self.port.is_empty() {
             config.ports.clone_from(&self.port);
         }

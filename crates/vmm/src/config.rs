@@ -4,7 +4,7 @@
 
 use crate::ports::{self, Port};
 use crate::share::Channel;
-use crate::{Error, Result};
+use crate::{Error, Result, vsock};
 use anyvisor_devices::virtio::fs::TAG_MAX;
 use anyvisor_x86::cpuid::CpuChoice;
 use std::path::PathBuf;
@@ -50,6 +50,8 @@ pub struct Config {
     pub ports: Vec<Port>,
     /// A virtio device with random bytes of the host.
     pub rng: bool,
+    /// Sockets between guest and host.
+    pub vsock: Option<vsock::Address>,
     /// A write of v to port 0xf4 ends the VM with exit code (v << 1) | 1.
     pub debug_exit: bool,
     /// The ports and memory that kvm-unit-tests need, and the debug-exit port.
@@ -448,6 +450,7 @@ mod tests {
             console: Console::Serial,
             ports: Vec::new(),
             rng: false,
+            vsock: None,
             debug_exit: false,
             test_device: false,
             on_reboot: OnReboot::Exit,

@@ -11,6 +11,7 @@ pub mod config;
 mod confine;
 pub mod console;
 pub mod control;
+mod descriptors;
 pub mod disk;
 pub mod dump;
 pub mod firmware;
@@ -24,6 +25,7 @@ pub mod share;
 pub mod snapshot;
 pub mod variables;
 pub mod virtio;
+pub mod vsock;
 
 pub use anyvisor_devices::power::debug_exit_code;
 pub use config::Config;

@@ -45,6 +45,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         console: Console::default(),
         ports: Vec::new(),
         rng: false,
+        vsock: None,
         on_reboot: OnReboot::Exit,
     };
     config.validate()?;

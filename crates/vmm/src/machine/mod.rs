@@ -38,6 +38,7 @@ use crate::rng::RngModel;
 use crate::snapshot::{History, Snapshot};
 use crate::variables::Variables;
 use crate::virtio::Model;
+use crate::vsock::VsockModel;
 use crate::{Config, Error, Result, acpi, boot, disk, layout, memory, share};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
@@ -406,6 +407,9 @@ fn models(config: &Config, outside: &Outside<'_>) -> Result<Vec<Box<dyn Model>>>
     }
     if config.rng {
         models.push(Box::new(RngModel));
+    }
+    if let Some(address) = &config.vsock {
+        models.push(Box::new(VsockModel::new(address)?));
     }
     models.extend(share::open(&config.shares)?);
     models.extend(config.channel.as_ref().map(share::channel));

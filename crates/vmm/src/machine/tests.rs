@@ -208,6 +208,7 @@ fn config(kernel: &KernelFile) -> Config {
         console: crate::config::Console::default(),
         ports: Vec::new(),
         rng: false,
+        vsock: None,
         on_reboot: OnReboot::Exit,
     }
 }

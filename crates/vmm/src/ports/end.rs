@@ -2,20 +2,16 @@
 
 use super::{Descriptor, Port, Target};
 use crate::console::{Input, Output};
+use crate::descriptors::{Kind, Listener, Stream};
 use crate::{Error, Result};
 use anyvisor_devices::virtio::console::End;
 use rustix::event::epoll;
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
-
-/// Most bytes that are written at once to what might block: what a pipe that can be written to at all takes (pipe(7)).
-const ATOMIC: usize = 4096;
 
 /// The console's end: what the serial port has otherwise.
 pub struct Screen {
@@ -59,37 +55,6 @@ pub struct Line {
     epoll: OwnedFd,
 }
 
-/// A socket, whose file goes with it.
-struct Listener {
-    socket: UnixListener,
-    path: PathBuf,
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        // It may be gone already.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// One direction of a descriptor.
-struct Stream {
-    fd: Arc<OwnedFd>,
-    kind: Kind,
-    /// It has not said yet that it would block.
-    ready: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// Asked by each call not to block.
-    Socket,
-    /// Does not block.
-    Other,
-    /// Might block: it is asked first whether it would.
-    Blocking,
-}
-
 impl Line {
     /// The end of `port`, which is number `number` in `epoll`.
     ///
@@ -105,14 +70,13 @@ impl Line {
         };
         match &port.target {
             Target::Socket(path) => {
-                let socket = listen(path).map_err(|error| cannot(path, error))?;
-                let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
-                line.add(socket.as_fd(), edges).map_err(host)?;
-                line.listener = Some(Listener { socket, path: path.clone() });
+                let listener = Listener::new(path).map_err(|error| cannot(path, error))?;
+                line.add(listener.as_fd(), epoll::EventFlags::IN | epoll::EventFlags::ET).map_err(host)?;
+                line.listener = Some(listener);
             }
             Target::File(path) => {
                 let file = std::fs::File::create(path).map_err(|error| cannot(path, error))?;
-                line.output = Some(Stream { fd: Arc::new(file.into()), kind: Kind::Other, ready: true });
+                line.output = Some(Stream::new(Arc::new(file.into()), Kind::Other));
             }
             Target::Descriptors { input, output } => {
                 line.input =
@@ -140,27 +104,9 @@ impl Line {
 
     /// A descriptor that somebody else may use too, to be read or written.
     fn stream(&self, descriptor: &Descriptor, access: OFlags) -> io::Result<Stream> {
-        let fd = &descriptor.0;
-        let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
-        let stream = |fd: Arc<OwnedFd>, kind| Stream { fd, kind, ready: true };
-        let stream = match kind {
-            FileType::Socket => stream(fd.clone(), Kind::Socket),
-            // Those of pipes and terminals are opened anew: not to block is a flag that all who share one have.
-            FileType::Fifo | FileType::CharacterDevice => {
-                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-                let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-                match rustix::fs::open(path, flags, Mode::empty()) {
-                    Ok(own) => stream(Arc::new(own), Kind::Other),
-                    Err(_) => stream(fd.clone(), Kind::Blocking),
-                }
-            }
-            _ => stream(fd.clone(), Kind::Other),
-        };
+        let stream = Stream::of_shared(&descriptor.0, access)?;
         let direction = if access == OFlags::RDONLY { epoll::EventFlags::IN } else { epoll::EventFlags::OUT };
-        // The same one may be watched for the other direction already.
-        let own = stream.fd.try_clone()?;
-        let stream = Stream { fd: Arc::new(own), ..stream };
-        self.add(stream.fd.as_fd(), direction | epoll::EventFlags::ET)?;
+        self.add(stream.as_fd(), direction | epoll::EventFlags::ET)?;
         Ok(stream)
     }
 
@@ -190,13 +136,13 @@ impl Line {
             self.hang_up();
         }
         let Some(listener) = self.listener.as_ref().filter(|_| self.input.is_none()) else { return };
-        let Ok(client) = rustix::net::accept_with(&listener.socket, SocketFlags::CLOEXEC) else { return };
+        let Some(client) = listener.accept() else { return };
         let edges = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
         if let Err(error) = self.add(client.as_fd(), edges) {
             return tracing::warn!("port '{}' cannot have a client: {error}", self.name);
         }
         let fd = Arc::new(client);
-        let half = || Stream { fd: fd.clone(), kind: Kind::Socket, ready: true };
+        let half = || Stream::new(fd.clone(), Kind::Socket);
         (self.input, self.output, self.hung) = (Some(half()), Some(half()), false);
     }
 
@@ -248,59 +194,4 @@ impl End for Line {
         }
         result
     }
-}
-
-impl Stream {
-    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
-        self.try_to(|fd, kind| match kind {
-            Kind::Socket => rustix::net::recv(fd, &mut *data, RecvFlags::DONTWAIT).map(|(length, _)| length),
-            Kind::Blocking if !would_not_block(fd, rustix::event::PollFlags::IN) => Err(Errno::AGAIN),
-            _ => rustix::io::read(fd, &mut *data),
-        })
-    }
-
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.try_to(|fd, kind| match kind {
-            Kind::Socket => rustix::net::send(fd, data, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
-            Kind::Blocking if !would_not_block(fd, rustix::event::PollFlags::OUT) => Err(Errno::AGAIN),
-            Kind::Blocking => rustix::io::write(fd, &data[..data.len().min(ATOMIC)]),
-            Kind::Other => rustix::io::write(fd, data),
-        })
-    }
-
-    fn try_to(&mut self, mut act: impl FnMut(BorrowedFd<'_>, Kind) -> rustix::io::Result<usize>) -> io::Result<usize> {
-        while self.ready {
-            match act(self.fd.as_fd(), self.kind) {
-                Err(Errno::AGAIN) => self.ready = false,
-                Err(Errno::INTR) => {}
-                result => return result.map_err(io::Error::from),
-            }
-        }
-        Err(ErrorKind::WouldBlock.into())
-    }
-}
-
-fn would_not_block(fd: BorrowedFd<'_>, flags: rustix::event::PollFlags) -> bool {
-    let mut fds = [rustix::event::PollFd::from_borrowed_fd(fd, flags)];
-    rustix::event::poll(&mut fds, Some(&Default::default())).is_ok_and(|ready| ready > 0)
-}
-
-/// A socket at `path`, where one that nobody listens to any more may be.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    let socket = match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                return Err(io::Error::other("another program listens there"));
-            }
-            let is_socket = std::os::unix::fs::FileTypeExt::is_socket(&std::fs::symlink_metadata(path)?.file_type());
-            if !is_socket {
-                return Err(io::Error::other("there is a file that is no socket"));
-            }
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)
-        }
-        result => result,
-    }?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
 }

@@ -3,10 +3,10 @@
 use super::{PAGE, pages};
 use crate::Config;
 use crate::config::{Console, Disk, Firmware, HugePages, Module, OnReboot, Serial};
-use crate::layout;
 use crate::machine::BoardState;
 use crate::memory::flash_size;
 use crate::ports::Port;
+use crate::{layout, vsock};
 use anyvisor_devices::state::LATEST;
 use anyvisor_x86::cpuid::CpuChoice;
 use anyvisor_x86::{Cpuid, VcpuState};
@@ -130,6 +130,8 @@ pub struct Machine {
     pub ports: Vec<Port>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rng: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<vsock::Address>,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -161,13 +163,14 @@ impl Machine {
             console: config.console,
             ports: config.ports.iter().map(Port::absolute).collect(),
             rng: config.rng,
+            vsock: config.vsock.as_ref().map(|v| vsock::Address { path: absolute(&v.path), ..v.clone() }),
         }
     }
 
     /// Virtio devices.
     fn devices(&self) -> usize {
         let console = self.console == Console::Virtio || !self.ports.is_empty();
-        self.disks.len() + usize::from(console) + usize::from(self.rng)
+        self.disks.len() + usize::from(console) + usize::from(self.rng) + usize::from(self.vsock.is_some())
     }
 
     /// Bytes of all its memory.
@@ -201,6 +204,7 @@ impl Machine {
             console: self.console,
             ports: self.ports.clone(),
             rng: self.rng,
+            vsock: self.vsock.clone(),
             debug_exit: self.debug_exit,
             test_device: self.test_device,
             on_reboot,
