@@ -3,7 +3,7 @@
 use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
 use anyvisor_vmm::config::{
-    Config, Console, Disk, Firmware, HugePages, Memory, Module, OnReboot, Serial, Share, show_size,
+    Config, Console, Disk, Firmware, HugePages, Memory, Module, OnReboot, Serial, Share, parse_size, show_size,
 };
 use anyvisor_vmm::ports::Port;
 use anyvisor_vmm::{Error, Result, gdb, snapshot, vsock};
@@ -40,6 +40,8 @@ pub enum Command {
     Stop(StopOptions),
     /// Saves a running or paused VM to a folder, for run --restore
     Snapshot(SnapshotOptions),
+    /// Shows how much memory a VM lends to the host by its balloon, or makes it lend more or less
+    Balloon(BalloonOptions),
     /// Attaches this terminal to a VM's serial console (Ctrl-A X detaches)
     Console(NameOption),
     /// Shows what intercepts a VM's guest code, how often and how long, by vCPU
@@ -126,6 +128,10 @@ pub struct RunOptions {
     /// (docs/devices.md)
     #[arg(long, value_name = "CID:PATH")]
     pub vsock: Option<vsock::Address>,
+    /// Balloon: memory that the guest lends to the host, so much of it at first (0M: none yet; see anyvisor balloon), and what
+    /// it has free
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub balloon: Option<u64>,
     /// Run the VM in the background and print its name; see anyvisor console and stop
     #[arg(short, long, conflicts_with = "no_api")]
     pub detach: bool,
@@ -180,6 +186,7 @@ impl RunOptions {
             ports: self.port.clone(),
             rng: self.rng,
             vsock: self.vsock.clone(),
+            balloon: self.balloon,
             debug_exit: self.debug_exit || self.test_device,
             test_device: self.test_device,
             on_reboot: self.on_reboot,
@@ -260,6 +267,9 @@ impl RunOptions {
         }
         if !self.share.is_empty() {
             return contradicts("share", "as given".into(), "none".into());
+        }
+        if let Some(given) = self.balloon.filter(|given| Some(*given) != machine.balloon) {
+            return contradicts("balloon", show_size(given), machine.balloon.map_or("none".into(), show_size));
         }
         let cid = |address: &Option<vsock::Address>| address.as_ref().map(|address| address.cid);
         if let Some(given) = cid(&self.vsock).filter(|given| Some(*given) != cid(&machine.vsock)) {
@@ -342,6 +352,18 @@ pub struct StopOptions {
     /// End it now, without asking the guest
     #[arg(long)]
     pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BalloonOptions {
+    /// The VM's name, or its control socket's path (with a slash)
+    pub id: String,
+    /// How much the host is to have of the guest's memory, in whole MiB
+    #[arg(value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// As JSON, for programs
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

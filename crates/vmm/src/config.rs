@@ -52,6 +52,8 @@ pub struct Config {
     pub rng: bool,
     /// Sockets between guest and host.
     pub vsock: Option<vsock::Address>,
+    /// A balloon, and how many bytes it is to have at first.
+    pub balloon: Option<u64>,
     /// A write of v to port 0xf4 ends the VM with exit code (v << 1) | 1.
     pub debug_exit: bool,
     /// The ports and memory that kvm-unit-tests need, and the debug-exit port.
@@ -211,11 +213,30 @@ impl Config {
             )));
         }
         ports::check(&self.ports)?;
+        if let Some(balloon) = self.balloon {
+            check_balloon(balloon, self.memory)?;
+            if self.huge_pages == HugePages::Pool {
+                let why = "takes memory back in pages of 4K, and --memory with hugepages=2M has none of those";
+                return Err(Error::user(format!("--balloon {why}; leave one of them out")));
+            }
+        }
         if self.cpus == 0 || self.cpus > CPUS_MAX {
             return Err(Error::user(format!("--cpus {} is out of range; give 1 to {CPUS_MAX}", self.cpus)));
         }
         Ok(())
     }
+}
+
+/// Refuses a balloon of `bytes` bytes in a machine with `memory`.
+///
+/// # Errors
+/// [`Error::User`]: it is too large.
+pub fn check_balloon(bytes: u64, memory: u64) -> Result<()> {
+    if bytes > memory {
+        let (bytes, memory) = (show_size(bytes), show_size(memory));
+        return Err(Error::user(format!("a balloon of {bytes} is larger than the guest's memory of {memory}")));
+    }
+    Ok(())
 }
 
 /// Bytes of a huge page of the kinds below.
@@ -451,6 +472,7 @@ mod tests {
             ports: Vec::new(),
             rng: false,
             vsock: None,
+            balloon: None,
             debug_exit: false,
             test_device: false,
             on_reboot: OnReboot::Exit,

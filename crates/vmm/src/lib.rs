@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod acpi;
+pub mod balloon;
 pub mod boot;
 pub mod config;
 mod confine;

@@ -6,8 +6,10 @@
 //! | [`client`] | one request to a VM, or a console |
 //! | [`commands`] | `ps`, `pause`, `resume`, `stop`, `snapshot` |
 //! | [`console`] | `console` |
+//! | [`balloon`] | `balloon` |
 //! | [`stat`] | `stat`, and the table of `run --stat` |
 
+pub mod balloon;
 pub mod client;
 pub mod commands;
 pub mod console;

@@ -109,6 +109,8 @@ fn run_command(options: &ExecOptions) -> Result<u8> {
         console: anyvisor_vmm::config::Console::Serial,
         ports: Vec::new(),
         rng: false,
+        vsock: None,
+        balloon: None,
         debug_exit: false,
         test_device: false,
         on_reboot: OnReboot::Exit,

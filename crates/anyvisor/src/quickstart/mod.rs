@@ -46,6 +46,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         ports: Vec::new(),
         rng: false,
         vsock: None,
+        balloon: None,
         on_reboot: OnReboot::Exit,
     };
     config.validate()?;

@@ -33,6 +33,10 @@ pub enum Action {
     Statistics,
     /// `PUT /anyvisor/stat`
     Measure(bool),
+    /// `GET /balloon` and `GET /balloon/statistics`
+    Balloon,
+    /// `PATCH /balloon`: how many bytes it is to have.
+    WantBalloon(u64),
 }
 
 /// `PATCH /vm`.
@@ -47,6 +51,13 @@ struct VmState {
 #[serde(deny_unknown_fields)]
 struct Measurement {
     measure: bool,
+}
+
+/// `PATCH /balloon`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BalloonSize {
+    amount_mib: u32,
 }
 
 #[derive(Deserialize)]
@@ -114,6 +125,8 @@ pub fn understand(method: &str, path: &str, body: &[u8]) -> Result<Action, Fault
         ("/anyvisor/console", "GET") => without_body(body, Action::Console),
         ("/anyvisor/stat", "GET") => without_body(body, Action::Statistics),
         ("/anyvisor/stat", "PUT") => Ok(Action::Measure(parse::<Measurement>(body)?.measure)),
+        ("/balloon" | "/balloon/statistics", "GET") => without_body(body, Action::Balloon),
+        ("/balloon", "PATCH") => Ok(Action::WantBalloon(u64::from(parse::<BalloonSize>(body)?.amount_mib) << 20)),
         (known, _) if KNOWN.contains(&known) => Err(Fault::new(405, format!("{known} cannot be asked to {method}"))),
         _ => Err(Fault::new(404, format!("there is no {}", short(path)))),
     }
@@ -131,6 +144,8 @@ const KNOWN: &[&str] = &[
     "/anyvisor/stop",
     "/anyvisor/console",
     "/anyvisor/stat",
+    "/balloon",
+    "/balloon/statistics",
 ];
 
 fn snapshot(parameters: SnapshotParameters) -> Result<Action, Fault> {
@@ -185,6 +200,9 @@ mod tests {
             ("GET", "/anyvisor/console", "", Action::Console),
             ("GET", "/anyvisor/stat", "", Action::Statistics),
             ("PUT", "/anyvisor/stat", r#"{"measure":true}"#, Action::Measure(true)),
+            ("GET", "/balloon", "", Action::Balloon),
+            ("GET", "/balloon/statistics", "", Action::Balloon),
+            ("PATCH", "/balloon", r#"{"amount_mib":256}"#, Action::WantBalloon(256 << 20)),
             (
                 "PUT",
                 "/snapshot/create",
@@ -216,6 +234,8 @@ mod tests {
             ("PATCH", "/vm", "\u{1}", 400, "body"),
             ("PUT", "/anyvisor/stop", "now", 400, "no body"),
             ("PUT", "/anyvisor/stat", r#"{"measure":1}"#, 400, "body"),
+            ("PATCH", "/balloon", r#"{"amount_mib":-1}"#, 400, "body"),
+            ("PUT", "/balloon", "", 405, "PUT"),
             ("PUT", "/actions", r#"{"action_type":"SendCtrlAltDel"}"#, 400, "power-button"),
             ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, 400, "started"),
             ("PUT", "/actions", r#"{"action_type":"Fly"}"#, 400, "Fly"),

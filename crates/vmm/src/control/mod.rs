@@ -19,6 +19,7 @@ mod console;
 pub mod http;
 mod snapshot;
 
+use crate::config::check_balloon;
 use crate::console::{Input, Output};
 use crate::machine::{Refused, Remote};
 pub use action::{Action, understand};
@@ -310,6 +311,17 @@ fn carry_out(shared: &Shared, action: Action) -> Result<Response, Fault> {
         Action::Statistics => Response::json(statistics(remote)),
         Action::Measure(on) => {
             remote.measure(on)?;
+            Response::done()
+        }
+        Action::Balloon => {
+            let lent = remote.balloon()?;
+            let mut answer = lent.describe();
+            answer["amount_mib"] = json!(lent.wanted >> 20);
+            Response::json(answer)
+        }
+        Action::WantBalloon(bytes) => {
+            check_balloon(bytes, shared.identity.memory).map_err(|error| Fault::new(400, error.to_string()))?;
+            remote.want_balloon(bytes)?;
             Response::done()
         }
         Action::Console => {

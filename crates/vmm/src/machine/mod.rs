@@ -31,6 +31,7 @@ mod timer;
 mod variables;
 mod vcpu;
 
+use crate::balloon::{BalloonModel, Lending};
 use crate::config::{Console, OnReboot, show_size};
 use crate::console::{Input, Output};
 use crate::ports::PortsModel;
@@ -98,6 +99,7 @@ pub struct Control {
     status: Arc<Status>,
     debugging: Arc<Debugging>,
     measuring: Arc<Measuring>,
+    lending: Arc<Lending>,
     /// Requests that came as a VM was ending, for the next one.
     deferred: Mutex<VecDeque<Request>>,
 }
@@ -108,13 +110,15 @@ pub fn control() -> (Control, Remote) {
     let status = Arc::new(Status::new());
     let debugging = Arc::new(Debugging::new());
     let measuring = Arc::new(Measuring::default());
+    let lending = Arc::new(Lending::default());
     let remote = Remote {
         sender: sender.clone(),
         status: status.clone(),
         debugging: debugging.clone(),
         measuring: measuring.clone(),
+        lending: lending.clone(),
     };
-    (Control { events, sender, status, debugging, measuring, deferred: Mutex::default() }, remote)
+    (Control { events, sender, status, debugging, measuring, lending, deferred: Mutex::default() }, remote)
 }
 
 impl Control {
@@ -183,7 +187,7 @@ fn run_to_end(
     let mut built = Some(built);
     loop {
         control.status.set(State::Starting);
-        let notify = Arc::new(Notify::new(generation, control.sender.clone(), control.debugging.clone()));
+        let notify = Arc::new(Notify::new(generation, control));
         let machine = match snapshot.take() {
             Some(snapshot) => Machine::restore(config, &snapshot, engine, output, input, notify)?,
             None => Machine::build(config, engine, output, input, notify)?,
@@ -208,11 +212,13 @@ struct Notify {
     gate: Gate,
     kickers: Mutex<Vec<Kicker>>,
     debugging: Arc<Debugging>,
+    lending: Arc<Lending>,
 }
 
 impl Notify {
-    fn new(generation: u32, sender: mpsc::Sender<Event>, debugging: Arc<Debugging>) -> Notify {
-        Notify { generation, sender, gate: Gate::default(), kickers: Mutex::default(), debugging }
+    fn new(generation: u32, control: &Control) -> Notify {
+        let (sender, debugging, lending) = (control.sender.clone(), control.debugging.clone(), control.lending.clone());
+        Notify { generation, sender, gate: Gate::default(), kickers: Mutex::default(), debugging, lending }
     }
 
     /// vCPU `cpu` has stopped for the debugger. It must come to the gate next.
@@ -410,6 +416,9 @@ fn models(config: &Config, outside: &Outside<'_>) -> Result<Vec<Box<dyn Model>>>
     }
     if let Some(address) = &config.vsock {
         models.push(Box::new(VsockModel::new(address)?));
+    }
+    if let Some(bytes) = config.balloon {
+        models.push(Box::new(BalloonModel::new(bytes, outside.notify.lending.clone())?));
     }
     models.extend(share::open(&config.shares)?);
     models.extend(config.channel.as_ref().map(share::channel));

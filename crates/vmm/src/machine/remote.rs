@@ -9,6 +9,7 @@ use super::debugging::{Debugging, Plan};
 use super::measuring::Measuring;
 use super::{Board, End, Event};
 use crate::Config;
+use crate::balloon::{Lending, Lent};
 use crate::snapshot::History;
 use anyvisor_engine::{Vcpu, Vm};
 use anyvisor_x86::Cpuid;
@@ -69,6 +70,10 @@ pub enum Refused {
     Failed(String),
 }
 
+fn no_balloon() -> Refused {
+    Refused::State("the VM has no balloon; start it with --balloon 0M to have one".into())
+}
+
 /// A VM that stands still: every vCPU at an instruction boundary, no chip doing anything.
 pub struct Paused<'a> {
     pub config: &'a Config,
@@ -109,6 +114,7 @@ pub struct Remote {
     pub(super) status: Arc<Status>,
     pub(super) debugging: Arc<Debugging>,
     pub(super) measuring: Arc<Measuring>,
+    pub(super) lending: Arc<Lending>,
 }
 
 impl Remote {
@@ -155,6 +161,22 @@ impl Remote {
     /// The VM has ended or is paused.
     pub fn press_power_button(&self) -> Result<bool, Refused> {
         self.ask(Request::PressPowerButton)
+    }
+
+    /// How the balloon is, and what the guest says of its memory, if it says so soon.
+    ///
+    /// # Errors
+    /// The VM has none.
+    pub fn balloon(&self) -> Result<Lent, Refused> {
+        self.lending.look(Duration::from_millis(500)).ok_or_else(no_balloon)
+    }
+
+    /// Wants so many bytes of the guest's memory, which it gives by and by.
+    ///
+    /// # Errors
+    /// The VM has no balloon.
+    pub fn want_balloon(&self, bytes: u64) -> Result<(), Refused> {
+        if self.lending.want(bytes) { Ok(()) } else { Err(no_balloon()) }
     }
 
     /// Calls `work` on the VM while it stands still: pauses it for that, unless it is paused already. `work`

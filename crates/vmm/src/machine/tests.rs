@@ -209,6 +209,7 @@ fn config(kernel: &KernelFile) -> Config {
         ports: Vec::new(),
         rng: false,
         vsock: None,
+        balloon: None,
         on_reboot: OnReboot::Exit,
     }
 }

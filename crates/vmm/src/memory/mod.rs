@@ -12,7 +12,7 @@ mod huge_file;
 use crate::config::{HUGE, HugePages, show_size};
 use crate::{Error, Result, layout};
 use anyvisor_devices::virtio::queue::{Piece, total};
-use anyvisor_engine::memory::{FILE_NAME, ram_file};
+use anyvisor_engine::memory::{FILE_NAME, is_in_pool, ram_file};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -333,6 +333,36 @@ impl Pool {
         let promised = number("resv_hugepages");
         Pool { total: number("nr_hugepages"), free: number("free_hugepages").saturating_sub(promised) }
     }
+}
+
+/// Gives the host `length` bytes of RAM at `gpa`, multiples of 4 KiB, which read as zeros from then on, or as in the file that
+/// they are a private mapping of. Whatever else is mapped there loses them too.
+///
+/// # Errors
+/// The host's; or they are not RAM of one piece, or on pages of the pool, which come only whole.
+pub fn give_back(memory: &GuestMemoryMmap, gpa: u64, length: u64) -> std::io::Result<()> {
+    let refused = |what| Err(std::io::Error::other(what));
+    let is_flash =
+        |region: &GuestRegionMmap| flash_size(memory) > 0 && region.start_addr().0 + region.len() == layout::HIGH_RAM;
+    let Some(region) = memory.find_region(GuestAddress(gpa)).filter(|region| !is_flash(region)) else {
+        return refused("no RAM");
+    };
+    let start = gpa - region.start_addr().0;
+    if length > region.len() - start || !(gpa | length).is_multiple_of(4096) {
+        return refused("no pages of one piece of RAM");
+    }
+    if let Some(file) = region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0) {
+        if is_in_pool(file.file()) {
+            return refused("on pages of the pool");
+        }
+        let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        return Ok(rustix::fs::fallocate(file.file(), flags, file.start() + start, length)?);
+    }
+    // SAFETY: the range lies in the region's own mapping, to which no Rust reference exists, so that its contents may change
+    // at any time, as they do here.
+    let status =
+        unsafe { libc::madvise(region.as_ptr().add(start as usize).cast(), length as usize, libc::MADV_DONTNEED) };
+    if status == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// Puts `length` bytes of `file` from `offset` on in the place of RAM at guest-physical address `gpa`, all

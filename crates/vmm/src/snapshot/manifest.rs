@@ -132,6 +132,8 @@ pub struct Machine {
     pub rng: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<vsock::Address>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<u64>,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -163,6 +165,7 @@ impl Machine {
             console: config.console,
             ports: config.ports.iter().map(Port::absolute).collect(),
             rng: config.rng,
+            balloon: config.balloon,
             vsock: config.vsock.as_ref().map(|v| vsock::Address { path: absolute(&v.path), ..v.clone() }),
         }
     }
@@ -170,7 +173,11 @@ impl Machine {
     /// Virtio devices.
     fn devices(&self) -> usize {
         let console = self.console == Console::Virtio || !self.ports.is_empty();
-        self.disks.len() + usize::from(console) + usize::from(self.rng) + usize::from(self.vsock.is_some())
+        self.disks.len()
+            + usize::from(console)
+            + usize::from(self.rng)
+            + usize::from(self.vsock.is_some())
+            + usize::from(self.balloon.is_some())
     }
 
     /// Bytes of all its memory.
@@ -204,6 +211,7 @@ impl Machine {
             console: self.console,
             ports: self.ports.clone(),
             rng: self.rng,
+            balloon: self.balloon,
             vsock: self.vsock.clone(),
             debug_exit: self.debug_exit,
             test_device: self.test_device,
