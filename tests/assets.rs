@@ -200,6 +200,19 @@ pub fn guestbench() -> Result<PathBuf> {
     })
 }
 
+/// `bench/transfer.c`, compiled and linked statically.
+///
+/// # Errors
+/// When there is no C compiler.
+pub fn transfer() -> Result<PathBuf> {
+    let source = root().join("bench/transfer.c");
+    cached("transfer", |to| {
+        let mut command = Command::new("gcc");
+        command.args(["-O2", "-static", "-o"]).arg(to).arg(&source);
+        run(&mut command).context("compiling transfer.c (is gcc installed?)")
+    })
+}
+
 /// The asset called `name`, made by `make` at the path it is given unless it is there already.
 fn cached(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);

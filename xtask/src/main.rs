@@ -10,6 +10,7 @@
 //! - `crash-disks`: what was flushed is there when anyvisor is killed.
 //! - `restore`: how long a restore takes.
 //! - `start`: how long a start takes, and its memory.
+//! - `network`: how fast bytes go through the rootless network, and through QEMU's.
 //! - `test-nested`: the KVM engine on emulated AMD-V or VT-x.
 //! - `suites`: CPU tests written by others, into docs/conformance.md.
 //! - `fuzz-insn`: the per-instruction differential fuzzer.
@@ -22,6 +23,7 @@ mod cpus;
 mod disks;
 mod measure;
 mod nested;
+mod network;
 mod programs;
 mod report;
 mod restore;
@@ -64,6 +66,8 @@ enum Task {
     Restore(restore::Options),
     /// Measures starts, from the process's start to the guest's first output, and the process's memory
     Start(start::Options),
+    /// Measures the rootless network, against QEMU's
+    Network(network::Options),
     /// Tests the KVM engine in a Linux on an emulated CPU with AMD-V or VT-x
     TestNested(nested::Options),
     /// Runs CPU tests written by others, which are kept outside of the repository
@@ -88,6 +92,7 @@ fn main() -> ExitCode {
         Task::CrashDisks(options) => disks::crash(&options),
         Task::Restore(options) => restore::restore(&options),
         Task::Start(options) => start::start(&options),
+        Task::Network(options) => network::network(&options),
         Task::TestNested(options) => nested::nested(&options),
         Task::Suites(options) => suites::suites(&options),
         Task::FuzzInsn { options } => fuzz_insn(&options),

@@ -20,7 +20,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("anyvisor-engine-translator", &["anyvisor-engine", "anyvisor-x86"]),
     ("anyvisor-engine-kvm", &["anyvisor-engine", "anyvisor-x86"]),
     ("anyvisor-devices", &["anyvisor-x86"]),
-    ("anyvisor-vmm", &["anyvisor-engine", "anyvisor-devices", "anyvisor-x86"]),
+    ("anyvisor-user-net", &[]),
+    ("anyvisor-vmm", &["anyvisor-engine", "anyvisor-devices", "anyvisor-user-net", "anyvisor-x86"]),
     (
         "anyvisor",
         &[
@@ -45,6 +46,7 @@ const SAFE: &[&str] = &[
     "crates/engine/src/lib.rs",
     "crates/devices/src/lib.rs",
     "crates/initramfs/src/lib.rs",
+    "crates/user-net/src/lib.rs",
     "xtask/src/main.rs",
 ];
 

@@ -3,7 +3,8 @@
 use crate::control::runtime::{Wanted, check_id};
 use crate::engines::EngineChoice;
 use anyvisor_vmm::config::{
-    Config, Console, Disk, Firmware, HugePages, Memory, Module, OnReboot, Serial, Share, parse_size, show_size,
+    Config, Console, Disk, Firmware, HugePages, Memory, Module, Net, OnReboot, Serial, Share, is_same_card, parse_size,
+    show_size,
 };
 use anyvisor_vmm::ports::Port;
 use anyvisor_vmm::{Error, Result, gdb, snapshot, vsock};
@@ -94,6 +95,11 @@ pub struct RunOptions {
     /// bytes a second (bw=20M); repeat for more
     #[arg(long, value_name = "PATH[,ro][,format=raw|qcow2][,direct][,iops=N][,bw=N]")]
     pub disk: Vec<Disk>,
+    /// Network card: user (the host's sockets, no rights needed; the guest gets 10.0.2.15 by DHCP, 10.0.2.2 is this host) with ports
+    /// that lead to the guest (fwd=tcp:2222:22, fwd=udp:ADDRESS:PORT:PORT), or tap=NAME, an interface that exists; bw= limits
+    /// bytes and pps= packets a second, each way; repeat for more
+    #[arg(long, value_name = "user[,fwd=tcp:PORT:PORT]|tap=NAME[,mac=MAC][,mtu=N][,bw=N][,pps=N]")]
+    pub net: Vec<Net>,
     /// Folder of the host that the guest may mount (mount -t virtiofs NAME /mnt); by default its name is the folder's own.
     /// With ro nothing in it can be changed, with cache=always nobody else changes it meanwhile; repeat for more
     #[arg(long, value_name = "FOLDER[:NAME][,ro][,cache=always]")]
@@ -175,6 +181,7 @@ impl RunOptions {
             modules: self.module.clone(),
             command_line: self.cmdline.clone().unwrap_or_else(|| default_command_line(self.console).into()),
             disks: self.disk.clone(),
+            nets: self.net.clone(),
             shares: self.share.clone(),
             channel: None,
             memory: self.memory.map_or(512 << 20, |memory| memory.size),
@@ -251,6 +258,13 @@ impl RunOptions {
         if !given.is_empty() && given != machine.disks {
             return contradicts("disk", "as given".into(), format!("{} others", machine.disks.len()));
         }
+        let same = |(n, (given, saved)): (usize, (&Net, &Net))| is_same_card(n, given, saved);
+        let nets = self.net.len() == machine.nets.len() && self.net.iter().zip(&machine.nets).enumerate().all(same);
+        if !self.net.is_empty() && !nets {
+            let saved = machine.nets.iter().map(|net| format!(" --net {net}")).collect::<String>();
+            let saved = if saved.is_empty() { "none".into() } else { format!("cards as of{saved}") };
+            return contradicts("net", self.net.iter().map(Net::to_string).collect::<Vec<_>>().join(" --net "), saved);
+        }
         if let Some(given) = self.console.filter(|given| *given != machine.console) {
             return contradicts(
                 "console",
@@ -282,6 +296,10 @@ impl RunOptions {
         }
         if !self.port.is_empty() {
             config.ports.clone_from(&self.port);
+        }
+        if !self.net.is_empty() {
+            // What the guest sees is the same; what is behind it may be another port.
+            config.nets = self.net.clone();
         }
         let id = match &self.id {
             Some(id) => id.clone(),

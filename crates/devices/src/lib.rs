@@ -18,6 +18,7 @@
 //! | [`fw_cfg::FwCfg`] | `read(offset, data)`, `write(offset, data)` | none |
 //! | [`virtio::pci::Transport`] | `config_*`, `bar_*`, writes `-> Work` | `pin()` level; `interrupt_queue -> Option<Msi>` |
 //! | [`virtio::block::Request`] | `parse` of what a driver made available | `Action`; `finish` gives it its status |
+//! | [`virtio::net::transmitted`], [`virtio::net::Receiver`] | one frame out of a chain, or into some | what it wrote, told as it goes |
 //! | [`test_device::TestDevice`] | `read_latch`, `write_latch`, `read_memory`, `write_memory` | none: its lines are the machine's |
 //! | [`flash::Flash`] | `read`, `write` | what of its contents changed |
 //! | [`power`] | the debug-exit port and the reset control register | `PowerEvent` |

@@ -10,6 +10,8 @@ use anyvisor_x86::cpuid::CpuChoice;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+pub use crate::net::{Net, is_same_card};
+
 /// Fewest bytes of RAM a machine can have: the boot structures and a small kernel.
 pub const MEMORY_MIN: u64 = 8 << 20;
 /// Most bytes of RAM, 1 TiB: a limit on what a typing error can ask of the host.
@@ -34,6 +36,7 @@ pub struct Config {
     pub modules: Vec<Module>,
     pub command_line: String,
     pub disks: Vec<Disk>,
+    pub nets: Vec<Net>,
     /// Folders of the host's that the guest has.
     pub shares: Vec<Share>,
     /// A command's standard streams.
@@ -370,6 +373,24 @@ pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
     Ok(bytes)
 }
 
+/// Parses the value of option `name` that is a number in each second, such as `5000` or `10M` (binary units K, M, G).
+///
+/// # Errors
+/// One line about what is wrong with `text`.
+pub fn parse_rate(name: &str, text: &str) -> std::result::Result<u64, String> {
+    let wrong = || format!("bad {name} '{text}'; write a number, for example 5000 or 10M");
+    let digits = text.trim_end_matches(['K', 'M', 'G', 'k', 'm', 'g']);
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).filter(|rate| *rate > 0).ok_or_else(wrong)
+}
+
 /// A size for messages, in the largest unit that divides it.
 pub fn show_size(bytes: u64) -> String {
     for (shift, unit) in [(30, "G"), (20, "M"), (10, "K")] {
@@ -461,6 +482,7 @@ mod tests {
             modules: Vec::new(),
             command_line: String::new(),
             disks: Vec::new(),
+            nets: Vec::new(),
             shares: vec![],
             channel: None,
             memory: 512 << 20,

@@ -20,6 +20,7 @@ pub mod gdb;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+mod net;
 pub mod ports;
 mod rng;
 pub mod share;

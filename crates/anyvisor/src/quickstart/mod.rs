@@ -33,6 +33,7 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         modules: Vec::new(),
         command_line: String::new(),
         disks: Vec::new(),
+        nets: Vec::new(),
         shares: vec![],
         channel: None,
         memory: options.memory.size,

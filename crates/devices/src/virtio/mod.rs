@@ -1,5 +1,5 @@
-//! virtio 1.2 devices over PCI, as models: registers ([`pci`]), split virtqueues ([`queue`]), disks ([`block`]),
-//! shared folders ([`fs`]).
+//! virtio 1.2 devices over PCI, as models: registers ([`pci`]), split virtqueues ([`queue`]), disks ([`block`]), network
+//! cards ([`net`]), shared folders ([`fs`]).
 //!
 //! **Idea.** A device is two models that meet in the machine. [`pci::Transport`] is what vCPUs touch: it never looks at
 //! guest memory, and says what a write asks for as a value. The queues are what the device's own thread works on.
@@ -20,6 +20,7 @@ pub mod fs;
 #[cfg(test)]
 pub(crate) mod hostile;
 pub mod limit;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;

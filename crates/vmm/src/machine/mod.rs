@@ -40,7 +40,7 @@ use crate::snapshot::{History, Snapshot};
 use crate::variables::Variables;
 use crate::virtio::Model;
 use crate::vsock::VsockModel;
-use crate::{Config, Error, Result, acpi, boot, disk, layout, memory, share};
+use crate::{Config, Error, Result, acpi, boot, disk, layout, memory, net, share};
 use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
 use anyvisor_x86::Cpuid;
@@ -401,11 +401,14 @@ impl Parts {
     }
 }
 
-/// What the virtio devices do, disks first.
+/// What the virtio devices do, disks first, then networks.
 fn models(config: &Config, outside: &Outside<'_>) -> Result<Vec<Box<dyn Model>>> {
     let mut models: Vec<Box<dyn Model>> = Vec::new();
     for disk in disk::open(&config.disks, config.cpus)? {
         models.push(Box::new(disk));
+    }
+    for net in net::open(&config.nets)? {
+        models.push(Box::new(net));
     }
     let screen = (config.console == Console::Virtio).then(|| (outside.output.clone(), outside.input.clone()));
     if screen.is_some() || !config.ports.is_empty() {

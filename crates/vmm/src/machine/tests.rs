@@ -196,6 +196,7 @@ fn config(kernel: &KernelFile) -> Config {
         modules: Vec::new(),
         command_line: "console=ttyS0".into(),
         disks: Vec::new(),
+        nets: Vec::new(),
         shares: vec![],
         channel: None,
         memory: 32 << 20,

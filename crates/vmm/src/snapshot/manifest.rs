@@ -2,7 +2,7 @@
 
 use super::{PAGE, pages};
 use crate::Config;
-use crate::config::{Console, Disk, Firmware, HugePages, Module, OnReboot, Serial};
+use crate::config::{Console, Disk, Firmware, HugePages, Module, Net, OnReboot, Serial};
 use crate::machine::BoardState;
 use crate::memory::flash_size;
 use crate::ports::Port;
@@ -114,6 +114,8 @@ pub struct Machine {
     pub command_line: String,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<Net>,
     /// RAM in bytes.
     pub memory: u64,
     /// Flash memory in bytes.
@@ -156,6 +158,7 @@ impl Machine {
             modules: config.modules.iter().map(|m| Module { path: absolute(&m.path), ..m.clone() }).collect(),
             command_line: config.command_line.clone(),
             disks: config.disks.iter().map(|disk| Disk { path: absolute(&disk.path), ..disk.clone() }).collect(),
+            nets: config.nets.clone(),
             memory: config.memory,
             flash: flash_size(memory),
             cpus: config.cpus,
@@ -174,6 +177,7 @@ impl Machine {
     fn devices(&self) -> usize {
         let console = self.console == Console::Virtio || !self.ports.is_empty();
         self.disks.len()
+            + self.nets.len()
             + usize::from(console)
             + usize::from(self.rng)
             + usize::from(self.vsock.is_some())
@@ -200,6 +204,7 @@ impl Machine {
             modules: self.modules.clone(),
             command_line: self.command_line.clone(),
             disks: self.disks.clone(),
+            nets: self.nets.clone(),
             // A VM that has some is not saved.
             shares: Vec::new(),
             channel: None,
