@@ -96,6 +96,18 @@ fn much_goes_in_and_out() {
 }
 
 #[test]
+fn a_network_is_there_if_it_is_asked_for() {
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = server.local_addr().unwrap().port();
+    let thread =
+        std::thread::spawn(move || server.accept().map(|(mut client, _)| client.write_all(b"from the host\n")));
+    let script = format!("cat </dev/tcp/10.0.2.2/{port}; cat /etc/resolv.conf");
+    check(&run(&["--net", "user"], &["bash", "-c", &script]), 0, "from the host\nnameserver 10.0.2.3\n", "");
+    thread.join().unwrap().unwrap().unwrap();
+    check(&run(&[], &["sh", "-c", "ls /sys/class/net"]), 0, "lo\n", "");
+}
+
+#[test]
 fn what_goes_wrong_is_told() {
     let output = run(&["--timeout", "2s"], &["sleep", "1000"]);
     check(&output, 124, "", "");

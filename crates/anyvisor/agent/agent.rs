@@ -37,6 +37,7 @@ mod call {
     pub const FCNTL: usize = 72;
     pub const CHDIR: usize = 80;
     pub const MKDIR: usize = 83;
+    pub const UNLINK: usize = 87;
     pub const SYMLINK: usize = 88;
     pub const SETUID: usize = 105;
     pub const SETGID: usize = 106;
@@ -195,6 +196,8 @@ struct Plan {
     user: Option<(usize, usize)>,
     /// Shares can be written to.
     sync: bool,
+    /// There is a network card.
+    network: bool,
     arguments: usize,
     variables: usize,
 }
@@ -236,7 +239,7 @@ fn read_plan() -> Plan {
     }
     close(file);
     let mut plan =
-        Plan { folder: c"/", host: c"anyvisor", terminal: None, user: None, sync: false, arguments: 0, variables: 0 };
+        Plan { folder: c"/", host: c"anyvisor", terminal: None, user: None, sync: false, network: false, arguments: 0, variables: 0 };
     for (kind, text) in texts() {
         // SAFETY: one process with one thread; the lists are read after this.
         let (arguments, variables) =
@@ -247,6 +250,7 @@ fn read_plan() -> Plan {
             b't' => plan.terminal = Some((pair(text).0 as u16, pair(text).1 as u16)),
             b'u' => plan.user = Some(pair(text)),
             b'w' => plan.sync = true,
+            b'n' => plan.network = true,
             b'a' if plan.arguments < LIST_MAX => {
                 arguments[plan.arguments] = text.as_ptr().cast();
                 plan.arguments += 1;
@@ -329,19 +333,55 @@ fn change_root() {
     of_path(call::CHDIR, c"/", 0, 0);
 }
 
-/// Gives the guest its own address.
-fn set_up_loopback() {
+/// Gives the guest its own address and, with a `network`, the one that its host has for it (docs/networks.md).
+fn set_up_network(network: bool) {
+    const SIOCADDRT: usize = 0x890b;
     const SIOCSIFFLAGS: usize = 0x8914;
-    const UP: u8 = 1;
-    let socket = plain(call::SOCKET, 2, 2, 0);
-    if socket >= 0 {
-        // struct ifreq: a name, and flags.
+    const SIOCSIFADDR: usize = 0x8916;
+    const SIOCSIFNETMASK: usize = 0x891c;
+    const AF_INET: u8 = 2;
+    const UP: [u8; 8] = [1, 0, 0, 0, 0, 0, 0, 0];
+    let address = |bytes: [u8; 4]| [AF_INET, 0, 0, 0, bytes[0], bytes[1], bytes[2], bytes[3]];
+    let socket = plain(call::SOCKET, AF_INET.into(), 2, 0);
+    if socket < 0 {
+        return;
+    }
+    let ask = |number: usize, request: &[u8]| {
+        // SAFETY: the kernel reads the structure, of as many bytes.
+        unsafe { system(call::IOCTL, socket as usize, number, request.as_ptr() as usize, 0, 0) }
+    };
+    let set = |card: &[u8], number: usize, value: [u8; 8]| {
+        // struct ifreq: a name, and flags or an address.
         let mut request = [0u8; 40];
-        request[..2].copy_from_slice(b"lo");
-        request[16] = UP;
-        // SAFETY: the kernel reads an ifreq.
-        unsafe { system(call::IOCTL, socket as usize, SIOCSIFFLAGS, request.as_ptr() as usize, 0, 0) };
-        close(socket as usize);
+        request[..card.len()].copy_from_slice(card);
+        request[16..24].copy_from_slice(&value);
+        ask(number, &request)
+    };
+    set(b"lo", SIOCSIFFLAGS, UP);
+    if network {
+        must("cannot find the network card", c"eth0", set(b"eth0", SIOCSIFADDR, address([10, 0, 2, 15])));
+        set(b"eth0", SIOCSIFNETMASK, address([255, 255, 255, 0]));
+        set(b"eth0", SIOCSIFFLAGS, UP);
+        // struct rtentry: where to, by way of whom, a mask, and flags (RTF_UP, RTF_GATEWAY).
+        let mut route = [0u8; 120];
+        for (at, to) in [(8, [0; 4]), (24, [10, 0, 2, 2]), (40, [0; 4])] {
+            route[at..at + 8].copy_from_slice(&address(to));
+        }
+        route[56] = 3;
+        ask(SIOCADDRT, &route);
+        name_server();
+    }
+    close(socket as usize);
+}
+
+/// Has names looked up by the network's own server. The host's file may be a link to what is not here.
+fn name_server() {
+    const O_CREAT: usize = 0o100;
+    of_path(call::UNLINK, c"/etc/resolv.conf", 0, 0);
+    let file = of_path(call::OPEN, c"/etc/resolv.conf", O_WRONLY | O_CREAT | O_CLOEXEC, 0o644);
+    if file >= 0 {
+        write_all(file as usize, b"nameserver 10.0.2.3\n");
+        close(file as usize);
     }
 }
 
@@ -617,7 +657,7 @@ fn main() -> ! {
     make_root();
     change_root();
     mount_shares();
-    set_up_loopback();
+    set_up_network(plan.network);
     of_path(call::SETHOSTNAME, plan.host, plan.host.to_bytes().len(), 0);
     block_child_signal(true);
     let streams = match plan.terminal {

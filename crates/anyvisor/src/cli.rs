@@ -427,6 +427,17 @@ fn parse_time(text: &str) -> std::result::Result<Duration, String> {
     total.map(Duration::from_millis).ok_or_else(|| format!("time '{text}' is too long"))
 }
 
+/// Parses a network that the guest's first process can set up by itself.
+///
+/// # Errors
+/// One line about what is wrong with `text`.
+fn parse_user_net(text: &str) -> std::result::Result<Net, String> {
+    match text.split(',').next() {
+        Some("user") => text.parse(),
+        _ => Err(format!("a command has no network '{text}'; use user, and options behind commas")),
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct QuickstartOptions {
     /// What executes guest code: auto, translator or kvm
@@ -468,6 +479,9 @@ pub struct ExecOptions {
     /// A folder below which changes are made on the host; repeat for more
     #[arg(long, value_name = "FOLDER")]
     pub rw: Vec<PathBuf>,
+    /// A network: this host's sockets, no rights needed; this host is 10.0.2.2, and ports of it can lead to the guest
+    #[arg(long, value_name = "user[,fwd=tcp:PORT:PORT]", value_parser = parse_user_net)]
+    pub net: Option<Net>,
     /// Run the command as you, not as the guest's root
     #[arg(long)]
     pub user: bool,

@@ -99,7 +99,7 @@ fn run_command(options: &ExecOptions) -> Result<u8> {
         modules: Vec::new(),
         command_line: [COMMAND_LINE, options.append.as_deref().unwrap_or_default()].join(" ").trim_end().into(),
         disks: vec![],
-        nets: vec![],
+        nets: options.net.iter().cloned().collect(),
         shares,
         channel: Some(channel),
         memory: options.memory.size,
@@ -160,6 +160,8 @@ fn run_command(options: &ExecOptions) -> Result<u8> {
 
 /// The kernel, and the modules that it needs.
 fn kernel(options: &ExecOptions) -> Result<(PathBuf, Vec<Module>)> {
+    let network = options.net.as_ref().map(|_| modules::NETWORK);
+    let wanted: Vec<&str> = modules::FILES.into_iter().chain(network).collect();
     if let Some(kernel) = &options.kernel {
         let own =
             || fetch::version(kernel).map(|version| Path::new("/lib/modules").join(version)).filter(|f| f.is_dir());
@@ -167,14 +169,14 @@ fn kernel(options: &ExecOptions) -> Result<(PathBuf, Vec<Module>)> {
             Some(folder) if !folder.is_dir() => {
                 Err(Error::user(format!("cannot read folder '{}'; check --modules", folder.display())))
             }
-            Some(folder) => Ok((kernel.clone(), modules::load(&folder)?)),
+            Some(folder) => Ok((kernel.clone(), modules::load(&folder, &wanted)?)),
             None => Ok((kernel.clone(), vec![])),
         };
     }
     let cache = fetch::Cache::open(true)?;
     let kernel = fetch::kernel(&cache)?;
     let modules = match fetch::modules(&cache, &kernel)? {
-        Some(folder) => modules::load(&folder)?,
+        Some(folder) => modules::load(&folder, &wanted)?,
         None => vec![],
     };
     Ok((kernel, modules))
@@ -211,6 +213,9 @@ fn plan(options: &ExecOptions, shares: &[Share], terminal: bool) -> Result<Vec<u
         add(b'w', b"");
         add(b's', share.tag.as_bytes());
         add(b'p', share.path.as_os_str().as_bytes());
+    }
+    if options.net.is_some() {
+        add(b'n', b"");
     }
     if let Some((rows, columns)) = terminal::size().filter(|_| terminal) {
         add(b't', format!("{rows} {columns}").as_bytes());

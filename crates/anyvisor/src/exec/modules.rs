@@ -7,23 +7,24 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What loads everything else, by what it depends on.
-const ROOTS: [&str; 3] = ["virtio_pci", "virtiofs", "overlay"];
+pub const FILES: [&str; 3] = ["virtio_pci", "virtiofs", "overlay"];
+pub const NETWORK: &str = "virtio_net";
 /// Folders below this depth are not looked at: a kernel's tree has fewer.
 const DEPTH_MAX: usize = 16;
 
 /// A module's name, and its contents.
 pub type Module = (String, Vec<u8>);
 
-/// The modules in `folder`, or as many as are there: what is not is taken to be built in.
+/// The modules `wanted`, and what they depend on, in `folder`, or as many as are there: what is not is taken to be built in.
 ///
 /// # Errors
 /// One that is there cannot be read or unpacked.
-pub fn load(folder: &Path) -> Result<Vec<Module>> {
+pub fn load(folder: &Path, wanted: &[&str]) -> Result<Vec<Module>> {
     let mut files = HashMap::new();
     collect(folder, 0, &mut files);
     let mut order = vec![];
-    for root in ROOTS {
-        add(root, &files, &mut order)?;
+    for name in wanted {
+        add(name, &files, &mut order)?;
     }
     Ok(order)
 }
@@ -111,13 +112,13 @@ mod tests {
         ] {
             fs::write(deep.join(format!("{name}.ko")), format!("\x7fELF\0depends={depends}\0license=GPL\0")).unwrap();
         }
-        let found = load(folder.path()).unwrap();
+        let found = load(folder.path(), &FILES).unwrap();
         let names: Vec<_> = found.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["fuse", "virtio_ring", "virtio", "virtiofs"]);
-        assert!(load(Path::new("/nonexistent")).unwrap().is_empty());
+        assert!(load(Path::new("/nonexistent"), &FILES).unwrap().is_empty());
         assert!(dependencies(b"\0depends=").is_empty());
         fs::write(deep.join("overlay.ko.gz"), "not packed").unwrap();
-        let error = load(folder.path()).unwrap_err().to_string();
+        let error = load(folder.path(), &FILES).unwrap_err().to_string();
         assert!(error.contains("overlay.ko.gz") && error.contains("gzip"), "{error}");
     }
 }
