@@ -34,8 +34,8 @@ pub struct Options {
     #[arg(long, default_value_t = 1024)]
     size: u64,
     /// VMs of each kind
-    #[arg(long, default_value_t = 3)]
-    runs: usize,
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    runs: u64,
     /// Do not run QEMU
     #[arg(long)]
     no_qemu: bool,
@@ -82,7 +82,8 @@ pub fn network(options: &Options) -> Result<()> {
 
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    let middle = times.len() / 2;
+    if times.len().is_multiple_of(2) { (times[middle - 1] + times[middle]) / 2.0 } else { times[middle] }
 }
 
 fn initramfs(port: u16, bytes: u64) -> Result<Vec<u8>> {
@@ -116,7 +117,7 @@ fn qemu(initramfs: &Path) -> Result<Command> {
 }
 
 /// Runs one VM.
-fn measure(name: &str, mut command: Command, server: &TcpListener, options: &Options, run: usize) -> Result<Times> {
+fn measure(name: &str, mut command: Command, server: &TcpListener, options: &Options, run: u64) -> Result<Times> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
