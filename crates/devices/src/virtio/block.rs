@@ -30,6 +30,7 @@ mod bits {
     pub const READ_ONLY: u64 = 1 << 5;
     pub const BLOCK_SIZE: u64 = 1 << 6;
     pub const FLUSH: u64 = 1 << 9;
+    pub const TOPOLOGY: u64 = 1 << 10;
     pub const QUEUES: u64 = 1 << 12;
     pub const DISCARD: u64 = 1 << 13;
     pub const WRITE_ZEROES: u64 = 1 << 14;
@@ -50,7 +51,7 @@ const UNMAP: u32 = 1;
 pub struct Geometry {
     pub sectors: u64,
     pub read_only: bool,
-    /// Bytes of a block, a power of two of at least [`SECTOR`]: what is read and written is best a multiple of it.
+    /// Bytes of a physical block, a power of two of at least [`SECTOR`]: whole ones are read and written best.
     pub block: u32,
     /// Request queues.
     pub queues: u16,
@@ -58,7 +59,8 @@ pub struct Geometry {
 
 /// What the device with this geometry offers.
 pub fn offer(geometry: &Geometry) -> Offer {
-    let mut features = bits::SEGMENTS | bits::BLOCK_SIZE | bits::FLUSH | feature::INDIRECT | feature::EVENT_INDEX;
+    let mut features =
+        bits::SEGMENTS | bits::BLOCK_SIZE | bits::FLUSH | bits::TOPOLOGY | feature::INDIRECT | feature::EVENT_INDEX;
     features |= if geometry.read_only { bits::READ_ONLY } else { bits::DISCARD | bits::WRITE_ZEROES };
     if geometry.queues > 1 {
         features |= bits::QUEUES;
@@ -74,7 +76,9 @@ fn config(geometry: &Geometry) -> Vec<u8> {
     let sectors_of_a_block = geometry.block / SECTOR as u32;
     put(0, &geometry.sectors.to_le_bytes());
     put(12, &SEGMENTS.to_le_bytes());
-    put(20, &geometry.block.to_le_bytes());
+    // Logical blocks are sectors: BIOSes know no others.
+    put(20, &(SECTOR as u32).to_le_bytes());
+    put(24, &[sectors_of_a_block.trailing_zeros() as u8]);
     put(34, &geometry.queues.to_le_bytes());
     for at in [36, 48] {
         put(at, &RANGE_MAX.to_le_bytes());
@@ -362,7 +366,7 @@ mod tests {
         let geometry = Geometry { block: 4096, queues: 3, ..DISK };
         let Offer { config, queues, features, .. } = offer(&geometry);
         let u32_at = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
-        assert_eq!((u32_at(0), u32_at(4), u32_at(12), u32_at(20)), (64, 0, 254, 4096));
+        assert_eq!((u32_at(0), u32_at(4), u32_at(12), u32_at(20), u32_at(24)), (64, 0, 254, 512, 3));
         assert_eq!((u32_at(36), u32_at(40), u32_at(44), u32_at(48), u32_at(52)), (RANGE_MAX, 1, 8, RANGE_MAX, 1));
         assert_eq!((config[34], config[56], config.len()), (3, 1, 60));
         assert_eq!((queues.len(), features & bits::QUEUES != 0, all(&DISK) & bits::QUEUES), (3, true, 0));
