@@ -43,6 +43,9 @@ pub enum Command {
     Snapshot(SnapshotOptions),
     /// Shows how much memory a VM lends to the host by its balloon, or makes it lend more or less
     Balloon(BalloonOptions),
+    /// Lists a VM's devices, or adds or removes one while it runs
+    #[command(subcommand)]
+    Device(DeviceCommand),
     /// Attaches this terminal to a VM's serial console (Ctrl-A X detaches)
     Console(NameOption),
     /// Shows what intercepts a VM's guest code, how often and how long, by vCPU
@@ -370,6 +373,27 @@ pub struct StopOptions {
     /// End it now, without asking the guest
     #[arg(long)]
     pub force: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DeviceCommand {
+    /// Lists a VM's virtio devices, by slot: the number on the PCI bus
+    List(NameOption),
+    /// Adds a disk, and prints its slot
+    Add {
+        /// The VM's name, or its control socket's path (with a slash)
+        id: String,
+        /// As for run
+        #[arg(long, value_name = "PATH[,OPTIONS]")]
+        disk: Disk,
+    },
+    /// Removes a device, once the guest has let go of it
+    Remove {
+        /// The VM's name, or its control socket's path (with a slash)
+        id: String,
+        /// Its slot, as device list shows it
+        slot: u8,
+    },
 }
 
 #[derive(Debug, Args)]

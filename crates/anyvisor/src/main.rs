@@ -40,6 +40,7 @@ fn main() -> ExitCode {
         cli::Command::Stop(options) => control::commands::stop(&options),
         cli::Command::Snapshot(options) => control::commands::snapshot(&options),
         cli::Command::Stat(options) => control::stat::command(&options),
+        cli::Command::Device(command) => control::devices::command(&command),
         cli::Command::Balloon(options) => control::balloon::command(&options),
         cli::Command::Console(vm) => control::console::attach(&vm.id),
         cli::Command::Doctor => doctor::command(),

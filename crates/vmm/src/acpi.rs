@@ -15,6 +15,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::{GenericAddress, Sdt};
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, facs::FACS, mcfg::MCFG};
+use anyvisor_devices::pci::hotplug;
 use anyvisor_devices::{acpi_pm, pci, pic, power, rtc, serial};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -25,6 +26,7 @@ const OEM_REVISION: u32 = 1;
 pub const SCI: u8 = 9;
 const PM1_EVENT: u16 = acpi_pm::PORT + acpi_pm::PM1_EVENT;
 const PM1_CONTROL: u16 = acpi_pm::PORT + acpi_pm::PM1_CONTROL;
+const HOTPLUG_EVENTS: u16 = hotplug::PORT + hotplug::EVENTS;
 const PM_TIMER: u16 = acpi_pm::PORT + acpi_pm::TIMER;
 /// IO-APIC pins that PCI's INTA# to INTD# are wired to, with the device number added as usual.
 pub const PCI_PINS: [u32; 4] = [16, 17, 18, 19];
@@ -136,9 +138,11 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     table.write_u32(56, u32::from(PM1_EVENT));
     table.write_u32(64, u32::from(PM1_CONTROL));
     table.write_u32(76, u32::from(PM_TIMER));
+    table.write_u32(80, u32::from(HOTPLUG_EVENTS));
     table.write_u8(88, 4);
     table.write_u8(89, 2);
     table.write_u8(91, 4);
+    table.write_u8(92, hotplug::EVENTS_LENGTH);
     table.write_u16(96, 0xffff); // no C2
     table.write_u16(98, 0xffff); // no C3
     table.write_u8(108, rtc::CENTURY); // the century's byte in CMOS
@@ -152,6 +156,7 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     table.write_bytes(148, &generic(GenericAddress::io_port_address::<u32>(PM1_EVENT)));
     table.write_bytes(172, &generic(GenericAddress::io_port_address::<u16>(PM1_CONTROL)));
     table.write_bytes(208, &generic(GenericAddress::io_port_address::<u32>(PM_TIMER)));
+    table.write_bytes(220, &generic(GenericAddress::io_port_address::<u16>(HOTPLUG_EVENTS)));
     table.write_bytes(268, b"anyvisor");
     table.as_slice().to_vec()
 }
@@ -203,6 +208,7 @@ fn dsdt(cpus: u32, ram: u64) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE, OEM_REVISION);
     let mut code = processors(cpus);
     code.extend(pci_root(ram));
+    code.extend(hotplug_slots());
     code.extend(isa_devices());
     let s5: [&dyn Aml; 4] = [&acpi_pm::SLEEP_TYPE_S5, &acpi_pm::SLEEP_TYPE_S5, &aml::ZERO, &aml::ZERO];
     Name::new("_S5_".into(), &aml::Package::new(s5.to_vec())).to_aml_bytes(&mut code);
@@ -258,6 +264,53 @@ fn pci_root(ram: u64) -> Vec<u8> {
     )])
 }
 
+/// PCI device numbers whose devices come and go.
+const HOTPLUG_SLOTS: std::ops::RangeInclusive<u32> = 2..=31;
+
+/// AML as bytes.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// The slots, the registers that say whose devices come and go ([`hotplug`]), and the event's method. Linux then has its driver
+/// `acpiphp` for the slots, because of their `_EJ0`.
+fn hotplug_slots() -> Vec<u8> {
+    let name = |slot: u32| format!("S{slot:03X}");
+    let region = aml::OpRegion::new("HPRG".into(), aml::OpRegionSpace::SystemIO, &hotplug::PORT, &hotplug::EVENTS);
+    let fields = [*b"HPUP", *b"HPDN", *b"HPEJ"].map(|name| aml::FieldEntry::Named(name, 32)).to_vec();
+    let (access, update) = (aml::FieldAccessType::DWord, aml::FieldUpdateRule::WriteAsZeroes);
+    let fields = aml::Field::new("HPRG".into(), access, aml::FieldLockRule::NoLock, update, fields);
+    let mut code = [bytes_of(&region), bytes_of(&fields)].concat();
+    let mut notifications = bytes_of(&aml::Store::new(&aml::Local(0), &aml::Path::new("HPUP")));
+    notifications.extend(bytes_of(&aml::Store::new(&aml::Local(1), &aml::Path::new("HPDN"))));
+    for slot in HOTPLUG_SLOTS {
+        let (address, bit, path) = (slot << 16, 1u32 << slot, aml::Path::new(&name(slot)));
+        let eject_register = aml::Path::new("HPEJ");
+        let store = aml::Store::new(&eject_register, &bit);
+        let eject = aml::Method::new("_EJ0".into(), 1, true, vec![&store]);
+        let (address, number) = (Name::new("_ADR".into(), &address), Name::new("_SUN".into(), &slot));
+        code.extend(bytes_of(&aml::Device::new(name(slot).as_str().into(), vec![&address, &number, &eject])));
+        // Device check, and eject request (ACPI 6.5, 5.6.6).
+        for (local, value) in [(0, 1u8), (1, 3)] {
+            let local = aml::Local(local);
+            let (is_set, notify) = (aml::And::new(&aml::ZERO, &local, &bit), aml::Notify::new(&path, &value));
+            notifications.extend(bytes_of(&aml::If::new(&is_set, vec![&notify])));
+        }
+    }
+    let notifications = Raw(notifications);
+    code.extend(bytes_of(&aml::Method::new("HPLK".into(), 0, true, vec![&notifications])));
+    let mut all = aml::Scope::raw("\\_SB_.PCI0".into(), code);
+    // By edge: the event is cleared before the registers are read, so that none is lost.
+    let look = aml::MethodCall::new("\\_SB_.PCI0.HPLK".into(), vec![]);
+    let event = aml::Method::new(format!("_E{:02X}", hotplug::EVENT).as_str().into(), 0, true, vec![&look]);
+    all.extend(bytes_of(&aml::Scope::new("\\_GPE".into(), vec![&event])));
+    all
+}
+
 /// The devices that no bus enumerates.
 fn isa_devices() -> Vec<u8> {
     let edge = |irq: u8| aml::Interrupt::new(true, true, false, false, u32::from(irq));
@@ -269,6 +322,7 @@ fn isa_devices() -> Vec<u8> {
     let board = crs(vec![
         &aml::Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_SIZE as u32),
         &IO::new(acpi_pm::PORT, acpi_pm::PORT, 1, acpi_pm::LENGTH as u8),
+        &IO::new(hotplug::PORT, hotplug::PORT, 1, hotplug::LENGTH as u8),
         &IO::new(pic::ELCR_PORT, pic::ELCR_PORT, 1, 2),
     ]);
     scope(&[

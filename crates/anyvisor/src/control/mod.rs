@@ -7,11 +7,13 @@
 //! | [`commands`] | `ps`, `pause`, `resume`, `stop`, `snapshot` |
 //! | [`console`] | `console` |
 //! | [`balloon`] | `balloon` |
+//! | [`devices`] | `device` |
 //! | [`stat`] | `stat`, and the table of `run --stat` |
 
 pub mod balloon;
 pub mod client;
 pub mod commands;
 pub mod console;
+pub mod devices;
 pub mod runtime;
 pub mod stat;

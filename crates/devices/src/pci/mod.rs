@@ -8,9 +8,11 @@
 //! PCI memory and I/O apertures); the root finds the function by what its BARs say at the moment.
 //!
 //! **Invariants.** `windows` always holds what the functions decode: configuration writes that may change
-//! it happen under its write lock. Lock order: `windows`, then a function's own; functions never call back.
+//! it happen under its write lock. Lock order: `windows`, then `functions` for a moment,
+//! then a function's own; functions never call back.
 
 pub mod config;
+pub mod hotplug;
 pub mod msix;
 
 use crate::power::{PowerEvent, RESET_CONTROL_PORT, ResetControl};
@@ -100,7 +102,7 @@ struct Ports {
 /// The root bus.
 #[derive(Default)]
 pub struct PciRoot {
-    functions: BTreeMap<Slot, Arc<dyn PciFunction>>,
+    functions: RwLock<BTreeMap<Slot, Arc<dyn PciFunction>>>,
     ports: Mutex<Ports>,
     windows: RwLock<Vec<(Window, Slot)>>,
 }
@@ -118,33 +120,53 @@ impl PciRoot {
 
     /// Adds what OVMF looks for beside an 82441FX: an ISA bridge, on which it finds the serial port, and a PIIX4's power
     /// management, which says where it has its `ports` for ACPI: there OVMF reads its timer.
-    pub fn add_piix(&mut self, ports: u16) {
+    pub fn add_piix(&self, ports: u16) {
         for (function, chip) in [(0, ChipsetFunction::piix_isa()), (3, ChipsetFunction::piix_power(ports))] {
             self.add(Slot { device: 1, function }, Arc::new(chip)).expect("the slot is the chipset's");
         }
     }
 
     fn with_bridge(bridge: ChipsetFunction) -> PciRoot {
-        let mut root = PciRoot::default();
-        root.functions.insert(Slot { device: 0, function: 0 }, Arc::new(bridge));
+        let root = PciRoot::default();
+        root.add(Slot { device: 0, function: 0 }, Arc::new(bridge)).expect("the bus is empty");
         root
     }
 
-    /// Plugs in a function, before the machine starts.
-    pub fn add(&mut self, slot: Slot, function: Arc<dyn PciFunction>) -> Result<(), BadSlot> {
-        if slot.device > 31 || slot.function > 7 || self.functions.contains_key(&slot) {
+    /// Plugs in a function. While the machine runs it must decode nothing yet.
+    ///
+    /// # Errors
+    /// There is no such slot, or it is taken.
+    pub fn add(&self, slot: Slot, function: Arc<dyn PciFunction>) -> Result<(), BadSlot> {
+        let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        if slot.device > 31 || slot.function > 7 || functions.contains_key(&slot) {
             return Err(BadSlot(slot));
         }
-        let windows = function.windows().into_iter().map(|window| (window, slot));
-        self.windows.get_mut().unwrap_or_else(PoisonError::into_inner).extend(windows);
-        self.functions.insert(slot, function);
+        windows.extend(function.windows().into_iter().map(|window| (window, slot)));
+        functions.insert(slot, function);
         Ok(())
+    }
+
+    /// Takes out the function in `slot`: nobody answers there any more.
+    pub fn remove(&self, slot: Slot) {
+        let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
+        windows.retain(|(_, owner)| *owner != slot);
+        self.functions.write().unwrap_or_else(PoisonError::into_inner).remove(&slot);
+    }
+
+    fn function(&self, slot: Slot) -> Option<Arc<dyn PciFunction>> {
+        self.functions.read().unwrap_or_else(PoisonError::into_inner).get(&slot).cloned()
+    }
+
+    fn all(&self) -> Vec<(Slot, Arc<dyn PciFunction>)> {
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.iter().map(|(slot, function)| (*slot, function.clone())).collect()
     }
 
     /// The state of the bus and its functions.
     pub fn save(&self) -> PciState {
         let Ports { address, reset } = *self.ports.lock().unwrap_or_else(PoisonError::into_inner);
-        let functions = self.functions.iter().map(|(slot, function)| (*slot, function.save())).collect();
+        let functions = self.all().iter().map(|(slot, function)| (*slot, function.save())).collect();
         PciState { address, reset, functions }
     }
 
@@ -154,13 +176,13 @@ impl PciRoot {
     /// Other functions were saved, or one refuses its state.
     pub fn restore(&self, saved: &PciState) -> Result<(), BadState> {
         saved.reset.check()?;
-        let same = saved.functions.iter().map(|(slot, _)| slot).eq(self.functions.keys());
+        let functions = self.all();
+        let same = saved.functions.iter().map(|(slot, _)| slot).eq(functions.iter().map(|(slot, _)| slot));
         require(
             "PCI bus",
             &[(saved.address & !ADDRESS_BITS == 0, "undefined address bits"), (same, "other functions are on it")],
         )?;
-        for (slot, state) in &saved.functions {
-            let function = &self.functions[slot];
+        for ((slot, state), (_, function)) in saved.functions.iter().zip(&functions) {
             function.restore(state)?;
             self.moved(*slot, &**function);
         }
@@ -249,31 +271,34 @@ impl PciRoot {
     }
 
     fn config_read(&self, slot: Slot, register: u16, data: &mut [u8]) {
-        match self.functions.get(&slot) {
+        match self.function(slot) {
             Some(function) => function.config_read(register, data),
             None => data.fill(0xff),
         }
     }
 
     fn config_write(&self, slot: Slot, register: u16, data: &[u8]) {
-        let Some(function) = self.functions.get(&slot) else { return };
+        let Some(function) = self.function(slot) else { return };
         if !config::may_move_windows(register) {
             return function.config_write(register, data);
         }
         let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
         function.config_write(register, data);
         windows.retain(|(_, owner)| *owner != slot);
-        windows.extend(function.windows().into_iter().map(|window| (window, slot)));
+        // It may have been taken out meanwhile.
+        if self.function(slot).is_some() {
+            windows.extend(function.windows().into_iter().map(|window| (window, slot)));
+        }
     }
 
     /// The function, BAR and offset of an access that lies whole in a window.
-    fn find(&self, space: Space, address: u64, length: usize) -> Option<(&dyn PciFunction, u8, u64)> {
+    fn find(&self, space: Space, address: u64, length: usize) -> Option<(Arc<dyn PciFunction>, u8, u64)> {
         let windows = self.windows.read().unwrap_or_else(PoisonError::into_inner);
         let (window, slot) = windows.iter().find(|(window, _)| {
             let offset = address.wrapping_sub(window.base);
             window.space == space && offset < window.length && window.length - offset >= length as u64
         })?;
-        Some((self.functions[slot].as_ref(), window.bar, address - window.base))
+        Some((self.function(*slot)?, window.bar, address - window.base))
     }
 }
 

@@ -4,6 +4,7 @@
 //! mean there; what it does not have lies under `/anyvisor`. See `docs/control-api.md`.
 
 use super::http::Fault;
+use crate::config::Disk;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
@@ -33,6 +34,12 @@ pub enum Action {
     Statistics,
     /// `PUT /anyvisor/stat`
     Measure(bool),
+    /// `GET /anyvisor/devices`
+    Devices,
+    /// `PUT /anyvisor/devices`
+    AddDisk(Disk),
+    /// `DELETE /anyvisor/devices`
+    RemoveDevice(u8),
     /// `GET /balloon` and `GET /balloon/statistics`
     Balloon,
     /// `PATCH /balloon`: how many bytes it is to have.
@@ -51,6 +58,20 @@ struct VmState {
 #[serde(deny_unknown_fields)]
 struct Measurement {
     measure: bool,
+}
+
+/// `PUT /anyvisor/devices`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewDevice {
+    disk: Disk,
+}
+
+/// `DELETE /anyvisor/devices`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OldDevice {
+    slot: u8,
 }
 
 /// `PATCH /balloon`.
@@ -125,6 +146,15 @@ pub fn understand(method: &str, path: &str, body: &[u8]) -> Result<Action, Fault
         ("/anyvisor/console", "GET") => without_body(body, Action::Console),
         ("/anyvisor/stat", "GET") => without_body(body, Action::Statistics),
         ("/anyvisor/stat", "PUT") => Ok(Action::Measure(parse::<Measurement>(body)?.measure)),
+        ("/anyvisor/devices", "GET") => without_body(body, Action::Devices),
+        ("/anyvisor/devices", "PUT") => {
+            let NewDevice { disk } = parse(body)?;
+            match disk.path.is_absolute() {
+                true => Ok(Action::AddDisk(disk)),
+                false => Err(Fault::new(400, format!("'{}' is not an absolute path", disk.path.display()))),
+            }
+        }
+        ("/anyvisor/devices", "DELETE") => Ok(Action::RemoveDevice(parse::<OldDevice>(body)?.slot)),
         ("/balloon" | "/balloon/statistics", "GET") => without_body(body, Action::Balloon),
         ("/balloon", "PATCH") => Ok(Action::WantBalloon(u64::from(parse::<BalloonSize>(body)?.amount_mib) << 20)),
         (known, _) if KNOWN.contains(&known) => Err(Fault::new(405, format!("{known} cannot be asked to {method}"))),
@@ -144,6 +174,7 @@ const KNOWN: &[&str] = &[
     "/anyvisor/stop",
     "/anyvisor/console",
     "/anyvisor/stat",
+    "/anyvisor/devices",
     "/balloon",
     "/balloon/statistics",
 ];
@@ -201,6 +232,14 @@ mod tests {
             ("GET", "/anyvisor/stat", "", Action::Statistics),
             ("PUT", "/anyvisor/stat", r#"{"measure":true}"#, Action::Measure(true)),
             ("GET", "/balloon", "", Action::Balloon),
+            ("GET", "/anyvisor/devices", "", Action::Devices),
+            (
+                "PUT",
+                "/anyvisor/devices",
+                r#"{"disk":{"path":"/a","read_only":true}}"#,
+                Action::AddDisk("/a,ro".parse().unwrap()),
+            ),
+            ("DELETE", "/anyvisor/devices", r#"{"slot":5}"#, Action::RemoveDevice(5)),
             ("GET", "/balloon/statistics", "", Action::Balloon),
             ("PATCH", "/balloon", r#"{"amount_mib":256}"#, Action::WantBalloon(256 << 20)),
             (
@@ -236,6 +275,8 @@ mod tests {
             ("PUT", "/anyvisor/stat", r#"{"measure":1}"#, 400, "body"),
             ("PATCH", "/balloon", r#"{"amount_mib":-1}"#, 400, "body"),
             ("PUT", "/balloon", "", 405, "PUT"),
+            ("PUT", "/anyvisor/devices", r#"{"disk":{"path":"a","read_only":true}}"#, 400, "absolute"),
+            ("DELETE", "/anyvisor/devices", r#"{"slot":256}"#, 400, "body"),
             ("PUT", "/actions", r#"{"action_type":"SendCtrlAltDel"}"#, 400, "power-button"),
             ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, 400, "started"),
             ("PUT", "/actions", r#"{"action_type":"Fly"}"#, 400, "Fly"),

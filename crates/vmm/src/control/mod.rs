@@ -313,6 +313,13 @@ fn carry_out(shared: &Shared, action: Action) -> Result<Response, Fault> {
             remote.measure(on)?;
             Response::done()
         }
+        Action::Devices => {
+            let devices = remote.devices()?;
+            let devices: Vec<_> = devices.iter().map(|d| json!({ "slot": d.slot, "name": d.name })).collect();
+            Response::json(json!({ "devices": devices }))
+        }
+        Action::AddDisk(disk) => Response::json(json!({ "slot": remote.add_disk(disk)? })),
+        Action::RemoveDevice(slot) => Response::json(json!({ "heard": remote.remove_device(slot)? })),
         Action::Balloon => {
             let lent = remote.balloon()?;
             let mut answer = lent.describe();

@@ -110,6 +110,15 @@ pub fn open(disks: &[Disk], cpus: u32) -> Result<Vec<DiskModel>> {
     disks.iter().enumerate().map(|(n, disk)| open_one(disk, n, cpus.clamp(1, QUEUES_MAX) as u16)).collect()
 }
 
+/// Opens and locks the image of a disk that comes to `slot` while the machine runs.
+///
+/// # Errors
+/// As for [`open`].
+pub fn open_another(disk: &Disk, slot: usize, cpus: u32) -> Result<DiskModel> {
+    // Its name is none of the first ones'.
+    open_one(disk, DISKS_MAX + slot, cpus.clamp(1, QUEUES_MAX) as u16)
+}
+
 fn open_one(disk: &Disk, n: usize, queues: u16) -> Result<DiskModel> {
     let shown = disk.path.display();
     let trouble = |error: io::Error| {

@@ -9,11 +9,13 @@
 //!
 //! Lock order: `still`, a chip, then `interrupts` or the alarm or the console, then the engine's own.
 
+mod hotplugging;
 mod state;
 
+pub use hotplugging::Plugged;
 pub use state::BoardState;
 
-use super::devices::{Bell, Device};
+use super::devices::{Bell, Device, FIRST_SLOT};
 use super::timer::Alarm;
 use super::variables::VariablesChip;
 use super::{End, Notify, Parts, lock};
@@ -25,6 +27,7 @@ use anyvisor_devices::acpi_pm::{self, AcpiPm};
 use anyvisor_devices::fw_cfg::{self, FwCfg};
 use anyvisor_devices::i8042::{self, I8042};
 use anyvisor_devices::ioapic::{self, IoApic};
+use anyvisor_devices::pci::hotplug::{self, Hotplug};
 use anyvisor_devices::pci::{self, PciRoot, Space};
 use anyvisor_devices::pic::{self, Pic};
 use anyvisor_devices::pit::{self, Pit};
@@ -37,6 +40,7 @@ use anyvisor_engine::{GuestIo, Vm};
 use anyvisor_x86::Msi;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use vm_memory::GuestMemoryMmap;
 
@@ -73,7 +77,11 @@ pub(super) struct Wired {
     piix: bool,
     /// For firmware that has somewhere to keep its variables.
     variables: Option<Mutex<VariablesChip>>,
-    devices: Vec<Arc<Device>>,
+    /// In the order of their slots, unless some have come since: see `hotplugging`.
+    devices: RwLock<Vec<Arc<Device>>>,
+    hotplug: Mutex<Hotplug>,
+    /// Threads of devices that have come while the machine runs; there is one if any has come or gone.
+    comers: Mutex<Option<Vec<JoinHandle<()>>>>,
     /// The console's bytes go to and from virtio devices, and not the serial port.
     virtio_console: bool,
     /// In machines that start firmware.
@@ -137,7 +145,7 @@ impl Board {
         let bells = parts.models.iter().map(|_| Bell::new()).collect::<std::io::Result<Vec<_>>>();
         let bells = bells.map_err(|error| Error::host("cannot make what wakes devices", error))?;
         let device = |(n, (model, bell)), wired: &Weak<Wired>| {
-            Arc::new(Device::new(n, model, bell, memory.clone(), vm.clone(), wired.clone()))
+            Arc::new(Device::new(FIRST_SLOT + n as u8, model, bell, memory.clone(), vm.clone(), wired.clone()))
         };
         let chips = Arc::new_cyclic(|wired| {
             let devices: Vec<_> =
@@ -159,7 +167,9 @@ impl Board {
                 pci: pci_bus(&devices, config.firmware.is_some(), piix),
                 piix,
                 variables,
-                devices,
+                devices: RwLock::new(devices),
+                hotplug: Mutex::default(),
+                comers: Mutex::default(),
                 virtio_console: config.console == Console::Virtio,
                 fw_cfg: config.firmware.as_ref().map(|_| Mutex::new(firmware::device(config))),
                 test_device: config.test_device.then(Mutex::default),
@@ -217,8 +227,8 @@ impl Board {
         self.devices().iter().for_each(|device| device.ring());
     }
 
-    pub(super) fn devices(&self) -> &[Arc<Device>] {
-        &self.chips.devices
+    pub(super) fn devices(&self) -> Vec<Arc<Device>> {
+        self.chips.devices()
     }
 
     /// Nanoseconds of guest time that the chips count in.
@@ -253,7 +263,7 @@ impl Board {
 
 /// The PCI bus with its devices, which have addresses unless firmware gives them some.
 fn pci_bus(devices: &[Arc<Device>], firmware: bool, piix: bool) -> PciRoot {
-    let mut root = if firmware { PciRoot::new_for_firmware() } else { PciRoot::new() };
+    let root = if firmware { PciRoot::new_for_firmware() } else { PciRoot::new() };
     if piix {
         root.add_piix(acpi_pm::PIIX_PORT);
     }
@@ -285,6 +295,7 @@ fn buses(chips: &Arc<Wired>, config: &Config, variables_end: u64) -> (Bus, Bus) 
     add(rtc::PORT, 2, Width::Byte, Chip::Rtc);
     add(serial::COM1_PORT, 8, Width::Byte, Chip::Serial);
     add(acpi_pm::PORT, acpi_pm::LENGTH.into(), Width::Dword, Chip::AcpiPm);
+    add(hotplug::PORT, hotplug::LENGTH.into(), Width::Dword, Chip::Hotplug);
     add(pci::CONFIG_PORT, pci::CONFIG_PORTS.into(), Width::Dword, Chip::PciConfig);
     if chips.fw_cfg.is_some() {
         add(fw_cfg::PORT, fw_cfg::LENGTH, Width::Word, Chip::FwCfg);
@@ -340,6 +351,7 @@ enum Chip {
     Rtc,
     I8042,
     AcpiPm,
+    Hotplug,
     PiixPm,
     DebugExit,
     IoApic,
@@ -370,6 +382,7 @@ impl BusDevice for OnBus {
         let port = (self.base + offset) as u16;
         match self.chip {
             Chip::AcpiPm | Chip::PiixPm => lock(&chips.acpi_pm).read(offset as u16, data, now),
+            Chip::Hotplug => lock(&chips.hotplug).read(offset as u16, data),
             Chip::IoApic => {
                 let value = lock(&chips.interrupts).io_apic.read(offset & !3);
                 copy_lanes(offset, value, data);
@@ -419,6 +432,13 @@ impl BusDevice for OnBus {
                 };
                 chips.alarm.set(chips.settle_acpi_pm(&mut pm));
                 chips.power(event);
+            }
+            Chip::Hotplug => {
+                let mut hotplug = lock(&chips.hotplug);
+                let ejected = hotplug.write(offset as u16, data);
+                drop(hotplug);
+                chips.eject(ejected);
+                chips.settle_acpi_pm(&mut lock(&chips.acpi_pm));
             }
             Chip::IoApic => {
                 // The registers are 32 bits wide; narrower writes are undefined and ignored.
@@ -576,7 +596,7 @@ impl Wired {
     }
 
     fn settle_acpi_pm(&self, pm: &mut AcpiPm) -> Option<u64> {
-        self.set_line(SCI, pm.sci());
+        self.set_line(SCI, pm.sci() || lock(&self.hotplug).sci());
         pm.next_event()
     }
 
@@ -623,7 +643,7 @@ impl Wired {
     fn take_input(&self) {
         if self.virtio_console {
             // Those that have no console find nothing to do.
-            return self.devices.iter().for_each(|device| device.ring());
+            return self.devices().iter().for_each(|device| device.ring());
         }
         let still = self.still();
         if !*still {

@@ -29,7 +29,7 @@ use std::time::Instant;
 use vm_memory::GuestMemoryMmap;
 
 /// The first device's number on the bus; what is below is the chipset's.
-const FIRST_SLOT: u8 = 2;
+pub(super) const FIRST_SLOT: u8 = 2;
 /// Most devices: the slots of a bus that the chipset leaves.
 pub(super) const DEVICES_MAX: usize = 32 - FIRST_SLOT as usize;
 
@@ -101,9 +101,9 @@ enum Next {
 }
 
 impl Device {
-    /// Device number `n`, which does what `model` does.
+    /// The device with number `number` on the bus, which does what `model` does.
     pub fn new(
-        n: usize,
+        number: u8,
         model: Box<dyn Model>,
         bell: Bell,
         memory: GuestMemoryMmap,
@@ -112,7 +112,7 @@ impl Device {
     ) -> Device {
         let transport = Transport::new(model.offer());
         Device {
-            slot: Slot { device: FIRST_SLOT + n as u8, function: 0 },
+            slot: Slot { device: number, function: 0 },
             name: model.name(),
             memory,
             vm,
@@ -134,6 +134,21 @@ impl Device {
         let end = lock(&self.pins).transport.place(base);
         assert!(end <= layout::PCI_WINDOW_END, "the devices' registers do not fit");
         end
+    }
+
+    /// What it is, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// It has been taken out of the bus: drives its pin no more.
+    pub fn release_pin(&self) {
+        let mut pins = lock(&self.pins);
+        if std::mem::take(&mut pins.level)
+            && let Some(wired) = self.wired.upgrade()
+        {
+            wired.set_pci_pin(self.slot.device, false);
+        }
     }
 
     /// Has the thread look at the queues.

@@ -45,7 +45,7 @@ use anyvisor_devices::PowerEvent;
 use anyvisor_engine::{Engine, Kicker, Stop, Vcpu, VcpuId, Vm};
 use anyvisor_x86::Cpuid;
 use board::Outside;
-pub use board::{Board, BoardState, Chips};
+pub use board::{Board, BoardState, Chips, Plugged};
 use debugging::Debugging;
 pub use debugging::{Debugger, Plan};
 use gate::Gate;
@@ -363,7 +363,7 @@ impl Machine {
         if matches!(end, End::Stopped | End::Left) {
             output.abandon_after(Duration::from_millis(200));
         }
-        for thread in threads {
+        for thread in threads.into_iter().chain(board.take_threads()) {
             if thread.join().is_err() {
                 tracing::error!("a thread of the VM panicked");
             }

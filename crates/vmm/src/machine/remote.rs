@@ -7,9 +7,10 @@
 
 use super::debugging::{Debugging, Plan};
 use super::measuring::Measuring;
-use super::{Board, End, Event};
+use super::{Board, End, Event, Plugged};
 use crate::Config;
 use crate::balloon::{Lending, Lent};
+use crate::config::Disk;
 use crate::snapshot::History;
 use anyvisor_engine::{Vcpu, Vm};
 use anyvisor_x86::Cpuid;
@@ -177,6 +178,35 @@ impl Remote {
     /// The VM has no balloon.
     pub fn want_balloon(&self, bytes: u64) -> Result<(), Refused> {
         if self.lending.want(bytes) { Ok(()) } else { Err(no_balloon()) }
+    }
+
+    /// The devices on the bus.
+    ///
+    /// # Errors
+    /// As for [`Remote::with_paused`].
+    pub fn devices(&self) -> Result<Vec<Plugged>, Refused> {
+        self.with_paused(|paused| paused.board.plugged())
+    }
+
+    /// Adds a disk. Returns its number on the bus.
+    ///
+    /// # Errors
+    /// As for [`Remote::with_paused`]; or the disk cannot be used, or has no place.
+    pub fn add_disk(&self, disk: Disk) -> Result<u8, Refused> {
+        let plug = move |paused: &mut Paused| paused.board.plug_disk(&disk, paused.config.cpus, paused.memory);
+        self.with_paused(plug)?.map_err(|error| Refused::State(error.to_string()))
+    }
+
+    /// Asks the guest to let go of the device in `slot`, which is then taken out. Says whether the guest listens to that.
+    ///
+    /// # Errors
+    /// As for [`Remote::with_paused`]; or there is no such device.
+    pub fn remove_device(&self, slot: u8) -> Result<bool, Refused> {
+        let unplug = move |paused: &mut Paused| {
+            let known = paused.board.plugged().iter().any(|plugged| plugged.slot == slot);
+            known.then(|| paused.board.ask_to_unplug(slot))
+        };
+        self.with_paused(unplug)?.ok_or_else(|| Refused::State(format!("no device is in slot {slot}")))
     }
 
     /// Calls `work` on the VM while it stands still: pauses it for that, unless it is paused already. `work`

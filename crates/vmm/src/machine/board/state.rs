@@ -11,6 +11,7 @@ use anyvisor_devices::acpi_pm::AcpiPm;
 use anyvisor_devices::fw_cfg::{self, FwCfg};
 use anyvisor_devices::i8042::I8042;
 use anyvisor_devices::pci::PciState;
+use anyvisor_devices::pci::hotplug::Hotplug;
 use anyvisor_devices::pit::Pit;
 use anyvisor_devices::rtc::Rtc;
 use anyvisor_devices::serial::Serial;
@@ -41,7 +42,14 @@ pub struct BoardState {
     pub devices: Vec<DeviceState>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variables: Option<VariablesState>,
+    #[serde(default, skip_serializing_if = "is_unused")]
+    pub hotplug: Hotplug,
     pub interrupts: Interrupts,
+}
+
+/// Nobody has enabled its event.
+fn is_unused(hotplug: &Hotplug) -> bool {
+    *hotplug == Hotplug::default()
 }
 
 impl BoardState {
@@ -58,6 +66,7 @@ impl BoardState {
         self.acpi_pm.check(self.now)?;
         self.test_device.as_ref().map_or(Ok(()), TestDevice::check)?;
         self.devices.iter().try_for_each(DeviceState::check)?;
+        self.hotplug.check()?;
         self.interrupts.io_apic.check()?;
         self.interrupts.pic.clone().check()
     }
@@ -73,6 +82,11 @@ impl Board {
     /// # Errors
     /// The host's, about a disk; or a device that cannot be saved.
     pub fn save(&self) -> Result<BoardState> {
+        if self.has_changed() {
+            return Err(crate::Error::user(
+                "a VM to which devices were added, or from which some were removed, cannot be saved",
+            ));
+        }
         let devices = self.devices().iter().map(|device| device.save()).collect::<Result<_>>()?;
         let variables = self.chips.variables.as_ref().map(|chip| lock(chip).save()).transpose()?;
         let chips = self.chips();
@@ -90,6 +104,7 @@ impl Board {
             test_device: chips.test_device.as_deref().cloned(),
             devices,
             variables,
+            hotplug: lock(&self.chips.hotplug).clone(),
             interrupts: interrupts.clone(),
         })
     }
@@ -125,6 +140,7 @@ impl Board {
         *lock(&chips.pit) = state.pit.clone();
         *lock(&chips.i8042) = state.i8042.clone();
         *lock(&chips.acpi_pm) = state.acpi_pm.clone();
+        *lock(&chips.hotplug) = state.hotplug.clone();
         if let (Some(device), Some(position)) = (&chips.fw_cfg, state.fw_cfg) {
             lock(device).set_position(position);
         }
@@ -153,9 +169,10 @@ impl Board {
         chips.tell_intr(&mut interrupts);
         drop(interrupts);
         // They drive their pins again.
-        if chips.devices.len() != state.devices.len() {
+        let devices = chips.devices();
+        if devices.len() != state.devices.len() {
             return Err(BadState { chip: "virtio devices", what: "another number of them" });
         }
-        chips.devices.iter().zip(&state.devices).try_for_each(|(device, saved)| device.restore(saved))
+        devices.iter().zip(&state.devices).try_for_each(|(device, saved)| device.restore(saved))
     }
 }
