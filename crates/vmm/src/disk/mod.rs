@@ -213,6 +213,13 @@ fn check_format(file: &File, disk: &Disk) -> io::Result<Result<()>> {
     }))
 }
 
+impl Drop for Image {
+    /// Others may use it at once: the kernel closes what io_uring has open only later.
+    fn drop(&mut self) {
+        let _ = self.file.unlock();
+    }
+}
+
 impl Image {
     /// How it is now.
     fn stamp(&self) -> io::Result<Stamp> {

@@ -12,6 +12,7 @@
 mod hotplugging;
 mod state;
 
+use hotplugging::Changes;
 pub use hotplugging::Plugged;
 pub use state::BoardState;
 
@@ -40,7 +41,6 @@ use anyvisor_engine::{GuestIo, Vm};
 use anyvisor_x86::Msi;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
-use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use vm_memory::GuestMemoryMmap;
 
@@ -80,8 +80,8 @@ pub(super) struct Wired {
     /// In the order of their slots, unless some have come since: see `hotplugging`.
     devices: RwLock<Vec<Arc<Device>>>,
     hotplug: Mutex<Hotplug>,
-    /// Threads of devices that have come while the machine runs; there is one if any has come or gone.
-    comers: Mutex<Option<Vec<JoinHandle<()>>>>,
+    /// If devices have come or gone while the machine runs.
+    changes: Mutex<Option<Changes>>,
     /// The console's bytes go to and from virtio devices, and not the serial port.
     virtio_console: bool,
     /// In machines that start firmware.
@@ -169,7 +169,7 @@ impl Board {
                 variables,
                 devices: RwLock::new(devices),
                 hotplug: Mutex::default(),
-                comers: Mutex::default(),
+                changes: Mutex::default(),
                 virtio_console: config.console == Console::Virtio,
                 fw_cfg: config.firmware.as_ref().map(|_| Mutex::new(firmware::device(config))),
                 test_device: config.test_device.then(Mutex::default),

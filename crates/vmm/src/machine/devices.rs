@@ -66,8 +66,19 @@ struct Life {
     asked: u64,
     done: u64,
     stopped: bool,
-    /// The VM has ended by itself, and what the guest said last is to be heard.
-    heard_out: bool,
+    farewell: Farewell,
+}
+
+/// What a device does when it is stopped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Farewell {
+    /// Nothing: the VM is ended from outside.
+    #[default]
+    None,
+    /// The VM has ended by itself: what the guest said last still goes out.
+    HearOut,
+    /// It is taken out of a VM that goes on: what is under way ends.
+    Settle,
 }
 
 /// A device in a snapshot. Its configuration space is the bus's.
@@ -156,11 +167,10 @@ impl Device {
         self.bell.ring();
     }
 
-    /// Ends [`Device::run`], and nobody waits for the thread any more. With `hear_out` what the guest said last still goes
-    /// out.
-    pub fn stop(&self, hear_out: bool) {
+    /// Ends [`Device::run`], and nobody waits for the thread any more.
+    pub fn stop(&self, farewell: Farewell) {
         let mut life = lock(&self.life);
-        (life.stopped, life.heard_out) = (true, hear_out);
+        (life.stopped, life.farewell) = (true, farewell);
         drop(life);
         self.obeyed.notify_all();
         self.bell.ring();
@@ -181,16 +191,21 @@ impl Device {
                 }
             }
         }
-        if lock(&self.life).heard_out {
-            self.hear_out();
+        let farewell = lock(&self.life).farewell;
+        if farewell != Farewell::None {
+            self.say(farewell);
         }
         Ok(())
     }
 
-    fn hear_out(&self) {
+    fn say(&self, farewell: Farewell) {
         let Some(wired) = self.wired.upgrade() else { return };
         let mut side = lock(&self.side);
         self.obey(&wired, &mut side);
+        if farewell == Farewell::Settle {
+            self.attend(&wired, &mut side, 0, |model, queues| model.settle(queues));
+            return;
+        }
         let features = {
             let pins = lock(&self.pins);
             pins.transport.may_work().then(|| pins.transport.features())

@@ -48,6 +48,7 @@ use board::Outside;
 pub use board::{Board, BoardState, Chips, Plugged};
 use debugging::Debugging;
 pub use debugging::{Debugger, Plan};
+use devices::Farewell;
 use gate::Gate;
 use live::Live;
 use measuring::Measuring;
@@ -358,8 +359,11 @@ impl Machine {
         notify.stop_vcpus();
         input.set_ready(None);
         board.stop_timers();
-        let by_itself = matches!(end, End::PowerOff | End::Reboot | End::DebugExit(_));
-        board.devices().iter().for_each(|device| device.stop(by_itself));
+        let farewell = match end {
+            End::PowerOff | End::Reboot | End::DebugExit(_) => Farewell::HearOut,
+            _ => Farewell::None,
+        };
+        board.devices().iter().for_each(|device| device.stop(farewell));
         if matches!(end, End::Stopped | End::Left) {
             output.abandon_after(Duration::from_millis(200));
         }

@@ -6,13 +6,22 @@
 
 use super::{Board, Wired};
 use crate::config::Disk;
-use crate::machine::devices::{self, Bell, DEVICES_MAX, Device, FIRST_SLOT};
+use crate::machine::devices::{self, Bell, DEVICES_MAX, Device, FIRST_SLOT, Farewell};
 use crate::machine::lock;
 use crate::virtio::Model;
 use crate::{Error, Result, disk};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use vm_memory::GuestMemoryMmap;
+
+/// What has come of devices that came or went.
+#[derive(Default)]
+pub(super) struct Changes {
+    threads: Vec<JoinHandle<()>>,
+    /// Taken out of the bus, though what was under way may not have ended. They are kept for the owner's thread to drop, for vCPUs'
+    /// may not close files.
+    leaving: Vec<Arc<Device>>,
+}
 
 /// A device, for those who may take it out.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,10 +32,17 @@ pub struct Plugged {
 }
 
 impl Board {
-    /// The devices on the bus.
+    /// The devices on the bus of a machine that stands still, and those that are just leaving it.
     pub fn plugged(&self) -> Vec<Plugged> {
         let plugged = |device: &Arc<Device>| Plugged { slot: device.slot().device, name: device.name().to_owned() };
-        self.devices().iter().map(plugged).collect()
+        let mut changes = lock(&self.chips.changes);
+        let leaving = changes.as_mut().map_or(vec![], |changes| {
+            // Its thread has ended.
+            changes.leaving.retain(|device| Arc::strong_count(device) > 1);
+            changes.leaving.clone()
+        });
+        drop(changes);
+        self.devices().into_iter().chain(leaving).map(|device| plugged(&device)).collect()
     }
 
     /// Puts a disk on the bus of a machine that stands still and has so many vCPUs. Returns its number there.
@@ -50,7 +66,7 @@ impl Board {
         let device = Arc::new(Device::new(slot, model, bell, memory.clone(), chips.vm.clone(), wired));
         let thread = devices::spawn(device.clone(), chips.notify.clone());
         let thread = thread.map_err(|error| Error::host("cannot start the thread of a device", error))?;
-        lock(&chips.comers).get_or_insert_default().push(thread);
+        lock(&chips.changes).get_or_insert_default().threads.push(thread);
         chips.pci.add(device.slot(), device.clone()).expect("the slot is free");
         chips.devices_mut().push(device);
         lock(&chips.hotplug).plug(slot);
@@ -68,12 +84,13 @@ impl Board {
 
     /// Whether devices have come or gone.
     pub fn has_changed(&self) -> bool {
-        lock(&self.chips.comers).is_some()
+        lock(&self.chips.changes).is_some()
     }
 
     /// The threads of devices that came while the machine ran.
     pub(in crate::machine) fn take_threads(&self) -> Vec<JoinHandle<()>> {
-        lock(&self.chips.comers).as_mut().map(std::mem::take).unwrap_or_default()
+        let mut changes = lock(&self.chips.changes);
+        changes.as_mut().map(|changes| std::mem::take(&mut changes.threads)).unwrap_or_default()
     }
 }
 
@@ -90,9 +107,9 @@ impl Wired {
     pub(super) fn eject(&self, slots: u32) {
         let is_ejected = |device: &Arc<Device>| slots >> device.slot().device & 1 != 0;
         for device in self.devices().into_iter().filter(is_ejected) {
-            lock(&self.comers).get_or_insert_default();
+            lock(&self.changes).get_or_insert_default().leaving.push(device.clone());
             self.pci.remove(device.slot());
-            device.stop(false);
+            device.stop(Farewell::Settle);
             device.release_pin();
             self.devices_mut().retain(|other| !Arc::ptr_eq(other, &device));
             tracing::info!("{} is taken out of slot {}", device.name(), device.slot().device);
