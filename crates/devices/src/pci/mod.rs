@@ -446,7 +446,7 @@ mod tests {
     const CARD: Slot = Slot { device: 3, function: 0 };
 
     fn root() -> PciRoot {
-        let mut root = PciRoot::new();
+        let root = PciRoot::new();
         root.add(CARD, Card::new()).unwrap();
         root
     }
@@ -493,7 +493,7 @@ mod tests {
 
     #[test]
     fn ovmf_finds_the_timer() {
-        let mut root = PciRoot::new_for_firmware();
+        let root = PciRoot::new_for_firmware();
         root.add_piix(0x600);
         let (isa, power) = (Slot { device: 1, function: 0 }, Slot { device: 1, function: 3 });
         assert_eq!((get(&root, isa, 0), get(&root, isa, 8) >> 8), (0x7000_8086, 0x06_0100));
@@ -611,7 +611,7 @@ mod tests {
 
     #[test]
     fn slots_are_checked() {
-        let mut root = root();
+        let root = root();
         for slot in
             [CARD, Slot { device: 0, function: 0 }, Slot { device: 32, function: 0 }, Slot { device: 1, function: 8 }]
         {
