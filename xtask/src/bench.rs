@@ -3,7 +3,7 @@
 //!
 //! Numbers are medians over the runs. A class's figure is the geometric mean of its benchmarks' ratios.
 
-use crate::{cargo, chart, install, measure, report, root, run};
+use crate::{cargo, chart, install, install_qemu, measure, report, root, run};
 use anyhow::{Context, Result, bail};
 use anyvisor_initramfs::Archive;
 use anyvisor_tests::{assets, vm};
@@ -78,7 +78,7 @@ type Times = Vec<(String, String, f64)>;
 /// When something needed is missing, or a guest fails.
 pub fn bench(options: &Options) -> Result<()> {
     if !options.no_qemu {
-        install("qemu-system-x86_64", &["qemu-system-x86"])?;
+        install_qemu()?;
     }
     install("gcc", &["gcc", "libc6-dev"])?;
     run(cargo().args(["build", "--release", "--package", "anyvisor"]))?;

@@ -135,6 +135,15 @@ fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Installs QEMU and its tools together: of different versions, as hosts with backports have them, one would remove the other.
+fn install_qemu() -> Result<()> {
+    install("qemu-system-x86_64", QEMU)?;
+    install("qemu-img", QEMU)
+}
+
+/// Debian's packages of QEMU.
+const QEMU: &[&str] = &["qemu-system-x86", "qemu-utils"];
+
 /// Installs Debian packages when a program they bring is missing: as root only, since nobody else can.
 fn install(program: &str, packages: &[&str]) -> Result<()> {
     let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output().context("starting sh")?;

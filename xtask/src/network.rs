@@ -3,7 +3,7 @@
 //! A server on this host is sent and sends so many bytes by a C program in the guest (bench/transfer.c). Each VM moves them in both
 //! directions; VMs of both kinds take turns. Times are the host's, from the connection to the receiver's word that it has all.
 
-use crate::install;
+use crate::install_qemu;
 use anyhow::{Context, Result, ensure};
 use anyvisor_tests::{assets, vm};
 use std::io::{Read, Write};
@@ -53,7 +53,7 @@ type Times = [f64; 2];
 /// A guest does not boot, or bytes get lost.
 pub fn network(options: &Options) -> Result<()> {
     if !options.no_qemu {
-        install("qemu-system-x86_64", &["qemu-system-x86"])?;
+        install_qemu()?;
     }
     let server = TcpListener::bind("127.0.0.1:0")?;
     server.set_nonblocking(true)?;

@@ -57,7 +57,7 @@ fn prepare() -> Result<()> {
     install("gcc", &["gcc", "libc6-dev"])?;
     install("dpkg-deb", &["dpkg"])?;
     install("gdb", &["gdb"])?;
-    install("qemu-img", &["qemu-utils"])?;
+    crate::install_qemu()?;
     let kernel = assets::kernel()?;
     let busybox = assets::busybox()?;
     eprintln!("xtask: guests are {} and {}", kernel.display(), busybox.display());

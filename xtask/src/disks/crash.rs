@@ -6,7 +6,7 @@
 //! that were said to be flushed must hold their rounds. The next VM goes on with the same images.
 
 use super::fio::Fio;
-use crate::{cargo, install, run};
+use crate::{cargo, install_qemu, run};
 use anyhow::{Context, Result, bail, ensure};
 use anyvisor_tests::{assets, vm};
 use std::fs::File;
@@ -53,7 +53,7 @@ struct Disk {
 /// # Errors
 /// What was lost.
 pub fn crash(options: &CrashOptions) -> Result<()> {
-    install("qemu-img", &["qemu-utils"])?;
+    install_qemu()?;
     run(cargo().args(["build", "--quiet", "--release", "--package", "anyvisor"]))?;
     let seed = options.seed.unwrap_or_else(|| {
         SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64)

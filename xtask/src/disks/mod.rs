@@ -7,7 +7,7 @@
 mod crash;
 mod fio;
 
-use crate::{cargo, install, run};
+use crate::{cargo, install_qemu, run};
 use anyhow::{Context, Result, ensure};
 use anyvisor_tests::{assets, vm};
 pub use crash::{CrashOptions, crash};
@@ -84,8 +84,7 @@ const RATIOS: [(&str, &str); 4] = [
 /// # Errors
 /// A guest or fio fails.
 pub fn disks(options: &Options) -> Result<()> {
-    install("qemu-img", &["qemu-utils"])?;
-    install("qemu-system-x86_64", &["qemu-system-x86"])?;
+    install_qemu()?;
     run(cargo().args(["build", "--quiet", "--release", "--package", "anyvisor"]))?;
     let fio = Fio::prepare()?;
     let own = options.folder.is_none().then(assets::scratch_folder);

@@ -67,7 +67,7 @@ impl Emulator {
             Vendor::Amd => Emulator {
                 name: "AMD-V",
                 program: "qemu-system-x86_64",
-                packages: &["qemu-system-x86"],
+                packages: crate::QEMU,
                 module: "kvm_amd",
                 limits: "qemu-svm",
                 boot: Duration::from_secs(60),

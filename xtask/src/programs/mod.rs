@@ -11,7 +11,7 @@ mod source;
 mod table;
 
 use crate::bench::Runner;
-use crate::{cargo, install, measure, run};
+use crate::{cargo, install_qemu, measure, run};
 use anyhow::{Context, Result, bail, ensure};
 use anyvisor_tests::{assets, vm};
 use std::collections::BTreeMap;
@@ -86,7 +86,7 @@ pub fn programs(options: &Options) -> Result<()> {
     let mut runners = vec![Runner::Native];
     if !options.native {
         if !options.no_qemu {
-            install("qemu-system-x86_64", &["qemu-system-x86"])?;
+            install_qemu()?;
             runners.push(Runner::Qemu);
         }
         run(cargo().args(["build", "--release", "--package", "anyvisor"]))?;

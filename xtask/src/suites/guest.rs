@@ -40,7 +40,7 @@ pub fn run(on: On, name: &str, files: &[(String, Vec<u8>)], script: &str) -> Res
             command
         }
         On::Tcg => {
-            crate::install("qemu-system-x86_64", &["qemu-system-x86"])?;
+            crate::install_qemu()?;
             let mut command = Command::new("qemu-system-x86_64");
             command.args(["-machine", "accel=tcg", "-cpu", "max", "-m", "1024", "-no-reboot", "-nodefaults"]);
             command.args(["-display", "none", "-serial", "stdio", "-append", line]);

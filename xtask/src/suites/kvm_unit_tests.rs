@@ -250,7 +250,7 @@ fn run_here(place: &Place, folder: &Path, entry: &Entry) -> Result<(Verdict, Str
 }
 
 fn run_in_qemu(folder: &Path, entry: &Entry) -> Result<Verdict> {
-    crate::install("qemu-system-x86_64", &["qemu-system-x86"])?;
+    crate::install_qemu()?;
     let mut command = Command::new("qemu-system-x86_64");
     command.args(["--no-reboot", "-nodefaults", "-device", "pc-testdev"]);
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-display", "none", "-serial", "stdio"]);

@@ -57,7 +57,7 @@ pub fn run(place: &Place) -> Result<Suite> {
 /// # Errors
 /// The suite cannot be had or started.
 pub fn run_in_tcg(place: &Place) -> Result<()> {
-    crate::install("qemu-system-x86_64", &["qemu-system-x86"])?;
+    crate::install_qemu()?;
     let verdicts = results(&fetch(place)?, qemu)?;
     verdicts.iter().for_each(|(name, verdict)| println!("{name}: {}", verdict.encode()));
     write_kept(&place.kept(NAME), &verdicts.into_iter().collect())
