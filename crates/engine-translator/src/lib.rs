@@ -24,6 +24,7 @@ pub mod testing;
 mod timer;
 pub mod translate;
 pub mod vcpu;
+pub mod vendor;
 pub mod windows;
 
 use crate::core::{ClockReference, Core, MAX_VCPUS, Notice, VcpuShared, VmShared};

@@ -29,6 +29,7 @@ use crate::interpret::Fetched;
 use crate::interpret::debug::note_access;
 use crate::interpret::memory::{aligned_linear, check_alignment, effective_address, is_64bit, operand_segment};
 use crate::mmu::Rights;
+use crate::vendor;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
@@ -209,10 +210,20 @@ fn check_enabled(core: &Core, unit: Unit) -> Result<(), Exception> {
 fn address_of(core: &Core, insn: &Instruction, memory: MemoryOperand, write: bool) -> Result<u64, Exception> {
     let size = memory.size as u64;
     let offset = effective_address(&core.cpu, insn);
-    let address = aligned_linear(core, operand_segment(&core.cpu, insn), offset, size, memory.alignment, write)?;
+    // AMD's bit for misaligned operands, of what is no move.
+    let any = core.cpu.mxcsr & vendor::MXCSR_MM != 0 && memory.alignment == 16 && !wants_alignment(insn);
+    let alignment = if any { 1 } else { memory.alignment };
+    let address = aligned_linear(core, operand_segment(&core.cpu, insn), offset, size, alignment, write)?;
     check_alignment(core, address, size)?;
     note_access(core, address, size, write);
     Ok(address)
+}
+
+/// Whether it wants its operand aligned in any case (APM vol. 1 4.2.2).
+fn wants_alignment(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    let moves = matches!(insn.mnemonic(), Movaps | Movapd | Movdqa | Movntps | Movntpd | Movntdq | Movntdqa);
+    moves || matches!(insn.mnemonic(), Fxsave | Fxsave64 | Fxrstor | Fxrstor64)
 }
 
 /// Runs `stub` with its memory operand in the bounce buffer.
@@ -226,13 +237,16 @@ fn run_on_memory(
     let unit = unit_of(insn);
     let target = address_of(core, insn, memory, memory.write).and_then(|address| {
         // SSE and AVX stores change nothing but memory and MXCSR, so theirs may fault last, as on processors.
-        if memory.write && (memory.read || !matches!(unit, Unit::Sse | Unit::Avx)) {
+        // (VCVTPS2PH, which computes, sets no flags on AMD's before it faults.)
+        let first = insn.mnemonic() == Mnemonic::Vcvtps2ph && vendor::is_amd();
+        if memory.write && (memory.read || first || !matches!(unit, Unit::Sse | Unit::Avx)) {
             core.probe_write(address, memory.size, Rights::Current)?;
         }
         Ok(address)
     });
     let address = match target {
         Ok(address) => address,
+        Err(fault) if vendor::is_amd() => return Err(fault),
         Err(fault) if unit == Unit::X87 && memory.write && !memory.read => {
             return x87_store_that_faults(core, io, insn, stub, memory, fault);
         }
@@ -273,7 +287,7 @@ fn x87_stored_nothing(target: &[u8]) -> bool {
     x87_exception_pending() && target.iter().all(|byte| *byte == UNTOUCHED)
 }
 
-/// An x87 store whose memory operand raises `fault`. An unmasked exception of its own (invalid operand,
+/// An x87 store whose memory operand raises `fault`, on Intel's processors: AMD's raise it first of all. An unmasked exception of its own (invalid operand,
 /// overflow, ...) keeps it from storing: then that exception is pending, and the instruction is complete.
 /// Otherwise it faults, and the x87 state stays as it was.
 fn x87_store_that_faults(

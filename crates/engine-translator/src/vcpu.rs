@@ -12,6 +12,7 @@ use crate::measure;
 use crate::system::{self, Step, steal_time};
 use crate::timer::{self, ThreadTimer};
 use crate::translate::Translator;
+use crate::vendor;
 use anyvisor_engine::tally::{Tally, event};
 use anyvisor_engine::{Error, Exit, GuestDebug, GuestIo, Kick, Kicker, Result, Vcpu};
 use anyvisor_x86::bits::{cr0, cr4, efer, rflags, xcr0};
@@ -40,9 +41,6 @@ mod area {
 
 /// PKRU in XSTATE_BV.
 const PKRU: u32 = xcr0::PKRU as u32;
-
-/// Bits that MXCSR has.
-const MXCSR_DEFINED: u32 = 0xffff;
 
 /// A vCPU of the translator engine.
 pub struct TranslatorVcpu {
@@ -409,7 +407,7 @@ fn check(core: &Core, state: &VcpuState) -> Result<()> {
     if pku && state.xsave.len() < PKRU_OFFSET + PKRU_SIZE && u32_at(&state.xsave, area::HEADER) & PKRU != 0 {
         return Err(bad(format!("an XSAVE area of {} bytes with PKRU", state.xsave.len())));
     }
-    if u32_at(&state.xsave, area::MXCSR) & !MXCSR_DEFINED != 0 {
+    if u32_at(&state.xsave, area::MXCSR) & !vendor::mxcsr_bits() != 0 {
         return Err(bad("reserved bits in MXCSR"));
     }
     Ok(())
@@ -532,7 +530,7 @@ impl TranslatorVcpu {
         image[area::X87_REGISTERS].copy_from_slice(&self.x87.0[area::X87_REGISTERS]);
         let cpu = &self.core.cpu;
         image[area::MXCSR..area::MXCSR + 4].copy_from_slice(&cpu.mxcsr.to_le_bytes());
-        image[area::MXCSR_MASK..area::MXCSR_MASK + 4].copy_from_slice(&MXCSR_DEFINED.to_le_bytes());
+        image[area::MXCSR_MASK..area::MXCSR_MASK + 4].copy_from_slice(&vendor::mxcsr_bits().to_le_bytes());
         for (n, register) in cpu.ymm.iter().enumerate() {
             let (low, high) = (area::XMM + 16 * n, area::YMM_HIGH + 16 * n);
             image[low..low + 16].copy_from_slice(&register.0[..16]);

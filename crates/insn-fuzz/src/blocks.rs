@@ -619,7 +619,8 @@ mod tests {
     use crate::case::image;
     use crate::generate::Options;
     use crate::layout::bits_at;
-    use iced_x86::{Decoder, DecoderOptions, FlowControl};
+    use anyvisor_engine_translator::vendor;
+    use iced_x86::FlowControl;
 
     #[test]
     fn blocks_have_what_they_are_for() {
@@ -636,10 +637,8 @@ mod tests {
                     "{}",
                     case.to_line()
                 );
-                let decoder =
-                    Decoder::with_ip(bits_at(case.state.rip), &case.code, case.state.rip, DecoderOptions::NONE);
                 let mut next = case.state.rip;
-                for instruction in decoder {
+                for instruction in vendor::instructions(bits_at(case.state.rip), &case.code, case.state.rip) {
                     assert!(!instruction.is_invalid(), "{}", case.to_line());
                     next = instruction.next_ip();
                     let back = instruction.is_jcc_short_or_near() && instruction.near_branch64() < instruction.ip();

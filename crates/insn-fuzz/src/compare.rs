@@ -7,6 +7,7 @@
 //! - RFLAGS.RF, which the host's frame may show set;
 //! - for page faults outside the host's user half, the error code's present bit, which the host kernel
 //!   hides from signal handlers;
+//! - what a CALL to an address that is none leaves below the stack ([`excused`]);
 //! - x87 instruction and data pointers, and the last opcode;
 //! - the x87 stack's top and tags after an MMX instruction that faulted: the CPU may already have made the
 //!   change that all MMX instructions make (SDM vol. 1 9.5), which the restarted instruction makes again.
@@ -15,7 +16,9 @@ use crate::case::{Case, Outcome, State, Stop, register_name};
 use crate::guest::Executor;
 use crate::layout::{bits_at, linear_of};
 use crate::undefined::Flow;
+use anyvisor_engine_translator::vendor;
 use std::fmt::Write;
+use std::ops::Range;
 
 const RF: u64 = 1 << 16;
 /// FSW's stack pointer.
@@ -130,6 +133,19 @@ fn hex(bytes: &[u8]) -> String {
         write!(text, "{byte:02x}").expect("writing to a string");
         text
     })
+}
+
+/// Where translated code may leave other memory than the host: below the stack pointer of an AMD processor's CALL to an address
+/// that is none. It looks at the address before it writes where it came from; Intel's after, and as those does
+/// translated code. Nobody can have anything there: a CALL that goes on overwrites it.
+pub fn excused(case: &Case, executor: Executor, host: &Outcome) -> Option<Range<u64>> {
+    const GP: u8 = 13;
+    const RETURN_ADDRESS: u64 = 8;
+    let rsp = host.state.gpr[anyvisor_x86::bits::gpr::RSP];
+    let possible = vendor::is_amd() && executor == Executor::Translator;
+    let is_gp = matches!(host.stop, Stop::Exception { vector: GP, .. });
+    let is_call = || Flow::new(&case.code, case.state.rip).is_call(host.state.rip);
+    (possible && is_gp && is_call()).then(|| rsp.wrapping_sub(RETURN_ADDRESS)..rsp)
 }
 
 /// The differences in memory, at most a few lines.

@@ -242,7 +242,7 @@ fn vex(rng: &mut Rng, form: &Form, parts: &Parts, code: &mut Vec<u8>) {
 mod tests {
     use super::*;
     use crate::forms::Forms;
-    use iced_x86::{Decoder, DecoderOptions};
+    use anyvisor_engine_translator::vendor;
     use std::collections::HashSet;
 
     #[test]
@@ -255,7 +255,7 @@ mod tests {
             for form in Forms::get(bits).all() {
                 for _ in 0..60 {
                     let code = encode(&mut rng, form, &shape);
-                    seen.insert((bits, Decoder::new(bits, &code, DecoderOptions::NONE).decode().code()));
+                    seen.insert((bits, vendor::decoder(bits, &code, 0).decode().code()));
                 }
             }
             for form in Forms::get(bits).all() {

@@ -10,6 +10,7 @@
 //! - XSAVE and its kin, FXRSTOR, FRSTOR, FLDENV and what stores the x87 pointers: the images hold addresses
 //!   of instructions executed before, and the host's XCR0.
 
+use anyvisor_engine_translator::vendor;
 use iced_x86::{
     Code, CpuidFeature, EncodingKind, FlowControl, MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeOperandKind,
 };
@@ -133,7 +134,12 @@ fn form(code: Code, bits: u32) -> Option<Form> {
     let encodings = matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
     if !info.is_instruction()
         || !info.is_available_in_mode(bits)
-        || !(if bits == 64 { info.intel_decoder64() } else { info.intel_decoder32() })
+        || !(match (vendor::is_amd(), bits) {
+            (false, 64) => info.intel_decoder64(),
+            (false, _) => info.intel_decoder32(),
+            (true, 64) => info.amd_decoder64(),
+            (true, _) => info.amd_decoder32(),
+        })
         || info.fwait()
         || !encodings
         || far

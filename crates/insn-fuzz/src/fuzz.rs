@@ -6,7 +6,8 @@ use crate::generate::{Generator, Options};
 use crate::layout::bits_at;
 use crate::minimise::minimise;
 use crate::tally::Tally;
-use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use anyvisor_engine_translator::vendor;
+use iced_x86::{Formatter, IntelFormatter};
 use std::collections::HashSet;
 use std::fmt::Write;
 use std::time::Instant;
@@ -120,7 +121,7 @@ pub fn survey(plan: &Plan) -> Survey {
         }
         survey.codes += 1;
         let before = survey.instructions;
-        let mut decoder = Decoder::new(plan.options.bits, &case.code, DecoderOptions::NONE);
+        let mut decoder = vendor::decoder(plan.options.bits, &case.code, 0);
         while decoder.can_decode() {
             let start = decoder.position();
             let instruction = decoder.decode();
@@ -143,7 +144,7 @@ pub fn survey(plan: &Plan) -> Survey {
 /// What makes two findings the same bug, mostly: executor, instructions, and the first thing that differs.
 pub fn signature(finding: &Finding) -> String {
     let mut text = format!("{:?} {}", finding.executor, bits_at(finding.case.state.rip));
-    for instruction in Decoder::new(bits_at(finding.case.state.rip), &finding.case.code, DecoderOptions::NONE) {
+    for instruction in vendor::instructions(bits_at(finding.case.state.rip), &finding.case.code, 0) {
         write!(text, " {:?}", instruction.code()).expect("writing to a string");
     }
     let first = finding.differences.split_whitespace().next().unwrap_or_default();
@@ -156,10 +157,11 @@ pub fn describe(finding: &Finding) -> String {
     let mut text = format!("{} differs from the host\n", finding.executor.name());
     let case = &finding.case;
     let mut formatter = IntelFormatter::new();
-    let mut decoder = Decoder::with_ip(bits_at(case.state.rip), &case.code, case.state.rip, DecoderOptions::NONE);
+    let mut decoder = vendor::decoder(bits_at(case.state.rip), &case.code, case.state.rip);
     while decoder.can_decode() {
         let start = decoder.position();
-        let instruction = decoder.decode();
+        let mut instruction = decoder.decode();
+        vendor::adapt(&mut instruction, &case.code[start..]);
         let mut line = String::new();
         formatter.format(&instruction, &mut line);
         let bytes: String = case.code[start..decoder.position()].iter().map(|b| format!("{b:02x}")).collect();

@@ -170,6 +170,13 @@ impl Guest {
         unsafe { std::slice::from_raw_parts(start, DATA_BYTES) }
     }
 
+    /// Takes what is at the linear addresses `range` from the host's data pages.
+    pub fn take_from(&mut self, host: &[u8], range: std::ops::Range<u64>) {
+        for offset in range.filter_map(backing_of).filter(|offset| *offset < DATA_BYTES) {
+            self.write(BACKING + offset as u64, &host[offset..=offset]);
+        }
+    }
+
     /// Writes to the data pages what no case has.
     #[cfg(test)]
     pub fn spoil(&mut self, offset: usize) {

@@ -805,8 +805,10 @@ unsafe fn chain(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_v
 /// # Safety
 /// `frame` is the frame of a signal of this thread, which came while the case ran.
 unsafe fn leave(frame: &mut libc::ucontext_t, hang: bool) {
-    // SAFETY: the exchange is the handler's; the frame's XSAVE area is as the kernel made it.
+    // SAFETY: the exchange is the handler's; the frame's XSAVE area is as the kernel made it. AC is the case's: with it AMD's
+    // processors refuse what the compiler makes of copies, MOVDQU of what is not aligned.
     unsafe {
+        asm!("pushfq", "and dword ptr [rsp], {not_ac}", "popfq", not_ac = const !(1i32 << 18));
         let data = &mut *SHARED.data.get();
         if SHARED.swap_bases.load(Ordering::Relaxed) {
             asm!("rdfsbase {}", out(reg) data.state.fs_base, options(nostack));

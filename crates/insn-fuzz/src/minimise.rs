@@ -3,7 +3,7 @@
 use crate::bench::{Bench, Finding};
 use crate::case::{Case, State, X87};
 use crate::layout::bits_at;
-use iced_x86::{Decoder, DecoderOptions};
+use anyvisor_engine_translator::vendor;
 
 /// How often a finding is gone over to make it smaller, at most.
 const MINIMISER_PASSES: usize = 16;
@@ -50,7 +50,7 @@ fn keep_if_different(bench: &mut Bench, best: &mut Finding, case: Case) -> bool 
 }
 /// The case without each one of its instructions.
 fn smaller_codes(case: &Case) -> Vec<Case> {
-    let mut decoder = Decoder::with_ip(bits_at(case.state.rip), &case.code, case.state.rip, DecoderOptions::NONE);
+    let mut decoder = vendor::decoder(bits_at(case.state.rip), &case.code, case.state.rip);
     let mut pieces = Vec::new();
     while decoder.can_decode() {
         let start = decoder.position();

@@ -4,7 +4,8 @@
 //! tables say which. A case whose later instructions read such a flag is not generated.
 
 use crate::layout::bits_at;
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+use anyvisor_engine_translator::vendor;
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 /// The bits of RFLAGS for the decoder's set of flags.
 fn rflags(bits: u32) -> u64 {
@@ -144,10 +145,8 @@ pub struct Flow {
 
 impl Flow {
     pub fn new(code: &[u8], rip: u64) -> Flow {
-        let instructions: Vec<_> = Decoder::with_ip(bits_at(rip), code, rip, DecoderOptions::NONE)
-            .into_iter()
-            .take_while(|instruction| !instruction.is_invalid())
-            .collect();
+        let instructions: Vec<_> =
+            vendor::instructions(bits_at(rip), code, rip).take_while(|instruction| !instruction.is_invalid()).collect();
         let outside = instructions.len();
         let index = |ip: u64| instructions.binary_search_by_key(&ip, Instruction::ip).unwrap_or(outside);
         let mut taken = vec![outside];
@@ -161,17 +160,20 @@ impl Flow {
         let successors = instructions
             .iter()
             .map(|instruction| {
-                let near = matches!(instruction.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
+                let near = matches!(
+                    instruction.op0_kind(),
+                    OpKind::NearBranch64 | OpKind::NearBranch32 | OpKind::NearBranch16
+                );
                 match instruction.flow_control() {
                     // What raises an exception stops there or behind it.
                     FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception => {
                         Successors::One([index(instruction.next_ip())])
                     }
                     FlowControl::ConditionalBranch => {
-                        Successors::Two([index(instruction.next_ip()), index(instruction.near_branch64())])
+                        Successors::Two([index(instruction.next_ip()), index(instruction.near_branch_target())])
                     }
                     FlowControl::UnconditionalBranch | FlowControl::Call if near => {
-                        Successors::One([index(instruction.near_branch64())])
+                        Successors::One([index(instruction.near_branch_target())])
                     }
                     _ => Successors::Taken,
                 }
@@ -239,6 +241,11 @@ impl Flow {
             (Err(_), Ok(to)) => to == 0,
             (_, Err(_)) => !self.is_inside(to),
         }
+    }
+
+    /// Whether an instruction of the case is at `ip` and is a near CALL.
+    pub fn is_call(&self, ip: u64) -> bool {
+        self.instructions.iter().any(|i| i.ip() == ip && (i.is_call_near() || i.is_call_near_indirect()))
     }
 
     /// Whether an instruction of the case is at `ip` and has an MMX register.

@@ -3,9 +3,10 @@
 //! `size` is the operand's size in bytes (1, 2, 4 or 8); operands and results are zero-extended to 64
 //! bits. Each function returns its result and the six status flags as they stand in RFLAGS. Flags that the
 //! manual leaves undefined get the values that Intel processors give them, so that a run under the
-//! interpreter and one on the host CPU do not differ; where a flag is left alone the caller passes the old
+//! interpreter and one on the host CPU do not differ much; where a flag is left alone the caller passes the old
 //! flags in.
 
+use crate::vendor;
 use anyvisor_x86::bits::rflags::{AF, CF, OF, PF, SF, STATUS, ZF};
 
 /// All ones in `size` bytes.
@@ -133,6 +134,12 @@ fn rotate(kind: Shift, size: u32, value: u64, count: u32, old: u64) -> (u64, u64
             // A rotate through carry turns bits + 1 bits: the carry is the highest of them.
             let turn = bits + 1;
             let by = if kind == Shift::Rcl { count % turn } else { (turn - count % turn) % turn };
+            if by == 0 && vendor::is_amd() {
+                // Intel's leave OF alone as well.
+                let other = if kind == Shift::Rcl { old & CF != 0 } else { value << 1 & sign_bit(size) != 0 };
+                let overflow = (value & sign_bit(size) != 0) != other;
+                return (value, old & !OF | when(overflow, OF));
+            }
             if by == 0 {
                 return (value, old);
             }
@@ -156,7 +163,7 @@ fn rotate_left(size: u32, value: u64, by: u32) -> u64 {
 }
 
 /// SHLD (`left`) and SHRD: shifts `value`, filling from `fill`. A masked count of zero changes nothing.
-/// Counts above 16 on 16-bit operands are undefined by the manual; processors then rotate the three
+/// Counts above 16 on 16-bit operands are undefined by the manual; Intel's processors then rotate the three
 /// words `value:fill:value`.
 pub fn double_shift(left: bool, size: u32, value: u64, fill: u64, count: u64, old: u64) -> (u64, u64) {
     let count = (count & if size == 8 { 63 } else { 31 }) as u32;
@@ -164,7 +171,11 @@ pub fn double_shift(left: bool, size: u32, value: u64, fill: u64, count: u64, ol
         return (value, old & STATUS);
     }
     let bits = 8 * size;
-    let (r, carry) = if size == 2 {
+    let (r, carry) = if size == 2 && count > 16 && vendor::is_amd() {
+        // AMD's rotate what they fill with, and clear CF.
+        let by = if left { count - 16 } else { 32 - count };
+        (u64::from((fill as u16).rotate_left(by)), false)
+    } else if size == 2 {
         let (v, f) = (u128::from(value), u128::from(fill));
         let wide = v << 32 | f << 16 | v;
         if left {

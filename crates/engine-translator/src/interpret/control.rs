@@ -4,6 +4,8 @@ use super::Exec;
 use super::alu::mask;
 use super::general::branch_size;
 use super::memory::{self, is_canonical};
+use crate::mmu::Rights;
+use crate::vendor;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::gpr::{RBP, RCX, RSP};
 use anyvisor_x86::bits::rflags::ZF;
@@ -64,8 +66,13 @@ impl Exec<'_> {
         let size = branch_size(self.insn);
         let target = self.near_target()?;
         let next = self.core.cpu.rip;
-        // The return address is written before the target is checked, as processors do.
         let rsp = memory::moved_stack_pointer(&self.core.cpu, -i64::from(size));
+        // Intel's write the return address before they check the target; AMD's only see that they can.
+        if vendor::is_amd() {
+            let address = memory::stack_address(self.core, rsp, size, true)?;
+            self.core.probe_write(address, size as usize, Rights::Current)?;
+            self.check_target(target)?;
+        }
         self.store_on_stack(rsp, size, next)?;
         self.jump(target)?;
         self.core.cpu.gpr[RSP] = rsp;
@@ -126,7 +133,7 @@ impl Exec<'_> {
         rsp = rsp.wrapping_sub(u64::from(self.insn.immediate16()));
         // A push there must be possible.
         let address = memory::stack_address(self.core, rsp, size, true)?;
-        self.core.probe_write(address, size as usize, crate::mmu::Rights::Current)?;
+        self.core.probe_write(address, size as usize, Rights::Current)?;
         self.set_gpr(RBP, size, frame);
         self.set_gpr(RSP, stack, rsp);
         Ok(())

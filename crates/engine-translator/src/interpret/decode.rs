@@ -6,9 +6,10 @@
 use super::memory::is_64bit;
 use crate::core::Core;
 use crate::ram::{PAGE_SIZE, copy_from_guest};
+use crate::vendor;
 use anyvisor_x86::Exception;
 use anyvisor_x86::segment::index;
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{DecoderError, Instruction};
 use std::cell::RefCell;
 
 /// The longest instruction there is, in bytes.
@@ -99,9 +100,11 @@ fn decode(
     bitness: u8,
     rip: u64,
 ) -> Result<Instruction, Exception> {
-    let mut decoder = Decoder::with_ip(u32::from(bitness), bytes, rip, DecoderOptions::NONE);
-    let instruction = decoder.decode();
+    let mut decoder = vendor::decoder(u32::from(bitness), bytes, rip);
+    let mut instruction = decoder.decode();
+    vendor::adapt(&mut instruction, bytes);
     match decoder.last_error() {
+        DecoderError::None if instruction.is_invalid() => Err(Exception::ud()),
         DecoderError::None => Ok(instruction),
         DecoderError::NoMoreBytes if bytes.len() < within_limit => {
             // It goes on in a page that could not be fetched: that page's fault.

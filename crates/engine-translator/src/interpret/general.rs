@@ -9,6 +9,7 @@ use crate::host;
 use crate::mmu::{InRam, Rights};
 use crate::native::is_supported;
 use crate::system;
+use crate::vendor;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::gpr::{RAX, RBX, RCX, RDX, RSP};
 use anyvisor_x86::bits::rflags::{CF, DF, PF, SF, STATUS, ZF};
@@ -215,7 +216,11 @@ fn lea(x: &mut Exec) {
 }
 
 fn move_extended(x: &mut Exec, extend: impl Fn(u32, u64) -> u64) -> Outcome {
-    let size = x.operand_size(1);
+    let mut size = x.operand_size(1);
+    if x.insn.code() == Code::Movsxd_r16_rm16 && vendor::is_amd() {
+        // It reads 32 bits for 16.
+        size = 4;
+    }
     let value = x.read(1, size)?;
     x.set_register(x.insn.op0_register(), extend(size, value));
     Ok(())
@@ -474,15 +479,17 @@ fn sahf(x: &mut Exec) {
 /// BOUND: #BR if the index is outside the pair of bounds in memory.
 fn bound(x: &mut Exec) -> Outcome {
     let size = x.operand_size(0);
-    let address = operand_address(x.core, x.insn, u64::from(2 * size), false)?;
+    // Intel's want both bounds in the segment, and compare the lower one before they read the upper one.
+    let both = !vendor::is_amd();
+    let address = operand_address(x.core, x.insn, u64::from(if both { 2 * size } else { size }), false)?;
     let low = sign_extend(size, memory::load(x.core, x.io, address, size)?);
     let index = sign_extend(size, x.read(0, size)?);
-    // The lower bound is compared before the upper one is read.
-    if index < low {
+    if index < low && both {
         return Err(Exception::new(vector::BR));
     }
+    operand_address(x.core, x.insn, u64::from(2 * size), false)?;
     let high = sign_extend(size, memory::load(x.core, x.io, address.wrapping_add(u64::from(size)), size)?);
-    if index > high { Err(Exception::new(vector::BR)) } else { Ok(()) }
+    if index < low || index > high { Err(Exception::new(vector::BR)) } else { Ok(()) }
 }
 
 fn crc32(x: &mut Exec) -> Outcome {
@@ -571,13 +578,12 @@ impl Exec<'_> {
         memory::push(self.core, self.io, size, value)
     }
 
-    /// A selector pushed in more than 16 bits leaves the upper ones of a 32-bit slot alone on Intel
-    /// processors (SDM vol. 2B, PUSH); in 64-bit mode it is zero-extended.
+    /// In 64-bit mode a selector is zero-extended.
     fn push_selector(&mut self, size: u32) -> Outcome {
         let segment = self.insn.op0_register() as usize - Register::ES as usize;
         let selector = u64::from(self.core.cpu.seg[segment].selector);
         let rsp = memory::moved_stack_pointer(&self.core.cpu, -i64::from(size));
-        let written = if size == 4 { 2 } else { size };
+        let written = if size == 4 { vendor::pushed_selector_size() } else { size };
         let address = memory::stack_address(self.core, rsp, size, true)?;
         memory::store(self.core, self.io, address, written, selector)?;
         self.core.cpu.gpr[RSP] = rsp;

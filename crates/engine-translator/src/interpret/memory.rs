@@ -7,6 +7,7 @@ use super::debug;
 use crate::core::Core;
 use crate::cpu::Cpu;
 use crate::mmu::Rights;
+use crate::vendor;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::{cr0, gpr, rflags};
@@ -40,7 +41,7 @@ pub fn linear(core: &Core, segment: usize, offset: u64, size: u64, write: bool) 
     if is_64bit(cpu) {
         let address = if segment >= index::FS { seg.base.wrapping_add(offset) } else { offset };
         let last = address.wrapping_add(size.max(1) - 1);
-        if is_canonical(address) && is_canonical(last) {
+        if is_canonical(address) && is_canonical(last) && vendor::takes_offset(offset) {
             return Ok(address);
         }
         return Err(address_fault(segment));
@@ -56,8 +57,7 @@ pub fn linear(core: &Core, segment: usize, offset: u64, size: u64, write: bool) 
     let inside = if checked && expands_down {
         offset > limit && last <= if seg.is_default_32() { 0xffff_ffff } else { 0xffff }
     } else {
-        // With the largest limit there is no end: the access wraps (as Intel's processors do it).
-        last <= limit || limit == 0xffff_ffff
+        last <= limit || limit == 0xffff_ffff && vendor::wraps_at_4_gib()
     };
     if inside { Ok(seg.base.wrapping_add(offset) & 0xffff_ffff) } else { Err(address_fault(segment)) }
 }

@@ -7,7 +7,8 @@
 //!   restartable midway (string instructions), its registers are precise at the fault.
 //! - Integer instructions are pure Rust on [`Cpu`](crate::cpu::Cpu); sensitive ones are
 //!   [`system::execute`]'s; x87, MMX, SSE and AVX instructions run on the host CPU ([`native`]).
-//! - Flags that the manual leaves undefined are as on Intel processors.
+//! - Flags that the manual leaves undefined are as on Intel processors, mostly; where AMD's do something else that
+//!   programs can see, it does as the host's ([`vendor`](crate::vendor)).
 //!
 //! [`step`] returns at an instruction boundary, or in the middle of a repeated string instruction with RIP
 //! still at it, so that interrupts can be taken.

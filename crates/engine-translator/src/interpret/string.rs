@@ -10,6 +10,7 @@ use super::memory::{self, linear, load, store};
 use super::{Exec, debug};
 use crate::mmu::{InRam, Rights};
 use crate::ram::PAGE_SIZE;
+use crate::vendor;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::gpr::{RAX, RCX, RDI, RSI};
 use anyvisor_x86::bits::rflags::{DF, TF, ZF};
@@ -123,7 +124,15 @@ impl Exec<'_> {
         let mut left = if careful { 1 } else { SINGLE_ITERATIONS };
         let mut new_flags = None;
         while count != 0 && left != 0 {
-            new_flags = self.iteration(op)?;
+            match self.iteration(op) {
+                Ok(flags) => new_flags = flags,
+                Err(fault) => {
+                    if let Some(flags) = new_flags.filter(|_| vendor::is_amd()) {
+                        self.set_status(flags);
+                    }
+                    return Err(fault);
+                }
+            }
             count -= 1;
             left -= 1;
             self.set_gpr(RCX, op.address_size, count);
@@ -136,7 +145,8 @@ impl Exec<'_> {
         }
         if count != 0 {
             self.core.cpu.rip = self.start;
-        } else if let Some(flags) = new_flags {
+        }
+        if let Some(flags) = new_flags.filter(|_| count == 0 || vendor::is_amd()) {
             self.set_status(flags);
         }
         Ok(())
@@ -144,9 +154,9 @@ impl Exec<'_> {
 
     /// With a 32-bit address size the count register is written first of all on Intel processors, even if it
     /// is zero or the first iteration faults, which clears its upper half; MOVS and STOS do so with their
-    /// address registers too.
+    /// address registers too. AMD's write them after the first iteration.
     fn truncate_registers(&mut self, op: &StringOp) {
-        if op.address_size != 4 {
+        if op.address_size != 4 || vendor::is_amd() {
             return;
         }
         self.set_gpr(RCX, 4, self.gpr(RCX, 4));
@@ -159,7 +169,8 @@ impl Exec<'_> {
     }
 
     /// One iteration; the status flags of a comparison are returned, not set, because a fault in a later
-    /// iteration leaves the flags as they were before the instruction (SDM vol. 2B, REP).
+    /// iteration leaves the flags as they were before the instruction (SDM vol. 2B, REP). On AMD's processors they are
+    /// those of the last iteration that was done (APM vol. 3, "Repeat Prefixes").
     fn iteration(&mut self, op: &StringOp) -> Result<Option<u64>, Exception> {
         let size = op.size;
         let (mut si, mut di) = (self.gpr(RSI, op.address_size), self.gpr(RDI, op.address_size));
@@ -185,11 +196,20 @@ impl Exec<'_> {
                 moves_destination = false;
             }
             Operation::Cmps => {
-                // The destination first, as Intel processors do.
-                let to = self.element(index::ES, di, size, false)?;
-                let b = load(self.core, self.io, to, size)?;
-                let from = self.element(op.source, si, size, false)?;
-                let a = load(self.core, self.io, from, size)?;
+                // The destination first, as Intel processors do, or second, as AMD's.
+                let mut both = [(index::ES, di), (op.source, si)];
+                if vendor::is_amd() {
+                    both.reverse();
+                }
+                let mut values = [0; 2];
+                for (value, (segment, offset)) in values.iter_mut().zip(both) {
+                    let address = self.element(segment, offset, size, false)?;
+                    *value = load(self.core, self.io, address, size)?;
+                }
+                if vendor::is_amd() {
+                    values.reverse();
+                }
+                let [b, a] = values;
                 flags = Some(alu::sub(size, a, b, false).1);
             }
             Operation::Scas => {

@@ -6,9 +6,10 @@
 use super::stub::read_mmx;
 use crate::core::Core;
 use crate::interpret::memory::{
-    address_mask, effective_address, implicit_segment, linear, load, operand_segment, read_register, store,
+    address_mask, effective_address, implicit_segment, is_64bit, linear, load, operand_segment, read_register, store,
 };
 use crate::mmu::Rights;
+use crate::vendor;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::Exception;
 use anyvisor_x86::exception::vector;
@@ -54,8 +55,8 @@ fn selected(core: &Core, mask: Register, n: usize, size: usize) -> bool {
 }
 
 /// The AVX2 gathers (SDM vol. 2C, VPGATHERDD ...): elements in order; one that faults leaves those before
-/// it done and their masks cleared, so that the instruction can be restarted. Before the first, the mask is
-/// made all ones and all zeros by the elements' signs.
+/// it done and their masks cleared, so that the instruction can be restarted. Before the first, Intel's processors make the mask
+/// all ones and all zeros by the elements' signs; AMD's leave what they have not come to as it was.
 fn gather(
     core: &mut Core,
     io: &dyn GuestIo,
@@ -72,23 +73,26 @@ fn gather(
     let base = effective_address(&core.cpu, insn);
     let segment = operand_segment(&core.cpu, insn);
     let width = destination.size().max(index.size());
-    for n in 0..width / size {
-        let all = if selected(core, mask, n, size) { u64::MAX } else { 0 };
-        set_element(core, mask, n, size, all);
-    }
-    core.cpu.ymm[mask.number()].0[width..].fill(0);
-    for n in 0..count {
-        if !selected(core, mask, n, size) {
-            continue;
+    if !vendor::is_amd() {
+        for n in 0..width / size {
+            let all = if selected(core, mask, n, size) { u64::MAX } else { 0 };
+            set_element(core, mask, n, size, all);
         }
-        let raw = element(core, index, n, index_size);
-        let offset = if index_size == 4 { i64::from(raw as i32) } else { raw as i64 };
-        let scaled = offset.wrapping_mul(i64::from(insn.memory_index_scale()));
-        let address = base.wrapping_add_signed(scaled) & address_mask(insn);
-        let address = linear(core, segment, address, size as u64, false)?;
-        let value = load(core, io, address, size as u32)?;
-        set_element(core, destination, n, size, value);
-        core.cpu.ymm[destination.number()].0[width..].fill(0);
+        core.cpu.ymm[mask.number()].0[width..].fill(0);
+    }
+    for n in 0..count {
+        if selected(core, mask, n, size) {
+            let raw = element(core, index, n, index_size);
+            let offset = if index_size == 4 { i64::from(raw as i32) } else { raw as i64 };
+            let scaled = offset.wrapping_mul(i64::from(insn.memory_index_scale()));
+            let address = base.wrapping_add_signed(scaled) & address_mask(insn);
+            let address = linear(core, segment, address, size as u64, false)?;
+            let value = load(core, io, address, size as u32)?;
+            set_element(core, destination, n, size, value);
+            if !vendor::is_amd() {
+                core.cpu.ymm[destination.number()].0[width..].fill(0);
+            }
+        }
         set_element(core, mask, n, size, 0);
     }
     core.cpu.ymm[mask.number()].0.fill(0);
@@ -107,8 +111,12 @@ fn masked_move(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, size: usiz
     for n in 0..mask.size() / size {
         if selected(core, mask, n, size) {
             // The address size limits where the operand starts, not where it ends.
-            let offset = base.wrapping_add((n * size) as u64);
-            let address = linear(core, segment, offset, size as u64, stores)?;
+            let before = (n * size) as u64;
+            let address = if is_64bit(&core.cpu) || vendor::wraps_at_4_gib() {
+                linear(core, segment, base.wrapping_add(before), size as u64, stores)?
+            } else {
+                linear(core, segment, base, before + size as u64, stores)?.wrapping_add(before)
+            };
             chosen.push((n, address));
         }
     }
@@ -132,9 +140,10 @@ fn masked_move(core: &mut Core, io: &dyn GuestIo, insn: &Instruction, size: usiz
     Ok(())
 }
 
-/// Where a masked store's page fault is: in the second page of a store to two, at the last byte stored.
+/// Where a masked store's page fault is: in the second page of a store to two, at the last byte stored. On AMD's
+/// processors at the first that cannot be stored.
 fn report_last(mut fault: Exception, start: u64, last: u64) -> Exception {
-    if fault.vector == vector::PF && fault.payload & !0xfff != start & !0xfff {
+    if !vendor::is_amd() && fault.vector == vector::PF && fault.payload & !0xfff != start & !0xfff {
         fault.payload = last;
     }
     fault

@@ -13,6 +13,7 @@ use crate::code_memory::CodeMemory;
 use crate::core::Core;
 use crate::cpu::{Cpu, Ymm};
 use crate::interpret::memory::gpr_part;
+use crate::vendor;
 use anyvisor_x86::Exception;
 use anyvisor_x86::bits::{gpr, rflags};
 use iced_x86::{
@@ -139,8 +140,8 @@ impl Stub {
     /// The exception that it raised; registers and memory are unchanged then, but for MXCSR's status bits.
     pub(super) fn run(&self, core: &mut Core, at: usize) -> Result<(), Exception> {
         core.cpu.scratch[0] = host_flags(core.cpu.rflags);
-        // Bits above the first 16 are reserved and would fault.
-        core.cpu.mxcsr &= 0xffff;
+        // Others are reserved and would fault.
+        core.cpu.mxcsr &= vendor::mxcsr_bits();
         let bounce = core.bounce.0[at..].as_mut_ptr();
         let cpu: *mut Cpu = &raw mut *core.cpu;
         // SAFETY: `entry` is a stub in the vCPU's arena, which is not written while it runs; stubs have
@@ -297,6 +298,12 @@ fn required_alignment(insn: &Instruction, size: usize) -> u32 {
         M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa => size as u32,
         M::Movups | M::Movupd | M::Movdqu | M::Lddqu => 1,
         M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm | M::Pcmpestri64 | M::Pcmpestrm64 => 1,
+        // AMD's do not mind.
+        M::Sha1msg1 | M::Sha1msg2 | M::Sha1nexte | M::Sha1rnds4 | M::Sha256msg1 | M::Sha256msg2 | M::Sha256rnds2
+            if vendor::is_amd() =>
+        {
+            1
+        }
         _ if insn.encoding() == EncodingKind::Legacy && size == 16 => 16,
         _ => 1,
     }

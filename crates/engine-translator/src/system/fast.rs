@@ -82,11 +82,13 @@ pub fn sysret(core: &mut Core, wide: bool) -> Result<(), Exception> {
         return Err(Exception::ud());
     }
     require_cpl0(core)?;
+    // AMD's find out when they are there.
+    let checked = !is_amd(core);
     let cpu = &mut core.cpu;
     let selector = (cpu.star >> 48) as u16;
     let target = cpu.gpr[gpr::RCX];
     if wide {
-        if !is_canonical(target) {
+        if checked && !is_canonical(target) {
             return Err(Exception::gp(0));
         }
         cpu.seg[index::CS] = flat_code(selector.wrapping_add(16) | 3, 3, true);

@@ -4,6 +4,7 @@ use crate::core::Core;
 use crate::cpu::Mode;
 use crate::interpret::debug;
 use crate::mmu::Rights;
+use crate::vendor;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::bits::gpr;
 use anyvisor_x86::segment::{attr, index};
@@ -115,7 +116,7 @@ impl Core {
             let top = if segment.is_default_32() { 0xffff_ffff } else { 0xffff };
             offset > limit && last <= top
         } else {
-            last <= limit || limit == 0xffff_ffff
+            last <= limit || limit == 0xffff_ffff && vendor::wraps_at_4_gib()
         };
         inside.then_some(segment.base.wrapping_add(offset) & 0xffff_ffff)
     }
@@ -124,7 +125,7 @@ impl Core {
 fn long_address(base: u64, offset: u64, size: u64) -> Option<u64> {
     let address = base.wrapping_add(offset);
     let last = address.wrapping_add(size.max(1) - 1);
-    (is_canonical(address) && is_canonical(last)).then_some(address)
+    (is_canonical(address) && is_canonical(last) && vendor::takes_offset(offset)).then_some(address)
 }
 
 /// A stack in use: its pointer is the processor's only after [`Stack::commit`], so that an instruction or

@@ -22,10 +22,9 @@ use super::flags::Redo;
 use super::rename::{Held, Plan};
 use super::sensitive::{OddBase, OddSyscall};
 use crate::cpu::{Cpu, DELTAS, JumpContext, Tag};
+use crate::vendor;
 use anyvisor_x86::bits::gpr;
-use iced_x86::{
-    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
-};
+use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register};
 use std::mem::offset_of;
 
 /// Guest instructions in a block at most.
@@ -558,15 +557,18 @@ impl<'a> Builder<'a> {
 
     fn decode(&mut self, info: &mut InstructionInfoFactory) -> Vec<Insn> {
         let source = self.source;
-        let mut decoder = Decoder::with_ip(self.bits(), source.bytes, source.rip, DecoderOptions::NONE);
+        let mut decoder = vendor::decoder(self.bits(), source.bytes, source.rip);
         let mut insns = std::mem::take(&mut self.insns);
         insns.clear();
         let mut branches = 0;
         while insns.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
             let offset = decoder.position() as u16;
-            let instruction = decoder.decode();
+            let mut instruction = decoder.decode();
+            vendor::adapt(&mut instruction, &source.bytes[usize::from(offset)..]);
             // An absolute address of 64 bits.
             self.fixed |= instruction.memory_base() == Register::None && instruction.memory_displ_size() == 8;
+            // An absolute target of 16 bits.
+            self.fixed |= instruction.op0_kind() == OpKind::NearBranch16;
             if instruction.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
                 // Runs over the page's end.
                 if insns.is_empty() {
@@ -636,13 +638,15 @@ impl<'a> Builder<'a> {
             return ALL_FLAGS;
         }
         let start = (target & 0xfff) as usize;
-        let mut decoder = Decoder::with_ip(self.bits(), &self.source.page[start..], target, DecoderOptions::NONE);
+        let mut decoder = vendor::decoder(self.bits(), &self.source.page[start..], target);
         let (mut live, mut undecided) = (0, ALL_FLAGS);
         for _ in 0..PEEK_INSTRUCTIONS {
             if !decoder.can_decode() {
                 break;
             }
-            let instruction = decoder.decode();
+            let at = start + decoder.position();
+            let mut instruction = decoder.decode();
+            vendor::adapt(&mut instruction, &self.source.page[at..]);
             let (kind, _) = classify::classify(&instruction, self.source.features, &self.source.context);
             if instruction.is_invalid()
                 || kind == Kind::Interpret
@@ -734,7 +738,9 @@ impl<'a> Builder<'a> {
                 [ea.map(|ea| Access { ea, size, write }), None]
             }
             Kind::Push if instruction.op0_kind() == OpKind::Memory => [operand(), push],
-            Kind::PushSelector => [push.map(|access| Access { size: 2, ..access }), None],
+            Kind::PushSelector => {
+                [push.map(|access| Access { size: vendor::pushed_selector_size() as usize, ..access }), None]
+            }
             Kind::Push | Kind::CallDirect => [push, None],
             Kind::Pop | Kind::Return => [pop, None],
             Kind::Leave => [Some(Access { ea: Ea::register(RBP, bits), size: word, write: false }), None],

@@ -5,6 +5,7 @@
 
 use super::block::Context;
 use super::planted::{self, Bug};
+use crate::vendor;
 use anyvisor_x86::Cpuid;
 use iced_x86::{Code, CpuidFeature as F, EncodingKind, FlowControl, Instruction, Mnemonic as M, OpKind, Register};
 
@@ -149,6 +150,7 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
     match instruction.flow_control() {
         FlowControl::Next => {}
         FlowControl::UnconditionalBranch if instruction.is_jmp_short_or_near() => return integer(JumpDirect),
+        FlowControl::IndirectBranch if instruction.code() == Code::Jmp_rm16 => return integer(Interpret),
         FlowControl::IndirectBranch if instruction.is_jmp_near_indirect() => return integer(JumpIndirect),
         FlowControl::ConditionalBranch => {
             return integer(if instruction.is_jcc_short_or_near() {
@@ -222,10 +224,25 @@ pub fn classify(instruction: &Instruction, features: &Features, context: &Contex
         M::Pop if wide_stack => integer(Pop),
         M::Leave if matches!(instruction.code(), Code::Leaveq | Code::Leaved) => integer(Leave),
         M::Rdtsc | M::Rdtscp => integer(ReadTsc),
+        // It reads more there than is known.
+        M::Movsxd if instruction.code() == Code::Movsxd_r16_rm16 && vendor::is_amd() => integer(Interpret),
+        // These set OF on AMD's, and nothing by what is known of their flags.
+        M::Rcl | M::Rcr if turns_all_the_way(instruction) && vendor::is_amd() => integer(Interpret),
         mnemonic if is_plain_integer(mnemonic) => integer(with_operand(instruction)),
         mnemonic if is_unusual_vector(mnemonic) || instruction.is_vsib() => integer(Interpret),
         _ => classify_vector(instruction),
     }
+}
+
+/// Whether a rotation through CF, by a constant, ends where it began without having been by 0.
+fn turns_all_the_way(instruction: &Instruction) -> bool {
+    let bits = match instruction.op0_kind() {
+        OpKind::Register => 8 * instruction.op0_register().size(),
+        _ => 8 * instruction.memory_size().size(),
+    };
+    let by =
+        if instruction.op1_kind() == OpKind::Immediate8 { usize::from(instruction.immediate8() & 0x1f) } else { 0 };
+    by != 0 && bits < 32 && by % (bits + 1) == 0
 }
 
 fn with_operand(instruction: &Instruction) -> Kind {

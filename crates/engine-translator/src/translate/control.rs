@@ -315,7 +315,14 @@ impl Builder<'_> {
         use iced_x86::Code;
         let narrow = matches!(
             instruction.code(),
-            Code::Loop_rel8_64_ECX | Code::Loope_rel8_64_ECX | Code::Loopne_rel8_64_ECX | Code::Jecxz_rel8_64
+            Code::Loop_rel8_64_ECX
+                | Code::Loope_rel8_64_ECX
+                | Code::Loopne_rel8_64_ECX
+                | Code::Jecxz_rel8_64
+                | Code::Loop_rel8_16_ECX
+                | Code::Loope_rel8_16_ECX
+                | Code::Loopne_rel8_16_ECX
+                | Code::Jecxz_rel8_16
         ) || self.bits() == 32;
         if narrow {
             self.a.byte(0x67);

@@ -5,6 +5,7 @@ use super::assembler::*;
 use super::block::*;
 use super::planted::{self, Bug};
 use crate::cpu::Cpu;
+use crate::vendor;
 use anyvisor_x86::bits::gpr;
 use anyvisor_x86::segment::Segment;
 use iced_x86::{OpKind, Register};
@@ -55,9 +56,13 @@ impl Builder<'_> {
     /// Into the lower half of a 32-bit slot, as Intel's processors do (SDM vol. 2B, PUSH).
     pub(super) fn push_selector(&mut self, insn: &Insn) {
         let segment = insn.instruction.op0_register() as usize - Register::ES as usize;
-        let rm = self.access(&self.stack(-self.word()), 2, true, insn.live_in != 0, true);
+        let size = vendor::pushed_selector_size() as usize;
+        let rm = self.access(&self.stack(-self.word()), size, true, insn.live_in != 0, true);
         self.a.load_sized(1, RDI, selector(segment));
-        self.a.store16(rm, RDI);
+        match size {
+            2 => self.a.store16(rm, RDI),
+            _ => self.a.store32(rm, RDI),
+        }
         self.adjust_stack(-(self.word() as i32));
     }
 

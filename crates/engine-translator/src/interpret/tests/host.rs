@@ -119,7 +119,11 @@ fn comparable(insn: &Instruction) -> bool {
 
 /// The status flags that the manual leaves undefined after `insn`, and that differ from host to host.
 fn undefined_flags(insn: &Instruction) -> u64 {
-    let bits = insn.rflags_undefined();
+    let mut bits = insn.rflags_undefined();
+    // All the way round: what sets OF there the stub does not look at.
+    if matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) && insn.rflags_modified() == 0 {
+        bits |= RflagsBits::OF;
+    }
     [
         (RflagsBits::CF, CF),
         (RflagsBits::PF, PF),
