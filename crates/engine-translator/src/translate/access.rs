@@ -330,14 +330,14 @@ impl Builder<'_> {
     }
 
     /// The same; if the region is likely to be `region`, without anybody having to wait for the address. Then it destroys
-    /// flags.
+    /// flags. The other scratch register stays as it is.
     fn likely_delta(&mut self, to: u8, from: u8, region: Option<u8>) {
         let Some(region) = region else { return self.region_delta(to, from) };
-        self.a.rorx(RDI, from, REGION_BITS as u8);
+        self.a.rorx(to, from, REGION_BITS as u8);
         if planted::is(Bug::RegionUnchecked) {
             return self.a.load(to, region_place(region));
         }
-        self.a.bytes(&[0x40, 0x80, 0xff, region]); // cmp dil, region
+        self.a.bytes(&[0x40, 0x80, 0xf8 | to, region]); // cmp sil or dil, region
         let hole = self.a.jcc(cc::NE);
         self.a.load(to, region_place(region));
         self.elsewhere.push(Elsewhere { hole, to, back: self.a.position(), at: self.at });
@@ -403,6 +403,18 @@ impl Builder<'_> {
         }
         self.deltas[0] = slot;
         self.operand(RSI, ea, keep_rdi)
+    }
+
+    /// Whether the next access, at `ea`, uses RSI alone, if RDI is to be left alone.
+    pub(super) fn leaves_rdi(&self, ea: &Ea) -> bool {
+        let Some(planned) = self.planned.get(self.next_planned).filter(|planned| planned.access.ea == *ea) else {
+            return false;
+        };
+        let in_host = |register: Option<u8>| register.is_none_or(|number| host_register(number as usize).is_some());
+        let plain = ea.segment.is_none() && ea.bit.is_none() && !ea.narrow && ea.constant().is_none();
+        let in_window = self.source.windowed && self.faults_first;
+        let simple = in_window && ea.index.is_none() && i64::from(ea.displacement as i32) == ea.displacement;
+        plain && in_host(ea.base) && in_host(ea.index) && (matches!(planned.role, Role::Follower { .. }) || simple)
     }
 
     /// A scratch register that holds the delta in `slot`: RSI if RDI must stay free.

@@ -801,6 +801,7 @@ impl<'a> Builder<'a> {
             Kind::Nop | Kind::Lea => {}
             Kind::Copy if !classify::can_trap(instruction) => {}
             Kind::Copy | Kind::JumpIf => self.write_back_all(),
+            Kind::Memory => {}
             _ => self.release_scratch(),
         }
         // These know what they do to the scratch registers.
@@ -811,6 +812,9 @@ impl<'a> Builder<'a> {
             self.deltas = [None; 2];
         }
         self.faults_first = !matches!(insn.kind, Kind::Sensitive | Kind::String);
+        if insn.kind == Kind::Memory {
+            self.release_for_access(insn);
+        }
         match insn.kind {
             Kind::Nop => true,
             Kind::Copy => self.copy(insn, None),
@@ -871,6 +875,14 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Brings the vCPU block up to date before an access, and forgets what the scratch registers hold that it needs.
+    fn release_for_access(&mut self, insn: &Insn) {
+        self.write_back_all();
+        let keeps = |ea: Ea| self.leaves_rdi(&ea);
+        let rdi = self.held[1].filter(|_| Ea::of(&insn.instruction, self.bits()).is_some_and(keeps));
+        self.held = [None, rdi];
+    }
+
     fn memory(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
         let operand = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
@@ -883,7 +895,7 @@ impl<'a> Builder<'a> {
         let size = instruction.memory_size().size();
         // Either form of host address will do for the plan; only its registers matter.
         let Some(plan) = self.plan(insn, Some(Rm::Base(RSI, 0))) else { return false };
-        let keep_rdi = plan.spills.used().next().is_some();
+        let keep_rdi = plan.spills.used().next().is_some() || self.held[1].is_some();
         let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
         use iced_x86::Mnemonic::{Mov, Movsx, Movsxd, Movzx};
         self.overwrites_rax = matches!(instruction.mnemonic(), Mov | Movsx | Movsxd | Movzx)

@@ -262,16 +262,16 @@ fn fill_micro(a: &mut Assembler, context: usize, tag: Tag, flags: bool, fill: us
     a.bind_to(to_fill, fill);
 }
 
-/// Entered by a call from an access that is not in the region it was thought to be in, with that in RDI's low byte. Leaves
+/// Entered by a call from an access that is not in the region it was thought to be in, with that in the low byte of `to`. Leaves
 /// the region's delta in `to`, or leaves the block if there have been many such calls. Destroys flags.
 fn elsewhere(a: &mut Assembler, to: u8, exit: usize) {
-    a.movzx8(RDI);
+    a.movzx8(to);
     a.alu_imm(Alu::Sub, false, Rm::Gs(offset_of!(Cpu, region_budget) as i32), 1);
     let often = a.jcc(cc::S);
-    a.load(to, Rm::GsScaled { index: RDI, scale: 3, displacement: offset_of!(Cpu, regions) as i32 });
+    a.load(to, Rm::GsScaled { index: to, scale: 3, displacement: offset_of!(Cpu, regions) as i32 });
     a.ret();
     a.bind(often);
-    a.store(Rm::Gs(word_offset(word::REGION)), RDI);
+    a.store(Rm::Gs(word_offset(word::REGION)), to);
     // The byte before the return address is the call's.
     a.pop(RSI);
     a.lea(RSI, Rm::Base(RSI, -1));
