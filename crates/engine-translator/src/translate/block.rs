@@ -234,6 +234,29 @@ pub(super) fn slot(index: usize) -> Rm {
     Rm::Gs((offset_of!(Cpu, gpr) + 8 * index) as i32)
 }
 
+/// How many registers live in the vCPU block.
+pub(super) const SLOTS: usize = 3;
+
+/// The number of a register that lives there.
+pub(super) fn slot_number(index: usize) -> Option<usize> {
+    (gpr::R9..=gpr::R11).contains(&index).then(|| index - gpr::R9)
+}
+
+/// The distance of a use that is too far away to count, or does not come.
+pub(super) const NO_USE: u8 = 8;
+
+/// How many instructions from the first of `insns` on each register that lives in the vCPU block is read as an operand again.
+pub(super) fn next_uses(insns: &[Insn]) -> [u8; SLOTS] {
+    std::array::from_fn(|slot| {
+        let names = |insn: &Insn| (insn.slots_read | insn.slots_written) >> slot & 1 != 0;
+        let near = &insns[..insns.len().min(usize::from(NO_USE))];
+        match near.iter().position(names) {
+            Some(at) if near[at].slots_read >> slot & 1 != 0 => at as u8,
+            _ => NO_USE,
+        }
+    })
+}
+
 pub(super) fn pending() -> Rm {
     Rm::Gs(offset_of!(Cpu, pending) as i32)
 }
@@ -244,6 +267,9 @@ pub(super) struct Insn {
     pub(super) offset: u16,
     pub(super) length: u8,
     pub(super) kind: Kind,
+    /// Which of the registers that live in the vCPU block are operands that it reads, and which others.
+    slots_read: u8,
+    slots_written: u8,
     /// What it does to each operand.
     pub(super) accesses: [OpAccess; 5],
     /// A bit for each general register that it writes or may write.
@@ -367,6 +393,8 @@ pub struct Builder<'a> {
     pub(super) settle_after: bool,
     /// Guest registers that the scratch registers, RSI and RDI, hold copies of.
     pub(super) held: [Option<Held>; 2],
+    /// When each register that lives in the vCPU block is used again: see [`next_uses`].
+    pub(super) next_uses: [u8; SLOTS],
     /// Shared deltas that they hold, by slot. Never both for one register.
     pub(super) deltas: [Option<u8>; 2],
     /// The instruction being emitted overwrites RAX and does not read it.
@@ -453,6 +481,7 @@ pub fn translate(source: &Source, workspace: &mut Workspace) -> Translation {
         destroyed: false,
         settle_after: false,
         held: [None; 2],
+        next_uses: [NO_USE; SLOTS],
         deltas: [None; 2],
         overwrites_rax: false,
         origin: (source.rip, 0),
@@ -765,9 +794,10 @@ impl<'a> Builder<'a> {
             self.map.push((0, 0));
             self.check_generation(generation);
         }
-        for insn in insns {
+        for (i, insn) in insns.iter().enumerate() {
             self.map.push((self.a.position() as u32, insn.offset));
             self.at = insn.offset;
+            self.next_uses = next_uses(&insns[i + 1..]);
             if !self.emit(insn) {
                 self.interpret(insn);
                 return;
@@ -1070,7 +1100,19 @@ fn decoded(info: &mut InstructionInfoFactory, instruction: Instruction, offset: 
         }
     }
     let accesses = std::array::from_fn(|i| usage.op_access(i as u32));
-    Insn { instruction, offset, length, kind, accesses, written, live_in: ALL_FLAGS, live_out: ALL_FLAGS }
+    let (mut slots_read, mut slots_written) = (0, 0);
+    for operand in (0..instruction.op_count()).filter(|&i| instruction.op_kind(i) == OpKind::Register) {
+        let register = instruction.op_register(operand);
+        if register.is_gpr()
+            && let Some(slot) = slot_number(register.full_register() as usize - Register::RAX as usize)
+        {
+            let (reads, _) = reads_writes(accesses[operand as usize]);
+            let all = if reads || register.size() < 4 { &mut slots_read } else { &mut slots_written };
+            *all |= 1 << slot;
+        }
+    }
+    let (live_in, live_out) = (ALL_FLAGS, ALL_FLAGS);
+    Insn { instruction, offset, length, kind, slots_read, slots_written, accesses, written, live_in, live_out }
 }
 
 fn ends_block(instruction: &Instruction, kind: Kind) -> bool {

@@ -99,9 +99,10 @@ impl Builder<'_> {
 
     fn iteration(&mut self, body: &[Insn], limit: Option<&Limit>, fast: usize) {
         let (last, others) = body.split_last().expect("a loop has an instruction");
-        for insn in others {
+        for (i, insn) in others.iter().enumerate() {
             self.map.push((self.a.position() as u32, insn.offset));
             self.at = insn.offset;
+            self.next_uses = next_uses(&body[i + 1..]);
             if !self.emit(insn) {
                 return self.interpret(insn);
             }

@@ -4,7 +4,7 @@
 //! there where the instruction allows a memory operand, or pass through a scratch register.
 
 use super::assembler::*;
-use super::block::{Builder, Insn, host_register, reads_writes, slot};
+use super::block::{Builder, Insn, NO_USE, SLOTS, host_register, reads_writes, slot, slot_number};
 use super::encoding::{Fields, Layout, Place, gpr_operands};
 use super::planted::{self, Bug};
 use iced_x86::{Instruction, Register};
@@ -17,7 +17,7 @@ impl Builder<'_> {
         let layout = Layout::parse(&self.source.bytes[start..start + insn.length as usize], self.bits())?;
         let mut fields = Fields { reg: layout.reg, vvvv: layout.vex.map_or(0, |v| v.vvvv), ..Fields::default() };
         let mut rm = memory.unwrap_or(Rm::Reg(layout.rm));
-        let mut spills = Spills::new(memory.is_some(), self.held);
+        let mut spills = Spills::new(memory.is_some(), self.held, self.next_uses);
         let mut written_in_place = None;
         let (mut high_byte, mut low_byte) = (false, false);
         // Reads first: a register that is only written may then share the scratch of one that is read.
@@ -221,8 +221,9 @@ pub struct Spills {
     entries: [Option<Spill>; 3],
     /// RSI holds the memory operand's address.
     rsi_taken: bool,
-    /// What the scratch registers hold now.
+    /// What the scratch registers hold now, and when it is used again.
     held: [Option<Held>; 2],
+    next_uses: [u8; SLOTS],
 }
 
 /// A guest register whose value a scratch register holds; `dirty` if the vCPU block has an older one.
@@ -247,8 +248,8 @@ pub struct Spill {
 }
 
 impl Spills {
-    pub(super) fn new(rsi_taken: bool, held: [Option<Held>; 2]) -> Spills {
-        Spills { entries: [None; 3], rsi_taken, held }
+    pub(super) fn new(rsi_taken: bool, held: [Option<Held>; 2], next_uses: [u8; SLOTS]) -> Spills {
+        Spills { entries: [None; 3], rsi_taken, held, next_uses }
     }
 
     pub(super) fn used(&self) -> impl Iterator<Item = Spill> + '_ {
@@ -270,11 +271,14 @@ impl Spills {
         let taken = |host: u8| {
             self.used().any(|e| e.host == host && (e.writes || reads)) || (host == RSI && self.rsi_taken && reads)
         };
-        // The one that has the value, else one that has nothing of use, else any.
+        // The one that has the value. Else RDI, which keeps it across accesses that RSI is needed for, unless it has a
+        // value that is used sooner.
+        let next = |index: usize| slot_number(index).map_or(NO_USE, |slot| self.next_uses[slot]);
         let rank = |host: u8| match self.held[held_slot(host)] {
             Some(held) if held.index == index => 0,
-            None => 1,
-            Some(_) => 2,
+            Some(held) if host == RDI && next(held.index) < next(index) => 3,
+            _ if host == RDI => 1,
+            _ => 2,
         };
         let host = [RDI, RSI].into_iter().filter(|&h| !taken(h)).min_by_key(|&h| rank(h))?;
         let free = self.entries.iter_mut().find(|e| e.is_none())?;
