@@ -16,6 +16,9 @@ use crate::core::Core;
 use crate::cpu::LINKS;
 use crate::windows::REGION_BITS;
 
+/// Most blocks that are moved at once.
+const COMPANY: usize = 16;
+
 /// The places in a block's code that depend on where the block is: in linear memory, and in code memory.
 #[derive(Clone, Copy)]
 pub(super) struct Moving {
@@ -41,8 +44,41 @@ impl Place {
 
 impl Translator {
     /// The block for `key`, made from one of the same code at another linear address: where a program or library is
-    /// mapped again, translating it again would only change some constants.
+    /// mapped again, translating it again would only change some constants. What the other is linked to on its page comes along,
+    /// linked too: an exit for each would cost more.
     pub(super) fn moved(&mut self, core: &mut Core, key: Key) -> Option<u32> {
+        let (first, original) = self.moved_alone(core, key)?;
+        let mut waiting = [(first, original); COMPANY];
+        let mut known = 1;
+        let mut next = 0;
+        while next < known {
+            let (block, original) = waiting[next];
+            next += 1;
+            let exits = self.blocks[block as usize].exits.clone();
+            for (exit, old) in exits.zip(self.blocks[original as usize].exits.clone()) {
+                let ExitKind::Direct { target } = self.exits[exit as usize].kind else { continue };
+                let linked = |exit: u32| self.exits[exit as usize].linked.is_some();
+                if target >> 12 != key.rip >> 12 || linked(exit) || !linked(old) {
+                    continue;
+                }
+                let there = Key { gpa: key.gpa & !0xfff | target & 0xfff, rip: target, ..key };
+                let found = self.index.get(&there).copied();
+                let found = found.or_else(|| {
+                    let moved = (known < COMPANY).then(|| self.moved_alone(core, there))??;
+                    waiting[known] = moved;
+                    known += 1;
+                    Some(moved.0)
+                });
+                if let Some(found) = found {
+                    self.link(core, exit, found);
+                }
+            }
+        }
+        Some(first)
+    }
+
+    /// The block for `key`, and the one that it was made from.
+    fn moved_alone(&mut self, core: &mut Core, key: Key) -> Option<(u32, u32)> {
         let &old = self.movable.get(&Place::of(&key))?;
         let special = [&self.unmixed, &self.uncoalesced, &self.hot_loops, &self.short_loops, &self.cold];
         let full = self.used + CODE_RESERVE > self.room || self.links.len() + LINK_RESERVE > LINKS;
@@ -103,7 +139,7 @@ impl Translator {
             numbers: numbers.to_vec(),
         };
         self.statistics.moved += 1;
-        Some(self.install(core, key, translation, None, true))
+        Some((self.install(core, key, translation, None, true), old))
     }
 }
 
