@@ -84,7 +84,7 @@ impl Suite {
             true => "| test | natively | anyvisor | QEMU TCG | remark |\n|---|---|---|---|---|\n",
             false => "| test | anyvisor | QEMU TCG | remark |\n|---|---|---|---|\n",
         };
-        let mut text = format!("{}\n\n{}\n\n{head}", self.about, self.sums());
+        let mut text = format!("{} CPU: {}.\n\n{}\n\n{head}", self.about, super::host_cpu(), self.sums());
         let known = |verdict: &Option<Verdict>| verdict.as_ref().map_or("?".into(), Verdict::text);
         for row in &self.rows {
             let Row { name, ours, remark, .. } = row;
