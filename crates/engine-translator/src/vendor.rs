@@ -24,6 +24,11 @@ pub fn decoder_options() -> u32 {
     if is_amd() { DecoderOptions::AMD } else { DecoderOptions::NONE }
 }
 
+/// How many bytes the offset of a far pointer in memory takes whose operand size is `size`.
+pub fn far_offset_size(size: u32) -> u32 {
+    if is_amd() { size.min(4) } else { size }
+}
+
 /// How many bytes a selector that is pushed takes of its 32-bit slot: Intel's processors leave the upper ones alone (SDM vol. 2B,
 /// PUSH), AMD's clear them.
 pub fn pushed_selector_size() -> u32 {
@@ -102,6 +107,10 @@ fn adapt_to_amd(instruction: &mut Instruction, bytes: &[u8]) {
         Mnemonic::Mov if has_cr(instruction) && bytes[..instruction.len() - 3].contains(&LOCK) => {
             instruction.set_code(Code::INVALID)
         }
+        // REX.W widens what is pushed, though not the pointer (seen: family 1Ah).
+        Mnemonic::Call if instruction.code() == Code::Call_m1632 && has_rex_w(instruction, bytes) => {
+            instruction.set_code(Code::Call_m1664)
+        }
         // Without a memory operand 0F 0D is no NOP.
         Mnemonic::Reservednop if is_prefetch_of_register(instruction) => instruction.set_code(Code::INVALID),
         _ => {}
@@ -128,6 +137,13 @@ fn is_wide_vex(instruction: &Instruction, bytes: &[u8]) -> bool {
     const LONG_VEX: u8 = 0xc4;
     let vex = bytes[..instruction.len()].iter().position(|byte| *byte == LONG_VEX);
     instruction.code_size() != CodeSize::Code64 && vex.is_some_and(|at| bytes[at + 2] & 0x80 != 0)
+}
+
+/// Whether 64-bit code has a REX prefix with W, right before the opcode.
+fn has_rex_w(instruction: &Instruction, bytes: &[u8]) -> bool {
+    const LEGACY: [u8; 11] = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3];
+    let rex = bytes.iter().find(|byte| !LEGACY.contains(byte));
+    instruction.code_size() == CodeSize::Code64 && rex.is_some_and(|rex| rex & 0xf8 == 0x48)
 }
 
 fn has_cr(instruction: &Instruction) -> bool {
@@ -163,7 +179,10 @@ mod tests {
             (&[0x66, 0x74, 2], "data16 je short 1005h"),
             (&[0x66, 0xe8, 2, 0], "data16 call 1006h"),
             (&[0x66, 0xc3], "data16 ret"),
-            (&[0x48, 0xff, 0x1f], "call far fword ptr [rdi]"),
+            (&[0x48, 0xff, 0x1f], "call far tbyte ptr [rdi]"),
+            (&[0x2e, 0x66, 0x49, 0xff, 0x1f], "call far tbyte ptr [r15]"),
+            (&[0x41, 0xff, 0x1f], "call far fword ptr [r15]"),
+            (&[0x48, 0xff, 0x2f], "jmp far fword ptr [rdi]"),
             (&[0x0f, 0x0d, 0xc8], "(bad)"),
             (&[0xf0, 0x0f, 0x20, 0xc0], "(bad)"),
         ] {

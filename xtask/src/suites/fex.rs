@@ -29,8 +29,14 @@ const REMARKS: &[(&str, &str)] = &[
     ("32Bit_ASM/Primary/Pop_Segments", "loads SS with 0, which processors refuse and FEX allows"),
     ("ASM/Primary/Primary_8C", "loads selectors that no descriptor is behind, which FEX allows"),
     ("ASM/Primary/Primary_8C_2", "loads selectors that no descriptor is behind, which FEX allows"),
-    ("ASM/Primary/Primary_E8", "a near branch with a 16-bit operand: Intel's CPUs ignore the prefix, AMD's cut RIP"),
-    ("ASM/Primary/Primary_E9", "a near branch with a 16-bit operand: Intel's CPUs ignore the prefix, AMD's cut RIP"),
+    (
+        "ASM/Primary/Primary_E8",
+        "a near branch with a 16-bit operand: Intel's CPUs ignore the prefix, AMD's cut RIP, FEX does neither",
+    ),
+    (
+        "ASM/Primary/Primary_E9",
+        "a near branch with a 16-bit operand: Intel's CPUs ignore the prefix, AMD's cut RIP, FEX does neither",
+    ),
     ("ASM/PrimaryGroup/5_FF_05", "a far pointer with REX.W: 64-bit offset on Intel's CPUs, 32-bit on AMD's"),
     ("ASM/PrimaryGroup/5_FF_05_03_o64", "a far pointer with REX.W: 64-bit offset on Intel's CPUs, 32-bit on AMD's"),
     ("ASM/PrimaryGroup/5_FF_05_03_o64_imm", "a far pointer with REX.W: 64-bit offset on Intel's CPUs, 32-bit on AMD's"),
@@ -85,6 +91,7 @@ pub fn run(place: &Place, only: Option<&str>) -> Result<Suite> {
         let remark = match (&ours, known) {
             (Verdict::Fail(_), Some((_, remark))) if native != Verdict::Pass => (*remark).to_owned(),
             (Verdict::Skip, _) if lacks == note => format!("{note} on the host"),
+            (Verdict::Skip, _) => format!("{note} in the CPU models"),
             _ => note,
         };
         rows.push(Row { tcg: qemu.get(&name).cloned(), name, tests: 1, native: Some(native), ours, remark });

@@ -15,6 +15,7 @@ mod test386;
 use anyhow::{Context, Result, bail};
 use anyvisor_tests::assets;
 use kvm_unit_tests::Bits;
+use std::arch::x86_64::__cpuid;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -147,6 +148,21 @@ fn commit(folder: &Path) -> String {
     let text = output.ok().filter(|output| output.status.success());
     let text = text.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
     text.filter(|text| !text.is_empty()).unwrap_or_else(|| "an unknown commit".into())
+}
+
+/// Whether the CPU is AMD's, or Hygon's, which are made as those are.
+fn host_is_amd() -> bool {
+    [*b"Auth", *b"Hygo"].map(u32::from_le_bytes).contains(&__cpuid(0).ebx)
+}
+
+/// The CPU's name for itself.
+fn host_cpu() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| {
+        let value = |line: &str| Some(line.strip_prefix(name)?.trim_start().strip_prefix(": ")?.to_owned());
+        text.lines().find_map(value).unwrap_or_else(|| "unknown".into())
+    };
+    format!("{}, family {}, model {}", field("model name"), field("cpu family"), field("model"))
 }
 
 fn qemu_version() -> String {

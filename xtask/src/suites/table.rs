@@ -84,7 +84,7 @@ impl Suite {
             true => "| test | natively | anyvisor | QEMU TCG | remark |\n|---|---|---|---|---|\n",
             false => "| test | anyvisor | QEMU TCG | remark |\n|---|---|---|---|\n",
         };
-        let mut text = format!("{}\n\n{}\n\n{head}", self.about, self.sums());
+        let mut text = format!("{} CPU: {}.\n\n{}\n\n{head}", self.about, super::host_cpu(), self.sums());
         let known = |verdict: &Option<Verdict>| verdict.as_ref().map_or("?".into(), Verdict::text);
         for row in &self.rows {
             let Row { name, ours, remark, .. } = row;
@@ -101,16 +101,24 @@ impl Suite {
         let pass = |verdict: &Option<Verdict>| *verdict == Some(Verdict::Pass);
         let fail = |verdict: &Option<Verdict>| matches!(verdict, Some(Verdict::Fail(_)));
         let mut text = format!(
-            "Of {} tests anyvisor passes {} and fails {}; QEMU's TCG passes {} and fails {}. {} pass here that fail there, \
-             and {} do not pass here that pass there.",
+            "Of {} tests anyvisor passes {} and fails {}",
             count(&|_| true),
             count(&|row| row.ours == Verdict::Pass),
             count(&|row| matches!(row.ours, Verdict::Fail(_))),
-            count(&|row| pass(&row.tcg)),
-            count(&|row| fail(&row.tcg)),
-            count(&|row| row.ours == Verdict::Pass && fail(&row.tcg)),
-            count(&|row| row.ours != Verdict::Pass && pass(&row.tcg)),
         );
+        if self.rows.iter().any(|row| row.tcg.is_some()) {
+            write!(
+                text,
+                "; QEMU's TCG passes {} and fails {}. {} pass here that fail there, and {} do not pass here that pass there.",
+                count(&|row| pass(&row.tcg)),
+                count(&|row| fail(&row.tcg)),
+                count(&|row| row.ours == Verdict::Pass && fail(&row.tcg)),
+                count(&|row| row.ours != Verdict::Pass && pass(&row.tcg)),
+            )
+            .expect("writing to a string");
+        } else {
+            text.push('.');
+        }
         if self.rows.iter().any(|row| row.native.is_some()) {
             let (passed, lost) =
                 (count(&|row| pass(&row.native)), count(&|row| pass(&row.native) && row.ours != Verdict::Pass));

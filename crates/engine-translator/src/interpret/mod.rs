@@ -107,7 +107,7 @@ fn execute(core: &mut Core, io: &dyn GuestIo, rip: u64, old_flags: u64) -> Resul
     if let Handled::No = general::execute(&mut Exec { core, io, insn, long, start: rip })? {
         native::execute(core, io, &fetched)?;
     }
-    if old_flags & rflags::TF != 0 || debug::armed(core) {
+    if (old_flags | core.cpu.rflags) & rflags::TF != 0 || debug::armed(core) {
         return Ok(debug_trap(core, insn, old_flags));
     }
     Ok(0)
@@ -119,9 +119,14 @@ fn debug_trap(core: &Core, insn: &Instruction, old_flags: u64) -> u64 {
     if core.cpu.interrupt_shadow & 2 != 0 {
         return 0;
     }
-    // These clear TF on their way in, and no trap follows.
-    let enters =
-        matches!(insn.mnemonic(), Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Into | Mnemonic::Syscall);
-    let single_step = old_flags & rflags::TF != 0 && (!enters || core.cpu.rflags & rflags::TF != 0);
+    use Mnemonic as M;
+    let (before, after) = (old_flags & rflags::TF != 0, core.cpu.rflags & rflags::TF != 0);
+    let single_step = match insn.mnemonic() {
+        // These clear TF on their way in, and no trap follows.
+        M::Int | M::Int1 | M::Int3 | M::Into | M::Syscall => before && after,
+        // The program's TF, as if its SYSCALL had just been stepped.
+        M::Sysret | M::Sysretq => after,
+        _ => before,
+    };
     debug::take_hits() | if single_step { dr::DR6_BS } else { 0 }
 }

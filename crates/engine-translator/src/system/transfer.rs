@@ -10,6 +10,7 @@ use super::task;
 use crate::core::Core;
 use crate::cpu::{Mode, pending};
 use crate::mmu::Rights;
+use crate::vendor;
 use anyvisor_engine::GuestIo;
 use anyvisor_x86::bits::{gpr, rflags};
 use anyvisor_x86::exception::vector;
@@ -39,11 +40,12 @@ fn far_pointer(core: &mut Core, io: &dyn GuestIo, instruction: &Instruction) -> 
                 Code::Jmp_m1632 | Code::Call_m1632 => 4,
                 _ => 8,
             };
-            let address = core.memory_operand(instruction, u64::from(size) + 2, false)?;
+            let width = vendor::far_offset_size(size);
+            let address = core.memory_operand(instruction, u64::from(width) + 2, false)?;
             let mut data = [0; 10];
-            core.read(io, address, &mut data[..size as usize + 2], Rights::Current)?;
-            let selector = u16::from_le_bytes([data[size as usize], data[size as usize + 1]]);
-            let offset = u64::from_le_bytes(data[..8].try_into().unwrap()) & mask(size);
+            core.read(io, address, &mut data[..width as usize + 2], Rights::Current)?;
+            let selector = u16::from_le_bytes([data[width as usize], data[width as usize + 1]]);
+            let offset = u64::from_le_bytes(data[..8].try_into().unwrap()) & mask(width);
             Ok((selector, offset, size))
         }
     }

@@ -84,6 +84,14 @@ fn syscall(suite: &mut Suite) {
         let all = rflags::STATUS | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::ID;
         end.flags(all | rflags::RF | rflags::VM | 1 << 15, all)
     });
+    // TF is looked at behind it, as if the program's SYSCALL had been stepped; IRET's trap is an instruction later.
+    suite.add("SYSRET that sets TF traps before the next instruction", &[Mode::Long], move |g| {
+        setup(g);
+        (g.state.gpr[gpr::RCX], g.state.gpr[gpr::R11]) = (place::MORE_CODE, rflags::TF | rflags::FIXED);
+        g.user_code_at(place::MORE_CODE, 64, |a| a.inc(rax))?;
+        let frame = g.run(|a| a.sysretq())?.vectored(vector::DB)?;
+        equal("RIP, CS", (frame.rip, frame.cs), (place::MORE_CODE, selector::USER_CODE64))
+    });
     // Intel's raise #GP at CPL 0; AMD's return and raise it at the fetch.
     suite.add("SYSRET to a non-canonical address is #GP, at the SYSRET or there", &[Mode::Long], move |g| {
         setup(g);
@@ -365,14 +373,14 @@ fn far(suite: &mut Suite) {
     suite.add("CALL with REX.W pushes quadwords", &[Mode::Long], |g| {
         g.write_u64(place::DATA, place::MORE_CODE);
         g.write(place::DATA + 8, &selector::CODE64.to_le_bytes());
-        g.code_at(place::MORE_CODE, 64, |a| a.nop())?;
-        // AMD's processors ignore REX.W here and take a 32-bit pointer (AMD APM vol. 3 CALL far).
+        // AMD's processors take a 32-bit pointer nevertheless (AMD APM vol. 3 CALL far).
         if g.cpuid.get(0, 0).unwrap_or_default().ebx == u32::from_le_bytes(*b"Auth") {
             g.write(place::DATA + 4, &selector::CODE64.to_le_bytes());
-            return equal("RIP", g.run(|a| a.db(&[0x48, 0xff, 0x1f]))?.state.rip, place::MORE_CODE + 3);
         }
+        g.code_at(place::MORE_CODE, 64, |a| a.nop())?;
         let end = g.run(|a| a.db(&[0x48, 0xff, 0x1f]))?;
-        equal("RIP, RSP", (end.state.rip, end.gpr(gpr::RSP)), (place::MORE_CODE + 3, place::STACK - 16))?;
+        equal("RIP", end.state.rip, place::MORE_CODE + 3)?;
+        equal("RSP", end.gpr(gpr::RSP), place::STACK - 16)?;
         equal("return address", g.read_u64(place::STACK - 16), place::CODE + 3)
     });
     suite.add("JMP between 64-bit and compatibility mode", &[Mode::Long, Mode::Compat], |g| {
