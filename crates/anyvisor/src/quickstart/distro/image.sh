@@ -1,0 +1,13 @@
+# Last hook of mmdebstrap: makes the disk image of the Debian in $1.
+set -eu
+root=$1
+echo "I: writing the file system..." >&2
+rm -f "$root/root/.ssh/key" "$root/root/.ssh/known_hosts"
+rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/cache/apt/*.bin "$root"/var/lib/apt/lists/*_*
+
+# mmdebstrap has mounted /proc and others below the root; a bind mount of the root alone has them not. Where it may not
+# mount, there are none.
+files=$root
+if mount --bind "$root" "$root/mnt" 2>/dev/null; then files=$root/mnt; fi
+mke2fs -q -F -t ext4 -L debian -d "$files" "$anyvisor_disk" "$anyvisor_size"
+[ "$files" = "$root" ] || umount "$files"
