@@ -30,10 +30,11 @@ if [ "$(tty)" = /dev/ttyS0 ] && grep -q anyvisor_rows= /proc/cmdline; then
 fi
 END
 echo 'PasswordAuthentication no' >"$root/etc/ssh/sshd_config.d/anyvisor.conf"
-install -d -m 700 "$root/root/.ssh"
-chroot "$root" ssh-keygen -q -t ed25519 -N '' -C anyvisor -f /root/.ssh/key
-mv "$root/root/.ssh/key.pub" "$root/root/.ssh/authorized_keys"
-sed 's/^/debian /' "$root/etc/ssh/ssh_host_ed25519_key.pub" >"$root/root/.ssh/known_hosts"
+home=$root/root
+install -d -m 700 "$home/.ssh"
+chroot "$root" ssh-keygen -q -t ed25519 -N '' -C anyvisor -f /run/key
+mv "$root/run/key.pub" "$home/.ssh/authorized_keys"
+sed 's/^/debian /' "$root/etc/ssh/ssh_host_ed25519_key.pub" >"$root/run/known_hosts"
 
 # Without a terminal the machine checks itself.
 printf '%s\n' "$anyvisor_check" >"$root/usr/local/sbin/anyvisor-check"

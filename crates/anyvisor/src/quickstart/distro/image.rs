@@ -284,12 +284,9 @@ fn mmdebstrap(work: &Path, made: &Made, keys: &str, image: &OwnedFd) -> Result<C
         command.arg(format!("--include={}", made.include));
     }
     command.arg("--customize-hook=sh -c \"$anyvisor_configure\" configure \"$1\"");
-    for (from, to) in [
-        ("/vmlinuz", KERNEL),
-        ("/initrd.img", INITRD),
-        ("/root/.ssh/key", KEY),
-        ("/root/.ssh/known_hosts", KNOWN_HOSTS),
-    ] {
+    for (from, to) in
+        [("/vmlinuz", KERNEL), ("/initrd.img", INITRD), ("/run/key", KEY), ("/run/known_hosts", KNOWN_HOSTS)]
+    {
         let to = work.join(to);
         let to = to.to_str().ok_or_else(|| {
             Error::user(format!("folder '{}' has a name that mmdebstrap cannot take; give --folder", work.display()))
@@ -302,7 +299,11 @@ fn mmdebstrap(work: &Path, made: &Made, keys: &str, image: &OwnedFd) -> Result<C
 }
 
 /// As one word of a shell's.
-fn quoted(text: &str) -> String {
+pub fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+@:".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        return text.to_owned();
+    }
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
@@ -335,7 +336,8 @@ fn complaint(said: &[String]) -> String {
     let at = said.iter().position(|line| is_complaint(&line)).unwrap_or(said.len());
     let of_hook = said.get(at).is_some_and(|line| line.contains("command failed"));
     let earlier = || said[..at].iter().rev().find(|line| !line.starts_with("I: ") && !line.trim().is_empty());
-    let found = if of_hook { earlier().or(said.get(at)) } else { said.get(at).or_else(earlier) };
+    let full = said.iter().find(|line| line.contains("No space left"));
+    let found = full.or(if of_hook { earlier().or(said.get(at)) } else { said.get(at).or_else(earlier) });
     let found = found.map_or("no reason given", |line| line.trim_start_matches("E: ").trim());
     let hint = if found.contains("No space left") {
         "it needs some 2G in TMPDIR, or /var/tmp, and the disk's place must have room"
@@ -395,11 +397,13 @@ mod tests {
         check(&["mke2fs: Could not allocate block in ext2 filesystem while populating file system"], "larger --size");
         check(&["mkdir: cannot create", "I: x", "E: setup failed: E: command failed: sh"], "mkdir: cannot create; -v");
         check(&["W: no entry in /etc/subuid for me", "E: failed to parse /etc/subuid and /etc/subgid"], "usermod");
+        check(&["dpkg: error: No space left on device", "E: Sub-process env returned an error code (1)"], "in TMPDIR");
         check(&[], "no reason given");
     }
 
     #[test]
     fn words_of_a_shell() {
         assert_eq!(quoted("a b'c"), r"'a b'\''c'");
+        assert_eq!((quoted("/a/b-c.d"), quoted("")), ("/a/b-c.d".into(), "''".into()));
     }
 }

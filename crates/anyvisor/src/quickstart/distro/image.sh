@@ -2,7 +2,7 @@
 set -eu
 root=$1
 echo "I: writing the file system..." >&2
-rm -f "$root/root/.ssh/key" "$root/root/.ssh/known_hosts"
+rm -f "$root/run/key" "$root/run/known_hosts"
 rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/cache/apt/*.bin "$root"/var/lib/apt/lists/*_*
 
 # mmdebstrap has mounted /proc and others below the root; a bind mount of the root alone has them not. Where it may not

@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 
 /// RAM, if nothing is said.
 pub const MEMORY: u64 = 1 << 30;
-/// Words for the kernel's command line.
-pub const COMMAND_LINE: &str = "root=/dev/vda";
+/// Words for the kernel's command line. Where there are no vsock devices, systemd 257 complains of them otherwise.
+pub const COMMAND_LINE: &str = "root=/dev/vda systemd.ssh_auto=no";
 /// More of them for a check, whose console has no login.
 pub const CHECK: &str = "systemd.mask=serial-getty@ttyS0.service";
 
@@ -52,7 +52,7 @@ pub fn prepare(options: &DistroOptions, cache: &Path, config: &mut Config, verbo
         let file = path("ssh_config");
         fs::write(&file, ssh_config(&folder, here))
             .map_err(|e| Error::user(format!("cannot write '{}': {e}; check its folder's rights", file.display())))?;
-        progress(&format!("ssh to it: ssh -F '{}' {NAME}", file.display()));
+        progress(&format!("to log in: ssh -F {} {NAME}", image::quoted(&file.display().to_string())));
     }
     config.nets = vec![net];
     Ok(())
