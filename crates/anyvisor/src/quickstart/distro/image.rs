@@ -10,13 +10,15 @@
 
 use super::sources;
 use crate::quickstart::progress;
+use crate::signals;
 use anyvisor_vmm::config::show_size;
 use anyvisor_vmm::{Error, Result};
 use rustix::io::FdFlags;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -219,7 +221,7 @@ fn make(work: &Path, made: &Made, verbose: bool) -> Result<()> {
         .map_err(|e| cannot_write(&disk, &e))?;
     let image = inheritable(&image)?;
     let mut command = mmdebstrap(work, made, keys, &image)?;
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0).spawn();
     watch(child.map_err(|e| Error::host("cannot start mmdebstrap", e))?, verbose)?;
     drop(image);
     for (name, mode) in [(DISK, 0o600), (KEY, 0o600), (KERNEL, 0o644), (INITRD, 0o644), (KNOWN_HOSTS, 0o644)] {
@@ -261,9 +263,15 @@ fn inheritable(file: &File) -> Result<OwnedFd> {
 }
 
 fn mmdebstrap(work: &Path, made: &Made, keys: &str, image: &OwnedFd) -> Result<Command> {
-    let mode = if rustix::process::geteuid().is_root() { "root" } else { "unshare" };
+    let root = rustix::process::geteuid().is_root();
+    let mode = if root { "root" } else { "unshare" };
     let proxy = sources::proxy();
     let mut command = Command::new("mmdebstrap");
+    if root && Command::new("unshare").args(["--mount", "true"]).output().is_ok_and(|output| output.status.success()) {
+        // Else what root's mmdebstrap mounts stays mounted if it is killed.
+        command = Command::new("unshare");
+        command.args(["--mount", "mmdebstrap"]);
+    }
     command.env("LC_ALL", "C").env("PATH", search_path());
     if std::env::var_os("TMPDIR").is_none() {
         // It unpacks there, and /tmp may be in memory.
@@ -309,8 +317,21 @@ pub fn quoted(text: &str) -> String {
 
 /// Tells how far mmdebstrap is, until it ends.
 fn watch(mut child: Child, verbose: bool) -> Result<()> {
-    let mut said: Vec<String> = vec![];
     let stream = child.stderr.take().expect("stderr is piped");
+    let reader = std::thread::Builder::new().name("mmdebstrap".into()).spawn(move || relay(stream, verbose));
+    let reader = reader.map_err(|e| Error::host("cannot start a thread for mmdebstrap's messages", e))?;
+    let status = signals::wait_for(&mut child)?;
+    let said = reader.join().expect("it does not panic");
+    match status {
+        Some(status) if status.success() => Ok(()),
+        Some(_) => Err(Error::user(format!("mmdebstrap made no disk: {}", complaint(&said)))),
+        None => Err(Error::host("no disk was made", std::io::ErrorKind::Interrupted.into())),
+    }
+}
+
+/// Shows what mmdebstrap does; its last lines.
+fn relay(stream: impl Read, verbose: bool) -> Vec<String> {
+    let mut said: Vec<String> = vec![];
     for line in BufReader::new(stream).split(b'\n').map_while(std::result::Result::ok) {
         let line = String::from_utf8_lossy(&line).trim_end().to_owned();
         if verbose {
@@ -323,11 +344,7 @@ fn watch(mut child: Child, verbose: bool) -> Result<()> {
         }
         said.push(line);
     }
-    let status = child.wait().map_err(|e| Error::host("cannot wait for mmdebstrap", e))?;
-    if status.success() {
-        return Ok(());
-    }
-    Err(Error::user(format!("mmdebstrap made no disk: {}", complaint(&said))))
+    said
 }
 
 /// What went wrong, and what can be done, from mmdebstrap's lines.

@@ -8,6 +8,8 @@ rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/cache/apt/*.bin "$root"/
 # mmdebstrap has mounted /proc and others below the root; a bind mount of the root alone has them not. Where it may not
 # mount, there are none.
 files=$root
-if mount --bind "$root" "$root/mnt" 2>/dev/null; then files=$root/mnt; fi
+if mount --bind "$root" "$root/mnt" 2>/dev/null; then
+    files=$root/mnt
+    trap 'umount "$files"' EXIT
+fi
 mke2fs -q -F -t ext4 -L debian -d "$files" "$anyvisor_disk" "$anyvisor_size"
-[ "$files" = "$root" ] || umount "$files"
