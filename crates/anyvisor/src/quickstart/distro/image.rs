@@ -360,7 +360,7 @@ fn complaint(said: &[String]) -> String {
         "it needs some 2G in TMPDIR, or /var/tmp, and the disk's place must have room"
     } else if found.contains("/etc/subuid") || found.contains("unshare") {
         "users need ids for user namespaces here: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER, as root"
-    } else if found.contains("while populating file system") {
+    } else if found.contains("while populating file system") || found.contains("Could not allocate") {
         "the disk is too small for it; give a larger --size"
     } else if found.contains("Unable to locate package") {
         "check --include"
