@@ -154,7 +154,8 @@ fn a_debian_disk_boots_to_a_login_and_works() {
     // python3 has sqlite's library; the program comes from the archive.
     let sources = debian.says("cat /etc/apt/sources.list");
     if reachable(&sources) {
-        debian.says("apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y sqlite3");
+        debian.says("apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends sqlite3 lighttpd");
+        assert_eq!(debian.says("systemctl is-active lighttpd"), "active");
         let queries = "create table t(n integer primary key, s text);
             with recursive c(n) as (select 1 union all select n + 1 from c where n < 20000) insert into t select n, hex(n * n) from c;
             select count(*), sum(length(s)), max(s) from t where n % 3 = 0; pragma integrity_check;";

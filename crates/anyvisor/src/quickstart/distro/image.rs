@@ -287,6 +287,8 @@ fn mmdebstrap(work: &Path, made: &Made, keys: &str, image: &OwnedFd) -> Result<C
         command.env("http_proxy", proxy);
     }
     command.args([format!("--mode={mode}"), "--variant=minbase".into()]);
+    // `image.sh` does that.
+    command.arg("--skip=cleanup/mmdebstrap");
     command.arg(format!("--include={}", PACKAGES.join(",")));
     if !made.include.is_empty() {
         command.arg(format!("--include={}", made.include));
