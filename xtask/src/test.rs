@@ -58,6 +58,8 @@ fn prepare() -> Result<()> {
     install("dpkg-deb", &["dpkg"])?;
     install("gdb", &["gdb"])?;
     crate::install_qemu()?;
+    install("mmdebstrap", &["mmdebstrap", "uidmap"])?;
+    install("ssh", &["openssh-client"])?;
     let kernel = assets::kernel()?;
     let busybox = assets::busybox()?;
     eprintln!("xtask: guests are {} and {}", kernel.display(), busybox.display());

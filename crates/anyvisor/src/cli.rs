@@ -52,7 +52,7 @@ pub enum Command {
     Stat(StatOptions),
     /// Shows what this host offers each engine, and what `--engine auto` takes and why
     Doctor,
-    /// Fetches a Linux kernel and a shell, and boots them
+    /// Fetches a Linux kernel and a shell, and boots them; with --distro a whole Debian
     Quickstart(QuickstartOptions),
     /// Runs a command of this host's in a fresh VM: it sees the host's files, and what it changes of them is gone with the VM
     Exec(ExecOptions),
@@ -458,7 +458,7 @@ fn parse_time(text: &str) -> std::result::Result<Duration, String> {
 fn parse_user_net(text: &str) -> std::result::Result<Net, String> {
     match text.split(',').next() {
         Some("user") => text.parse(),
-        _ => Err(format!("a command has no network '{text}'; use user, and options behind commas")),
+        _ => Err(format!("network '{text}' is not for this command; use user, and options behind commas")),
     }
 }
 
@@ -467,13 +467,9 @@ pub struct QuickstartOptions {
     /// What executes guest code: auto, translator or kvm
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub engine: EngineChoice,
-    /// Disk, an image or block device of the host; ro: read it only; direct: past the host's page cache; iops, bw: most requests,
-    /// bytes a second (bw=20M); repeat for more
-    #[arg(long, value_name = "PATH[,ro][,format=raw|qcow2][,direct][,iops=N][,bw=N]")]
-    pub disk: Vec<Disk>,
-    /// RAM, and on which pages of the host
-    #[arg(long, value_name = "SIZE[,hugepages=thp|2M]", default_value = "512M")]
-    pub memory: Memory,
+    /// RAM, and on which pages of the host [default: 512M; with --distro 1G]
+    #[arg(long, value_name = "SIZE[,hugepages=thp|2M]")]
+    pub memory: Option<Memory>,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -483,9 +479,41 @@ pub struct QuickstartOptions {
     /// Check the guest and power off, even on a terminal
     #[arg(long)]
     pub check: bool,
+    #[command(flatten)]
+    pub distro: DistroOptions,
     /// More messages on stderr; repeat for more
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
+}
+
+/// What `quickstart --distro` boots.
+#[derive(Debug, Args)]
+pub struct DistroOptions {
+    /// Boot a whole Debian from a disk, which is made with mmdebstrap the first time and keeps what you change
+    #[arg(long)]
+    pub distro: bool,
+    /// With --distro: where the disk, its kernel and the key for ssh are kept [default: in the cache, by suite]
+    #[arg(long, value_name = "FOLDER", requires = "distro")]
+    pub folder: Option<PathBuf>,
+    /// With --distro: make the disk anew; what was changed on it is lost
+    #[arg(long, requires = "distro")]
+    pub fresh: bool,
+    /// With --distro: Debian's release, when the disk is made [default: this host's if it is a Debian, else bookworm]
+    #[arg(long, value_name = "NAME", requires = "distro")]
+    pub suite: Option<String>,
+    /// With --distro: packages to have from the beginning, such as gcc,libc6-dev,python3
+    #[arg(long, value_name = "PACKAGE,...", value_delimiter = ',', requires = "distro")]
+    pub include: Vec<String>,
+    /// With --distro: size of the disk; the host gives it room as it fills [default: 8G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "distro")]
+    pub size: Option<u64>,
+    /// With --distro: more disks, as for run; the first of them is the guest's /dev/vdb
+    #[arg(long, value_name = "PATH[,OPTIONS]", requires = "distro")]
+    pub disk: Vec<Disk>,
+    /// With --distro: the network; ports of this host can lead to the guest [default: user,fwd=tcp:2222:22, or another port
+    /// if that one is taken]
+    #[arg(long, value_name = "user[,fwd=tcp:PORT:PORT]", value_parser = parse_user_net, requires = "distro")]
+    pub net: Option<Net>,
 }
 
 #[derive(Debug, Args)]

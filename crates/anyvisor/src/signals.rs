@@ -8,6 +8,7 @@ use crate::control::runtime;
 use crate::terminal;
 use anyvisor_vmm::{Error, Remote, Result};
 use std::mem::MaybeUninit;
+use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
 /// How long an ordered end may take.
@@ -52,6 +53,29 @@ pub fn on_resize(then: impl Fn() + Send + 'static) -> Result<()> {
     thread.map(drop).map_err(|e| Error::host("cannot start the thread for the terminal's size", e))
 }
 
+/// Waits for a program that leads a process group of its own. A signal is passed on to the group, which may then clean up;
+/// there is no exit status then. The signals stay blocked in this thread.
+pub fn wait_for(child: &mut Child) -> Result<Option<ExitStatus>> {
+    let mut set = signal_set();
+    // SAFETY: the set is initialized, and the signal's number is valid.
+    unsafe { libc::sigaddset(&mut set, libc::SIGCHLD) };
+    block(&set)?;
+    let trouble = |e| Error::host("cannot wait for a program", e);
+    let mut passed = false;
+    loop {
+        // A program that ends from here on leaves a signal.
+        if let Some(status) = child.try_wait().map_err(trouble)? {
+            return Ok((!passed).then_some(status));
+        }
+        let signal = wait(&set);
+        if signal != libc::SIGCHLD {
+            passed = true;
+            // SAFETY: kill has no memory effects here; the child has not been waited for, so the group is its own.
+            unsafe { libc::kill(-(child.id() as i32), signal) };
+        }
+    }
+}
+
 /// Starts the thread that waits for a signal and then does `then`.
 fn watch(then: impl FnOnce(&libc::sigset_t) + Send + 'static) -> Result<()> {
     let set = signal_set();
@@ -93,8 +117,10 @@ fn signal_set() -> libc::sigset_t {
     }
 }
 
-fn wait(set: &libc::sigset_t) {
+/// The next of the signals.
+fn wait(set: &libc::sigset_t) -> libc::c_int {
     let mut signal = 0;
     // SAFETY: `set` is initialized and `signal` is a valid place for the answer.
     unsafe { libc::sigwait(set, &mut signal) };
+    signal
 }

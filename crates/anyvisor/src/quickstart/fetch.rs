@@ -54,6 +54,10 @@ impl Cache {
         Ok(Cache { folder: path, quiet })
     }
 
+    pub fn path(&self) -> &Path {
+        &self.folder
+    }
+
     /// Writes a file under `name`, all of it or nothing.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<PathBuf> {
         let work = WorkFolder::new(self)?;

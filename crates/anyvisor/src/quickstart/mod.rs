@@ -3,7 +3,10 @@
 //! On a terminal the user gets the shell. Without one the guest's first process checks the machine
 //! (`init.sh`) and powers off; it has passed if its last words on the console are a line with a number that
 //! this run has chosen. That line, not the exit of the VM, is what makes the exit code 0.
+//!
+//! With `--distro` all this is about a whole Debian on a disk instead ([`distro`]).
 
+mod distro;
 pub mod fetch;
 mod initramfs;
 
@@ -19,12 +22,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// RAM, if nothing is said.
+const MEMORY: u64 = 512 << 20;
+
 /// How long the check may take before the guest counts as hung.
 const CHECK_LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// Fetches what is needed and boots it; returns the exit code.
 pub fn command(options: QuickstartOptions) -> Result<u8> {
     let interactive = !options.check && std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let memory = if options.distro.distro { distro::MEMORY } else { MEMORY };
     let mut config = Config {
         id: format!("quickstart-{}", std::process::id()),
         firmware: None,
@@ -36,8 +43,8 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         nets: Vec::new(),
         shares: vec![],
         channel: None,
-        memory: options.memory.size,
-        huge_pages: options.memory.huge_pages,
+        memory: options.memory.map_or(memory, |memory| memory.size),
+        huge_pages: options.memory.map(|memory| memory.huge_pages).unwrap_or_default(),
         cpus: options.cpus,
         cpu: options.cpu_model,
         serial: if interactive { Serial::Stdio } else { Serial::Null },
@@ -48,26 +55,38 @@ pub fn command(options: QuickstartOptions) -> Result<u8> {
         rng: false,
         vsock: None,
         balloon: None,
-        on_reboot: OnReboot::Exit,
+        on_reboot: if interactive && options.distro.distro { OnReboot::Restart } else { OnReboot::Exit },
     };
     config.validate()?;
     let chosen = engines::open(options.engine)?;
     let cache = fetch::Cache::open(false)?;
-    config.kernel = fetch::kernel(&cache)?;
-    let busybox = fetch::busybox(&cache)?;
-    let busybox =
-        std::fs::read(&busybox).map_err(|e| Error::user(format!("cannot read '{}': {e}", busybox.display())))?;
-    config.initrd = Some(cache.write("initramfs.cpio", &initramfs::build(&busybox))?);
     let log = if options.verbose > 0 { "" } else { " quiet" };
-    let base = format!("console=ttyS0 panic=-1{log}");
+    let mut base = format!("console=ttyS0 panic=-1{log}");
+    if options.distro.distro {
+        distro::prepare(&options.distro, cache.path(), &mut config, options.verbose > 0)?;
+        base = format!("{base} {} {}", distro::COMMAND_LINE, if interactive { "" } else { distro::CHECK });
+    } else {
+        shell(&cache, &mut config)?;
+    }
     if interactive {
         let (rows, columns) = terminal::size().unwrap_or((24, 80));
         config.command_line = format!("{base} anyvisor_rows={rows} anyvisor_columns={columns}");
-        progress("booting; Ctrl-A X leaves");
+        let leave = if options.distro.distro { "poweroff ends it, Ctrl-A X pulls the plug" } else { "Ctrl-A X leaves" };
+        progress(&format!("booting; {leave}"));
         let end = run::run_vm(&config, None, &chosen, surroundings(Box::new(std::io::stdout()), None))?;
         return Ok(if end == End::Left { 0 } else { run::exit_code(&config, &end) });
     }
     check(&mut config, &chosen, &base)
+}
+
+/// Fetches what plain quickstart boots.
+fn shell(cache: &fetch::Cache, config: &mut Config) -> Result<()> {
+    config.kernel = fetch::kernel(cache)?;
+    let busybox = fetch::busybox(cache)?;
+    let busybox =
+        std::fs::read(&busybox).map_err(|e| Error::user(format!("cannot read '{}': {e}", busybox.display())))?;
+    config.initrd = Some(cache.write("initramfs.cpio", &initramfs::build(&busybox))?);
+    Ok(())
 }
 
 fn surroundings(output: Box<dyn Write + Send>, limit: Option<Duration>) -> Surroundings {

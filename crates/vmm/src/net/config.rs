@@ -1,8 +1,9 @@
 //! What `--net` says.
 
 use crate::config::parse_rate;
-use anyvisor_user_net::{Forward, MTU_MIN};
+use anyvisor_user_net::{Forward, MTU_MIN, Protocol};
 use std::fmt;
+use std::net::SocketAddr;
 use std::str::FromStr;
 
 /// What a card reports as its largest IP packet if nothing is said.
@@ -47,6 +48,12 @@ impl Net {
         }
         mac[5] = mac[5].wrapping_add(n as u8);
         mac
+    }
+
+    /// The host's address that leads to the guest's TCP `port`.
+    pub fn way_to(&self, port: u16) -> Option<SocketAddr> {
+        let Backend::User { forwards } = &self.backend else { return None };
+        forwards.iter().find(|way| way.protocol == Protocol::Tcp && way.port == port).map(|way| way.host)
     }
 }
 
