@@ -217,6 +217,8 @@ pub struct Cpu {
     /// Not zero while an interrupt or NMI waits for the guest to accept it: whatever opens the window
     /// (STI, POPF, IRET, a lower TPR) then sets [`pending::EVENT`].
     pub irq_waiting: u32,
+    /// Windows have mappings that no user code may find: see [`Windows::settle`](crate::windows::Windows::settle).
+    pub stale_windows: u32,
     pub cpl: u8,
     /// Bit 0: after STI; bit 1: after MOV SS or POP SS. Cleared by the next instruction.
     pub interrupt_shadow: u8,

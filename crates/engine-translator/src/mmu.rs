@@ -323,7 +323,7 @@ impl Core {
         if self.mmu.large.contains(&(gva >> 21)) {
             self.invalidate_large(gva);
         } else {
-            self.windows.drop_page(gva);
+            self.cpu.stale_windows |= u32::from(self.windows.drop_page(gva));
             let (index, page) = (tlb_index(gva), gva & !0xfff);
             for context in 0..TLB_CONTEXTS {
                 if self.cpu.tlb[context][index].read == 0u64.wrapping_sub(page) {

@@ -12,7 +12,7 @@
 //! nothing is ever mapped. All of it is reserved at once, and only this module maps anything there.
 //!
 //! Invariants:
-//! - What is mapped is true: whatever drops entries of the user TLB drops it here too. A page is writable only if a
+//! - What is mapped is true while user code runs: whatever drops entries of the user TLB drops it here too. A page is writable only if a
 //!   write to it needs no attention, as with the TLB's write tags.
 //! - While translated code runs, the deltas of the current address space do not change but from none to one: a
 //!   block may hold one.
@@ -46,6 +46,8 @@ const SOON: u64 = 2_000_000_000;
 const FILLS: u32 = 256;
 /// ... and where: faster than one in this many TSC ticks, and the code that makes them is better off with probes.
 const FILL_TICKS: u64 = 60_000;
+/// Pages that may be stale at once: each may take a mapping of the host's.
+const MAX_STALE: usize = 1024;
 /// Entries of [`Windows::writers`] until the stale ones are dropped.
 const MAX_WRITERS: usize = 200_000;
 const PAGE: u64 = 4096;
@@ -194,6 +196,8 @@ pub struct Windows {
     last_full: u64,
     /// It has that too often.
     thrashes: bool,
+    /// Host addresses of pages that are still mapped and should not be.
+    stale: Vec<u64>,
     /// The last access that found nothing in the guest's page tables: linear address, and whether it was a write.
     awaited: Option<(u64, bool)>,
 }
@@ -227,6 +231,7 @@ impl Default for Windows {
             room: MAX_PIECES,
             last_full: 0,
             thrashes: false,
+            stale: Vec::new(),
             awaited: None,
         }
     }
@@ -352,13 +357,33 @@ impl Windows {
         }
     }
 
-    /// The page of `gva` goes, in the current address space.
-    pub fn drop_page(&mut self, gva: u64) {
-        let Some(space) = &mut self.current else { return };
-        if space.remove(gva >> 12) {
-            let reservation = self.reservation.as_ref().expect("pages are mapped");
-            reservation.clear(place(reservation, space, gva & !(PAGE - 1)), PAGE);
+    /// The page of `gva` goes, in the current address space. Whether [`Windows::settle`] has something to do before user code
+    /// runs again: a kernel drops many pages in a row, and the host takes as long for one as for all of them.
+    #[must_use]
+    pub fn drop_page(&mut self, gva: u64) -> bool {
+        let Some(space) = &mut self.current else { return false };
+        if !space.remove(gva >> 12) {
+            return false;
         }
+        let reservation = self.reservation.as_ref().expect("pages are mapped");
+        self.stale.push(place(reservation, space, gva & !(PAGE - 1)));
+        if self.stale.len() >= MAX_STALE {
+            self.settle();
+        }
+        true
+    }
+
+    /// Takes away what [`Windows::drop_page`] has left: before user code runs, which alone is in windows, and before anything is
+    /// mapped there.
+    pub fn settle(&mut self) {
+        let mut stale = std::mem::take(&mut self.stale);
+        stale.sort_unstable();
+        let Some(reservation) = self.reservation.as_ref().filter(|_| !stale.is_empty()) else { return };
+        for run in stale.chunk_by(|&page, &next| next - page <= PAGE) {
+            reservation.clear(run[0], run[run.len() - 1] + PAGE - run[0]);
+        }
+        stale.clear();
+        self.stale = stale;
     }
 
     /// The pages from linear page `first` go, in the current address space: `count` of them, a power of two that divides
@@ -482,6 +507,7 @@ impl Core {
     /// Maps the page of `gva`, and those around it that the same mapping can serve. Whether an access, a write or not,
     /// can be made now.
     fn fill_window(&mut self, gva: u64, write: bool) -> bool {
+        self.settle_windows();
         let Some(page) = self.user_page(gva, write) else {
             self.windows.awaited = Some((gva, write));
             return false;
@@ -571,6 +597,13 @@ impl Core {
             windows.list_writers();
         }
         true
+    }
+
+    /// Before user code runs.
+    pub fn settle_windows(&mut self) {
+        if std::mem::take(&mut self.cpu.stale_windows) != 0 {
+            self.windows.settle();
+        }
     }
 
     /// Maps the page that the guest was last told it had not got, if it has now: its user code is about to try again.

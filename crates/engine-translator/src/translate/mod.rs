@@ -539,6 +539,9 @@ impl Translator {
     /// Runs from the start of `block`; returns the number of the exit taken. `None` if something is pending: `block` may even be
     /// out of date.
     fn enter(&mut self, core: &mut Core, block: u32) -> Option<u32> {
+        if self.blocks[block as usize].key.context.jumps == JumpContext::User {
+            core.settle_windows();
+        }
         timer::set_entered(true);
         if !core.shared.enter() {
             timer::set_entered(false);

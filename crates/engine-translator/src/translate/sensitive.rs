@@ -367,6 +367,8 @@ impl Builder<'_> {
         self.a.load(RSI, slot(gpr::R11));
         self.a.alu_imm(Alu::And, false, Rm::Reg(RSI), !allowed & (rflags::WRITABLE as i32));
         self.interpret_if(cc::NE, insn);
+        self.a.test8(field(offset_of!(Cpu, stale_windows)), 0xff);
+        self.interpret_if(cc::NE, insn);
         self.a.load(RSI, slot(gpr::R11));
         self.a.shr32(RSI, 9);
         self.a.alu32(Alu::And, RSI, field(offset_of!(Cpu, irq_waiting)));
