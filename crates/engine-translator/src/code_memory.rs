@@ -74,11 +74,12 @@ impl CodeMemory {
         }
     }
 
-    /// The `length` bytes of code at `offset`.
-    pub fn read(&self, offset: usize, length: usize) -> Vec<u8> {
+    /// Puts the `length` bytes of code at `offset` into `code`.
+    pub fn read_into(&self, offset: usize, length: usize, code: &mut Vec<u8>) {
         assert!(offset + length <= self.length);
+        code.clear();
         // SAFETY: in bounds of the writable mapping, which nothing else references.
-        unsafe { std::slice::from_raw_parts(self.writable.add(offset), length) }.to_vec()
+        code.extend_from_slice(unsafe { std::slice::from_raw_parts(self.writable.add(offset), length) });
     }
 
     /// Writes code at `offset`. x86 keeps instruction fetches coherent with stores of the same thread;

@@ -35,7 +35,7 @@ const MAX_BRANCHES: usize = 6;
 const PEEK_INSTRUCTIONS: usize = 12;
 
 /// What translation depends on besides the code bytes; part of a block's key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Context {
     pub jumps: JumpContext,
     pub tlb: u8,
@@ -49,6 +49,15 @@ pub struct Context {
     pub fsgsbase: bool,
     /// CR4.TSD allows RDTSC.
     pub tsc: bool,
+}
+
+impl std::hash::Hash for Context {
+    /// In one step: blocks are looked for all the time.
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        let flags = [self.fpu, self.avx, self.smap, self.fsgsbase, self.tsc];
+        let flags = flags.iter().fold(0, |all, &flag| all << 1 | u64::from(flag));
+        state.write_u64(flags << 16 | u64::from(self.tlb) << 8 | self.jumps as u64);
+    }
 }
 
 impl Context {

@@ -11,7 +11,7 @@
 
 use super::access::ENTRY_BITS;
 use super::assembler::*;
-use super::block::{host_register, slot, word, word_offset};
+use super::block::{Thunk, host_register, slot, word, word_offset};
 use super::planted::{self, Bug};
 use crate::core::Core;
 use crate::cpu::{Cpu, MicroEntry, TLB_CONTEXTS, TLB_ENTRIES, Tag, TlbContext, TlbEntry, Ymm};
@@ -54,6 +54,21 @@ pub struct Thunks {
     pub repeat: [[[usize; 4]; 2]; TLB_CONTEXTS],
     /// By register, RSI and RDI.
     pub elsewhere: [usize; 2],
+}
+
+impl Thunks {
+    /// Where a thunk that blocks call is.
+    pub fn address(&self, thunk: Thunk) -> usize {
+        match thunk {
+            Thunk::Exit => self.exit,
+            Thunk::Fill { context, tag, flags } => self.fill[context as usize][tag as usize][usize::from(flags)],
+            Thunk::FillMicro { context, tag, flags } => {
+                self.fill_micro[context as usize][tag as usize][usize::from(flags)]
+            }
+            Thunk::Repeat { context, moves, log } => self.repeat[context as usize][usize::from(moves)][log as usize],
+            Thunk::Elsewhere { to } => self.elsewhere[usize::from(to == RDI)],
+        }
+    }
 }
 
 /// Generates the thunks for code memory that starts at offset 0.

@@ -32,21 +32,21 @@ impl Translator {
         let key = block.key;
         // Kernels run the same code for many stacks and objects: their accesses don't stay on a page.
         let user = matches!(key.context.jumps, JumpContext::User | JumpContext::User32);
-        if user && block.alive && !block.hot && !self.cold.contains(&key) && self.may_heat(core) {
+        if user && block.alive && !block.about.hot && !self.cold.contains(&key) && self.may_heat(core) {
             self.heat(core, id as u32);
             core.sample_period = Core::SAMPLE_PERIODS.start;
         } else {
             core.sample_period = (core.sample_period * 2).min(Core::SAMPLE_PERIODS.end);
         }
         let block = &mut self.blocks[id];
-        if block.hoistable && block.fast.is_none() && !self.short_loops.contains(&key) {
+        if block.about.hoistable && block.about.fast.is_none() && !self.short_loops.contains(&key) {
             self.hot_loops.insert(key);
             return self.kill(core, id as u32);
         }
-        if !block.alive || !block.hoistable || self.short_loops.contains(&key) {
+        if !block.alive || !block.about.hoistable || self.short_loops.contains(&key) {
             return;
         }
-        let Some((from, to)) = block.fast else { return };
+        let Some((from, to)) = block.about.fast else { return };
         let offset = offset as u32 - block.start;
         if offset >= from && offset < to {
             block.samples = (block.samples + 1).min(SAMPLES);
@@ -121,7 +121,7 @@ impl Translator {
         }
         for id in found {
             let block = &self.blocks[id as usize];
-            if block.alive && !block.hot && !block.key.alone && !self.cold.contains(&block.key) {
+            if block.alive && !block.about.hot && !block.key.alone && !self.cold.contains(&block.key) {
                 self.hot.insert(block.key);
                 self.kill(core, id);
             }

@@ -48,7 +48,7 @@ use anyvisor_engine::{GuestIo, Result};
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, Exception, Segment};
-use block::{Constant, Context, ExitKind, Learned, Source, Thunk, word};
+use block::{BlockExit, Constant, Context, ExitKind, Learned, Source, Thunk, word};
 use classify::Features;
 use coalesce::Regions;
 use enter::{EXIT_ELSEWHERE, EXIT_FAULT, EXIT_INDIRECT, Thunks};
@@ -95,28 +95,36 @@ struct Block {
     /// Offset of the host code, and its length.
     start: u32,
     length: u32,
+    exits: std::ops::Range<u32>,
+    /// Exits of blocks that are linked to this one.
+    incoming: Vec<u32>,
+    alive: bool,
+    /// How often a shared probe has been in vain, and the TSC at the first of them.
+    misfits: u32,
+    first_misfit: u64,
+    /// How much more often samples met the iterations of a loop than its check.
+    samples: i8,
+    about: About,
+}
+
+/// What is known of a block's code wherever it is.
+#[derive(Clone, Copy)]
+struct About {
     /// Host positions in it, ascending, with the offset of the guest instruction they belong to.
     map: List<(u32, u16)>,
-    exits: std::ops::Range<u32>,
     /// Bytes of the page that it was made from: offset and length.
     ranges: List<(u16, u16)>,
     /// Where the rest of an instruction that runs over the page's end was: guest-physical page.
     next_page: Option<u64>,
-    /// Exits of blocks that are linked to this one.
-    incoming: Vec<u32>,
-    alive: bool,
-    /// Some accesses share a probe; and how often such a probe has been in vain.
+    /// Some accesses share a probe.
     coalesced: bool,
-    misfits: u32,
-    /// The TSC at the first of them.
-    first_misfit: u64,
-    /// It is a loop whose probes could be hoisted; where they are, the host code of its iterations, and how
-    /// much more often samples met that than the check.
+    /// It is a loop whose probes could be hoisted; where they are, the host code of its iterations.
     hoistable: bool,
     fast: Option<(u32, u32)>,
-    samples: i8,
     /// It is translated as a hot one.
     hot: bool,
+    /// Positions of calls of thunks.
+    thunk_calls: List<(u32, Thunk)>,
     /// What it takes to make the same for another linear address.
     moving: Option<Moving>,
 }
@@ -235,6 +243,9 @@ pub struct Translator {
     micro_owners: Vec<Key>,
     /// Treat every block as a hot one, and hoist the probes of every loop.
     eager: bool,
+    /// Memory for blocks that are moved.
+    moved_code: Vec<u8>,
+    moved_exits: Vec<BlockExit>,
     /// Counts the times everything was dropped.
     generation: u64,
     /// What of the last context the jump caches do not tell apart: FPU, AVX, SMAP, FSGSBASE; and CR4.TSD.
@@ -292,6 +303,8 @@ impl Translator {
             recycled: 0,
             micro_owners: Vec::new(),
             eager: false,
+            moved_code: Vec::new(),
+            moved_exits: Vec::new(),
             generation: 0,
             hidden: (false, false, false, false),
             tsc_denied: false,
@@ -400,7 +413,7 @@ impl Translator {
                 let misfit = std::mem::take(&mut core.cpu.translated[word::MISFIT]) != 0;
                 let generation = self.generation;
                 if misfit
-                    && self.blocks[block as usize].coalesced
+                    && self.blocks[block as usize].about.coalesced
                     && let Ok(Some(found)) = self.find(core, context, Via::Misfit)
                 {
                     // Making a block may have dropped all others.
@@ -712,7 +725,8 @@ impl Translator {
     fn recheck(&mut self, core: &mut Core, exit: u32, patch: u32) {
         let id = self.exits[exit as usize].block;
         let block = &self.blocks[id as usize];
-        let (rip, jumps, start, next_page) = (block.key.rip, block.key.context.jumps, block.start, block.next_page);
+        let (rip, jumps, start, next_page) =
+            (block.key.rip, block.key.context.jumps, block.start, block.about.next_page);
         core.cpu.rip = rip;
         if self.next_page(core, rip).map(|(gpa, _)| gpa >> 12) == next_page {
             let value = core.cpu.code_generation[jumps.generation()].wrapping_neg();
@@ -731,90 +745,86 @@ impl Translator {
         next_page: Option<u64>,
         hot: bool,
     ) -> u32 {
+        let offset = (key.gpa & 0xfff) as u16;
+        translation.peeked.push((offset, translation.length.min(0x1000 - offset)));
+        let about = About {
+            map: self.lists.maps.add(&translation.map),
+            ranges: self.lists.ranges.add(&translation.peeked),
+            next_page,
+            coalesced: translation.coalesced,
+            hoistable: translation.hoistable,
+            fast: translation.fast,
+            hot,
+            thunk_calls: self.lists.thunk_calls.add(&translation.thunk_calls),
+            moving: translation.movable.then(|| Moving {
+                constants: self.lists.constants.add(&translation.constants),
+                numbers: self.lists.numbers.add(&translation.numbers),
+            }),
+        };
+        let id = self.place(core, key, &mut translation.code, &mut translation.exits, about);
+        self.workspace.recycle(translation);
+        id
+    }
+
+    /// Places the code of a block, which is not finished where it depends on its place, and links it.
+    fn place(&mut self, core: &mut Core, key: Key, code: &mut [u8], exits: &mut [BlockExit], about: About) -> u32 {
         let first_exit = self.exits.len() as u32;
         let start = self.used;
         let id = self.blocks.len() as u32;
-        for &(at, thunk) in &translation.thunk_calls {
-            let target = match thunk {
-                Thunk::Exit => self.thunks.exit,
-                Thunk::Fill { context, tag, flags } => {
-                    self.thunks.fill[context as usize][tag as usize][usize::from(flags)]
-                }
-                Thunk::FillMicro { context, tag, flags } => {
-                    self.thunks.fill_micro[context as usize][tag as usize][usize::from(flags)]
-                }
-                Thunk::Repeat { context, moves, log } => {
-                    self.thunks.repeat[context as usize][usize::from(moves)][log as usize]
-                }
-                Thunk::Elsewhere { to } => self.thunks.elsewhere[usize::from(to == assembler::RDI)],
-            };
+        for &(at, thunk) in self.lists.thunk_calls.get(about.thunk_calls) {
+            let target = self.thunks.address(thunk);
             let displacement = (target as i64 - (start as i64 + i64::from(at) + 4)) as i32;
-            translation.code[at as usize..at as usize + 4].copy_from_slice(&displacement.to_le_bytes());
+            code[at as usize..at as usize + 4].copy_from_slice(&displacement.to_le_bytes());
         }
-        for exit in &mut translation.exits {
+        let base = start as u32;
+        for exit in exits {
             if let ExitKind::Far { target, context, link } = &mut exit.kind {
                 *link = self.link_to(core, *context, *target);
                 let place = offset_of!(Cpu, links) + size_of::<u64>() * *link as usize;
-                translation.code[exit.site as usize..][..4].copy_from_slice(&(place as i32).to_le_bytes());
+                code[exit.site as usize..][..4].copy_from_slice(&(place as i32).to_le_bytes());
             }
+            let (site, stub) = (base + exit.site, base + exit.stub);
+            self.exits.push(Exit { kind: exit.kind, site, stub, block: id, linked: None });
         }
-        self.code.write(start, &translation.code);
-        self.used = (start + translation.code.len()).next_multiple_of(16);
-        let base = start as u32;
-        for exit in &translation.exits {
-            self.exits.push(Exit {
-                kind: exit.kind,
-                site: base + exit.site,
-                stub: base + exit.stub,
-                block: id,
-                linked: None,
-            });
-        }
-        let offset = (key.gpa & 0xfff) as u16;
-        translation.peeked.push((offset, translation.length.min(0x1000 - offset)));
-        let ranges = &translation.peeked;
+        self.code.write(start, code);
+        self.used = (start + code.len()).next_multiple_of(16);
         let code_page = self.pages.entry(key.gpa >> 12).or_default();
         code_page.blocks.push(id);
-        for &(offset, length) in ranges {
+        for &(offset, length) in self.lists.ranges.get(about.ranges) {
             code_page.granules |= granules(u64::from(offset), u64::from(length));
         }
-        if let Some(page) = next_page {
+        if let Some(page) = about.next_page {
             let code_page = self.pages.entry(page).or_default();
             code_page.blocks.push(id);
             code_page.granules |= 1;
         }
-        let moving = translation.movable.then(|| Moving {
-            constants: self.lists.constants.add(&translation.constants),
-            numbers: self.lists.numbers.add(&translation.numbers),
-            thunk_calls: self.lists.thunk_calls.add(&translation.thunk_calls),
-        });
-        if moving.is_some() {
+        if about.moving.is_some() {
             self.movable.insert(Place::of(&key), id);
         }
         self.blocks.push(Block {
             key,
-            ranges: self.lists.ranges.add(ranges),
-            next_page,
             start: base,
-            length: translation.code.len() as u32,
-            map: self.lists.maps.add(&translation.map),
+            length: code.len() as u32,
             exits: first_exit..self.exits.len() as u32,
             incoming: Vec::new(),
             alive: true,
-            coalesced: translation.coalesced,
             misfits: 0,
             first_misfit: 0,
-            hoistable: translation.hoistable,
-            fast: translation.fast,
             samples: 0,
-            hot,
-            moving,
+            about,
         });
         self.starts.push(base);
-        self.workspace.recycle(translation);
         self.index.insert(key, id);
         self.statistics.blocks += 1;
-        for exit in first_exit..self.exits.len() as u32 {
+        self.link_on_pages(core, id);
+        id
+    }
+
+    /// Links the exits of a new block with the blocks that are there already.
+    fn link_on_pages(&mut self, core: &mut Core, id: u32) {
+        let block = &self.blocks[id as usize];
+        let (key, next_page) = (block.key, block.about.next_page);
+        for exit in block.exits.clone() {
             if let ExitKind::Direct { target } = self.exits[exit as usize].kind {
                 let page = if target >> 12 == key.rip >> 12 { Some(key.gpa >> 12) } else { next_page };
                 let Some(page) = page else { continue };
@@ -825,7 +835,6 @@ impl Translator {
                 }
             }
         }
-        id
     }
 
     /// The link for jumps to `target`, code of `context`.
@@ -859,7 +868,7 @@ impl Translator {
         }
         let target = &self.blocks[to as usize];
         let second = target.key.rip >> 12 != from.key.rip >> 12;
-        let page = if second { from.next_page } else { Some(from.key.gpa >> 12) };
+        let page = if second { from.about.next_page } else { Some(from.key.gpa >> 12) };
         if !from.alive || !target.alive || page != Some(target.key.gpa >> 12) {
             return;
         }
@@ -911,7 +920,7 @@ impl Translator {
         let i = self.starts.partition_point(|&start| start <= offset);
         let block = &self.blocks[i.checked_sub(1).expect("a fault in a block, not in a thunk")];
         assert!(offset <= block.start + block.length, "a fault between blocks");
-        let map = self.lists.maps.get(block.map);
+        let map = self.lists.maps.get(block.about.map);
         let j = map.partition_point(|&(host, _)| host <= offset - block.start);
         (i as u32 - 1, block.key.rip + u64::from(map[j - 1].1))
     }
@@ -951,7 +960,11 @@ impl Translator {
                 return false;
             }
             let second = [(0, 15)];
-            let ranges = if block.next_page == Some(page) { &second[..] } else { self.lists.ranges.get(block.ranges) };
+            let ranges = if block.about.next_page == Some(page) {
+                &second[..]
+            } else {
+                self.lists.ranges.get(block.about.ranges)
+            };
             if ranges.iter().any(|&(offset, length)| offset < written.end && written.start < offset + length) {
                 self.kill(core, id);
                 return false;
@@ -986,7 +999,7 @@ impl Translator {
         }
         self.statistics.invalidated += 1;
         block.alive = false;
-        block.moving = None;
+        block.about.moving = None;
         let (key, start, exits) = (block.key, block.start, block.exits.clone());
         let incoming = std::mem::take(&mut block.incoming);
         for exit in incoming {

@@ -9,9 +9,9 @@
 //! - Constants must be as long as before, so nothing is moved to or from low addresses.
 //! - What samples and misfits have told about a block is kept by its own address: such a block is translated.
 
-use super::block::{self, BlockExit, Constant, ExitKind, Thunk};
+use super::block::{BlockExit, Constant, ExitKind};
 use super::pool::List;
-use super::{CODE_RESERVE, Context, Exit, Key, LINK_RESERVE, Translator, access, assembler};
+use super::{About, CODE_RESERVE, Context, Exit, Key, LINK_RESERVE, Translator, access, assembler};
 use crate::core::Core;
 use crate::cpu::LINKS;
 use crate::windows::REGION_BITS;
@@ -25,7 +25,6 @@ pub(super) struct Moving {
     pub(super) constants: List<Constant>,
     /// 32-bit numbers of exits.
     pub(super) numbers: List<u32>,
-    pub(super) thunk_calls: List<(u32, Thunk)>,
 }
 
 /// What blocks have in common that differ only in their linear addresses.
@@ -87,59 +86,51 @@ impl Translator {
             return None;
         }
         let block = &self.blocks[old as usize];
-        let moving = block.moving?;
+        let moving = block.about.moving?;
         let by = key.rip.wrapping_sub(block.key.rip);
         // Shorter constants would have shorter instructions.
         if by & 0xfff != 0 || key.rip >> REGION_BITS == 0 {
             return None;
         }
-        let mut code = self.code.read(block.start as usize, block.length as usize);
-        let constants = self.lists.constants.get(moving.constants);
-        for constant in constants {
-            let place = &mut code[constant.at as usize..][..8];
-            let value = u64::from_le_bytes((&*place).try_into().expect("8 bytes"));
-            let value = if constant.negated { value.wrapping_neg() } else { value };
-            let new = value.wrapping_add(by);
-            if new >> REGION_BITS == 0 || new >> 47 != 0 {
-                return None;
-            }
-            place.copy_from_slice(&(if constant.negated { new.wrapping_neg() } else { new }).to_le_bytes());
-            if let Some(at) = constant.region {
-                let assembler::Rm::Gs(place) = access::region_place((new >> REGION_BITS) as u8) else {
-                    unreachable!("in the block")
-                };
-                code[at as usize..][..4].copy_from_slice(&place.to_le_bytes());
-            }
-        }
-        let (first, next) = (block.exits.start, self.exits.len() as u32);
-        let numbers = self.lists.numbers.get(moving.numbers);
-        for &at in numbers {
+        let (about, start, exits) = (block.about, block.start, block.exits.clone());
+        let mut code = std::mem::take(&mut self.moved_code);
+        self.code.read_into(start as usize, block.length as usize, &mut code);
+        let fits = self.lists.constants.get(moving.constants).iter().all(|constant| constant.moved(by, &mut code));
+        let next = self.exits.len() as u32;
+        for &at in self.lists.numbers.get(moving.numbers) {
             let place = &mut code[at as usize..][..4];
-            let number = u32::from_le_bytes((&*place).try_into().expect("4 bytes")) - first + next;
+            let number = u32::from_le_bytes((&*place).try_into().expect("4 bytes")) - exits.start + next;
             place.copy_from_slice(&number.to_le_bytes());
         }
-        let exits = self.exits[first as usize..block.exits.end as usize].iter();
-        let exits = exits.map(|exit| exit.moved(block.start, by, &mut code)).collect();
-        let (&(_, length), peeked) = self.lists.ranges.get(block.ranges).split_last().expect("a block has bytes");
-        let translation = block::Translation {
-            code,
-            thunk_calls: self.lists.thunk_calls.get(moving.thunk_calls).to_vec(),
-            exits,
-            map: self.lists.maps.get(block.map).to_vec(),
-            length,
-            peeked: peeked.to_vec(),
-            incomplete: false,
-            coalesced: block.coalesced,
-            hoistable: block.hoistable,
-            fast: block.fast,
-            micro: 0,
-            lows: Vec::new(),
-            movable: true,
-            constants: constants.to_vec(),
-            numbers: numbers.to_vec(),
-        };
-        self.statistics.moved += 1;
-        Some((self.install(core, key, translation, None, true), old))
+        let mut moved_exits = std::mem::take(&mut self.moved_exits);
+        moved_exits.clear();
+        let exits = self.exits[exits.start as usize..exits.end as usize].iter();
+        moved_exits.extend(exits.map(|exit| exit.moved(start, by, &mut code)));
+        let id = fits.then(|| self.place(core, key, &mut code, &mut moved_exits, About { hot: true, ..about }));
+        self.statistics.moved += u64::from(fits);
+        (self.moved_code, self.moved_exits) = (code, moved_exits);
+        Some((id?, old))
+    }
+}
+
+impl Constant {
+    /// Changes it in `code`, for a place that is `by` further. `false` if it would have another length there.
+    fn moved(&self, by: u64, code: &mut [u8]) -> bool {
+        let place = &mut code[self.at as usize..][..8];
+        let value = u64::from_le_bytes((&*place).try_into().expect("8 bytes"));
+        let value = if self.negated { value.wrapping_neg() } else { value };
+        let new = value.wrapping_add(by);
+        if new >> REGION_BITS == 0 || new >> 47 != 0 {
+            return false;
+        }
+        place.copy_from_slice(&(if self.negated { new.wrapping_neg() } else { new }).to_le_bytes());
+        if let Some(at) = self.region {
+            let assembler::Rm::Gs(place) = access::region_place((new >> REGION_BITS) as u8) else {
+                unreachable!("in the block")
+            };
+            code[at as usize..][..4].copy_from_slice(&place.to_le_bytes());
+        }
+        true
     }
 }
 
