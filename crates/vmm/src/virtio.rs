@@ -184,6 +184,19 @@ impl<'a> Queues<'a> {
         }
     }
 
+    /// Whether no queue has a chain now. Whoever asks looks again by itself: no notification is asked for.
+    ///
+    /// # Errors
+    /// A queue is not in RAM.
+    pub fn are_empty(&self) -> Result<bool, Broken> {
+        for driven in self.driven.iter().flatten() {
+            if !driven.queue.is_empty(self.memory)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Gives chain `head` of queue `n` back, into whose buffers `length` bytes have been written and reported.
     ///
     /// # Errors

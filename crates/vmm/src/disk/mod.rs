@@ -11,6 +11,7 @@ mod options;
 mod qcow2;
 mod raw;
 mod ring;
+mod rush;
 mod storage;
 
 use crate::config::{DISKS_MAX, Disk, Format};

@@ -1,6 +1,7 @@
 //! A disk as a virtio device: requests of all its queues, many under way at once, within limits.
 
 use super::ring::DEPTH;
+use super::rush::{self, Rush};
 use super::storage::Storage;
 use super::{Image, Stamp};
 use crate::virtio::{Model, Queues};
@@ -36,6 +37,7 @@ pub struct DiskModel {
     free: Vec<u16>,
     /// The queue whose turn is next.
     turn: usize,
+    rush: Rush,
     /// An error of the host was told already.
     told: bool,
 }
@@ -86,6 +88,7 @@ impl DiskModel {
             requests: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH as u16).rev().collect(),
             turn: 0,
+            rush: Rush::default(),
             told: false,
         }
     }
@@ -111,14 +114,19 @@ impl DiskModel {
         Ok(None)
     }
 
-    /// Begins what can be begun. Returns whether some of it has ended already.
-    fn begin(&mut self, queues: &mut Queues<'_>) -> Result<bool, Broken> {
+    /// Begins what can be begun. Returns whether some of it has ended already. With `looking` the driver need not notify of what
+    /// comes next.
+    fn begin(&mut self, queues: &mut Queues<'_>, looking: bool) -> Result<bool, Broken> {
         let (mut ended, began) = (false, Instant::now());
         let mut told = began;
         self.limits.until = None;
         while !self.free.is_empty() && self.limits.allow() {
+            if looking && queues.are_empty()? {
+                break;
+            }
             let Some((queue, request)) = self.pop(queues)? else { break };
             self.limits.take(&request);
+            self.rush.begun();
             let result = match request.action {
                 Action::Refuse(status) => {
                     let length = request.finish(status, 0, queues.memory(), queues.written());
@@ -194,6 +202,18 @@ impl DiskModel {
         queues.push(queue, request.head, length)
     }
 
+    /// Waits for the next request, or the end of one, but not for long. Whether there is any.
+    fn comes_more(&mut self, queues: &mut Queues<'_>) -> Result<bool, Broken> {
+        let began = Instant::now();
+        while self.limits.until.is_none() && began.elapsed() < rush::PATIENCE {
+            if !queues.are_empty()? || self.progress(queues, false)? {
+                return Ok(!self.free.is_empty());
+            }
+            std::hint::spin_loop();
+        }
+        Ok(false)
+    }
+
     fn is_idle(&self) -> bool {
         self.free.len() == DEPTH
     }
@@ -240,13 +260,21 @@ impl Model for DiskModel {
     }
 
     fn work(&mut self, queues: &mut Queues<'_>) -> Result<(), Broken> {
+        let mut told = Instant::now();
+        let mut looking = self.rush.begin(queues.count());
         loop {
-            let begun = self.begin(queues)?;
+            let begun = self.begin(queues, looking)?;
             let ended = self.progress(queues, false)?;
-            if !begun && !ended {
-                return Ok(());
+            if looking && told.elapsed() < TOGETHER && !queues.is_cut_short() && self.comes_more(queues)? {
+                continue;
             }
             queues.signal()?;
+            if looking {
+                told = Instant::now();
+                looking = self.rush.goes_on() && !queues.is_cut_short();
+            } else if !begun && !ended {
+                return Ok(());
+            }
         }
     }
 
