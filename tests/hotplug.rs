@@ -3,6 +3,7 @@
 use anyvisor_tests::{assets, vm};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -11,9 +12,12 @@ const MIB: usize = 1 << 20;
 /// What Linux needs to have virtio devices, in the order of loading.
 const VIRTIO: [&str; 5] = ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"];
 
-/// Starts Linux with these modules beside [`VIRTIO`], and with `more` arguments. In its script `check NAME IS SHOULD` prints a line
+/// And what it needs beside to have network cards.
+const NET: [&str; 3] = ["failover", "net_failover", "virtio_net"];
+
+/// What runs Linux with these modules beside [`VIRTIO`], and with `more` arguments. In its script `check NAME IS SHOULD` prints a line
 /// and `until_there_are N PATTERN` waits for so many files.
-fn linux(id: &str, modules: &[&str], script: &str, more: &[&str]) -> vm::Vm {
+fn linux(id: &str, modules: &[&str], script: &str, more: &[&str]) -> Vec<String> {
     let modules = [&VIRTIO[..], modules].concat();
     let script = format!(
         r#"for m in {}; do [ -e /$m.ko ] && insmod /$m.ko; done
@@ -29,7 +33,7 @@ echo checks done; poweroff -f"#,
     let initramfs = initramfs.expect("a file").display().to_string();
     let kernel = assets::kernel().expect("a kernel");
     let always = ["--initrd", &initramfs, "--cmdline", "console=ttyS0 quiet", "--id", id];
-    vm::Vm::start(&vm::arguments(&kernel, &[&always[..], more].concat())).expect("anyvisor starts")
+    vm::arguments(&kernel, &[&always[..], more].concat())
 }
 
 /// The guest powers off, and all its checks have passed.
@@ -75,7 +79,7 @@ check again "$(head -n 1 /dev/vd[bc])" written
 check first "$(head -n 1 /dev/vda)" first
 "#;
     let id = format!("hotplug-disks-{}", std::process::id());
-    let mut vm = linux(&id, &["virtio_blk"], script, &["--disk", &first]);
+    let mut vm = vm::Vm::start(&linux(&id, &["virtio_blk"], script, &["--disk", &first])).expect("anyvisor starts");
     vm.wait_for("ready\r\n", PATIENCE);
     // One that is in use stays out.
     refused(&["device", "add", &id, "--disk", &first], "in use");
@@ -157,7 +161,7 @@ check echo "$(ping -c 2 -W 20 10.0.2.2 | grep -c 'bytes from 10.0.2.2')" 2
 echo full; read line
 "#;
     let id = format!("hotplug-nets-{}", std::process::id());
-    let mut vm = linux(&id, &["failover", "net_failover", "virtio_net"], script, &["--net", "user"]);
+    let mut vm = vm::Vm::start(&linux(&id, &NET, script, &["--net", "user"])).expect("anyvisor starts");
     vm.wait_for("ready\r\n", PATIENCE);
     mistakes_with_networks(&id);
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -196,4 +200,42 @@ echo full; read line
     vm.wait_for("full\r\n", PATIENCE);
     vm.type_in("\n").unwrap();
     all_pass(vm, 6);
+}
+
+/// In a network namespace of its own; where there can be none the test says so.
+#[test]
+fn a_tap_device_comes_and_goes() {
+    let setup = "ip link set lo up && ip tuntap add dev tap0 mode tap && ip addr add 192.168.77.1/24 dev tap0 && ip link set tap0 up";
+    match Command::new("unshare").args(["-n", "sh", "-c", setup]).output() {
+        Ok(output) if output.status.success() => {}
+        other => {
+            let why = other.map(|output| String::from_utf8_lossy(&output.stderr).trim().to_owned());
+            println!("left out: no network namespace with a tap device can be made here: {why:?}");
+            return;
+        }
+    }
+    let script = r#"
+wait_for() { until_there_are $1 '/sys/class/net/eth*'; }
+echoes() { ip link set eth0 up; ip addr add 192.168.77.2/24 dev eth0; ping -c 2 -W 20 192.168.77.1 | grep -c 'bytes from'; }
+echo ready; wait_for 1
+check first "$(echoes)" 2
+echo used; wait_for 0
+echo gone; wait_for 1
+check second "$(echoes)" 2
+"#;
+    let id = format!("hotplug-tap-{}", std::process::id());
+    let inside = format!("{setup} && exec \"$@\"");
+    let mut command = Command::new("unshare");
+    command.env("XDG_RUNTIME_DIR", vm::runtime_folder()).args(["-n", "sh", "-c", &inside, "sh"]);
+    command.arg(vm::binary()).args(linux(&id, &NET, script, &[]));
+    let mut vm = vm::Vm::start_by(&mut command).expect("anyvisor starts");
+    vm.wait_for("ready\r\n", PATIENCE);
+    refused(&["device", "add", &id, "--net", "tap=lo"], "interface 'lo' is not a tap device");
+    assert_eq!(fine(&["device", "add", &id, "--net", "tap=tap0"]), "2\n");
+    vm.wait_for("used\r\n", PATIENCE);
+    refused(&["device", "add", &id, "--net", "tap=tap0"], "another program has it");
+    fine(&["device", "remove", &id, "2"]);
+    vm.wait_for("gone\r\n", PATIENCE);
+    assert_eq!(fine(&["device", "add", &id, "--net", "tap=tap0"]), "2\n");
+    all_pass(vm, 3);
 }
