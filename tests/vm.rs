@@ -124,8 +124,15 @@ impl Vm {
     /// # Errors
     /// When it cannot be started.
     pub fn start<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Result<Vm> {
-        let mut child = command()
-            .args(arguments)
+        Vm::start_by(command().args(arguments))
+    }
+
+    /// Starts `anyvisor` by a command of the caller's.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_by(command: &mut Command) -> Result<Vm> {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -379,13 +379,12 @@ pub struct StopOptions {
 pub enum DeviceCommand {
     /// Lists a VM's virtio devices, by slot: the number on the PCI bus
     List(NameOption),
-    /// Adds a disk, and prints its slot
+    /// Adds a disk or a network card, and prints its slot
     Add {
         /// The VM's name, or its control socket's path (with a slash)
         id: String,
-        /// As for run
-        #[arg(long, value_name = "PATH[,OPTIONS]")]
-        disk: Disk,
+        #[command(flatten)]
+        device: NewDevice,
     },
     /// Removes a device, once the guest has let go of it
     Remove {
@@ -394,6 +393,17 @@ pub enum DeviceCommand {
         /// Its slot, as device list shows it
         slot: u8,
     },
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct NewDevice {
+    /// As for run
+    #[arg(long, value_name = "PATH[,OPTIONS]")]
+    pub disk: Option<Disk>,
+    /// As for run; its address is one that the VM's other cards do not have
+    #[arg(long, value_name = "user|tap=NAME[,OPTIONS]")]
+    pub net: Option<Net>,
 }
 
 #[derive(Debug, Args)]
@@ -645,6 +655,9 @@ mod tests {
         assert!(mistake(&["run", "--kernel", "k", "--id", "a/b"]).contains("bad name 'a/b'"));
         assert!(mistake(&["run", "--kernel", "k", "--id", ""]).contains("name"));
         assert!(mistake(&["run", "--kernel", "k", "-d", "--no-api"]).contains("--no-api"));
+        assert!(mistake(&["device", "add", "x"]).contains("--disk"));
+        assert!(mistake(&["device", "add", "x", "--net", "bridge"]).contains("unknown network 'bridge'"));
+        assert!(mistake(&["device", "add", "x", "--net", "user", "--disk", "d"]).contains("cannot be used with"));
         assert!(mistake(&["pause"]).contains("ID"));
         assert!(mistake(&["stop", "x", "--timeout", "30"]).contains("bad time '30'"));
     }

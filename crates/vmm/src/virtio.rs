@@ -34,6 +34,11 @@ pub trait Model: Send {
     /// [`Queues::reconfigure`]: only `config` may change, and not its length. On any thread.
     fn offer(&self) -> Offer;
 
+    /// A network card's address. On any thread.
+    fn mac(&self) -> Option<[u8; 6]> {
+        None
+    }
+
     /// The driver has set the device up, with these features.
     fn start(&mut self, _features: u64) {}
 

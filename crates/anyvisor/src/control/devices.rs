@@ -2,7 +2,7 @@
 
 use super::client::{SOON, Target};
 use super::commands::print;
-use crate::cli::DeviceCommand;
+use crate::cli::{DeviceCommand, NewDevice};
 use anyvisor_vmm::config::Disk;
 use anyvisor_vmm::{Error, Result, snapshot};
 use serde_json::{Value, json};
@@ -20,10 +20,11 @@ pub fn command(command: &DeviceCommand) -> Result<u8> {
             let lines: Vec<_> = lines.iter().map(|(slot, name)| format!("{slot:>4}  {name}\n")).collect();
             print(&format!("SLOT  DEVICE\n{}", lines.concat()));
         }
-        DeviceCommand::Add { id, disk } => {
+        DeviceCommand::Add { id, device: NewDevice { disk, net } } => {
             let target = Target::find(id)?;
-            let disk = Disk { path: snapshot::absolute(&disk.path), ..disk.clone() };
-            let answer = ask(&target, "PUT", Some(&json!({ "disk": disk })))?;
+            let disk = disk.as_ref().map(|disk| Disk { path: snapshot::absolute(&disk.path), ..disk.clone() });
+            let device = disk.map(|disk| json!({ "disk": disk })).or(net.as_ref().map(|net| json!({ "net": net })));
+            let answer = ask(&target, "PUT", device.as_ref())?;
             print(&format!("{}\n", answer["slot"]));
         }
         DeviceCommand::Remove { id, slot } => remove(&Target::find(id)?, *slot)?,

@@ -4,7 +4,7 @@
 //! mean there; what it does not have lies under `/anyvisor`. See `docs/control-api.md`.
 
 use super::http::Fault;
-use crate::config::Disk;
+use crate::config::{Disk, Net};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
@@ -38,6 +38,8 @@ pub enum Action {
     Devices,
     /// `PUT /anyvisor/devices`
     AddDisk(Disk),
+    /// `PUT /anyvisor/devices`
+    AddNet(Net),
     /// `DELETE /anyvisor/devices`
     RemoveDevice(u8),
     /// `GET /balloon` and `GET /balloon/statistics`
@@ -60,11 +62,12 @@ struct Measurement {
     measure: bool,
 }
 
-/// `PUT /anyvisor/devices`.
+/// `PUT /anyvisor/devices`: one of these.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NewDevice {
-    disk: Disk,
+#[serde(rename_all = "snake_case")]
+enum NewDevice {
+    Disk(Disk),
+    Net(Net),
 }
 
 /// `DELETE /anyvisor/devices`.
@@ -147,13 +150,13 @@ pub fn understand(method: &str, path: &str, body: &[u8]) -> Result<Action, Fault
         ("/anyvisor/stat", "GET") => without_body(body, Action::Statistics),
         ("/anyvisor/stat", "PUT") => Ok(Action::Measure(parse::<Measurement>(body)?.measure)),
         ("/anyvisor/devices", "GET") => without_body(body, Action::Devices),
-        ("/anyvisor/devices", "PUT") => {
-            let NewDevice { disk } = parse(body)?;
-            match disk.path.is_absolute() {
-                true => Ok(Action::AddDisk(disk)),
-                false => Err(Fault::new(400, format!("'{}' is not an absolute path", disk.path.display()))),
+        ("/anyvisor/devices", "PUT") => match parse(body)? {
+            NewDevice::Disk(disk) if !disk.path.is_absolute() => {
+                Err(Fault::new(400, format!("'{}' is not an absolute path", disk.path.display())))
             }
-        }
+            NewDevice::Disk(disk) => Ok(Action::AddDisk(disk)),
+            NewDevice::Net(net) => Ok(Action::AddNet(net)),
+        },
         ("/anyvisor/devices", "DELETE") => Ok(Action::RemoveDevice(parse::<OldDevice>(body)?.slot)),
         ("/balloon" | "/balloon/statistics", "GET") => without_body(body, Action::Balloon),
         ("/balloon", "PATCH") => Ok(Action::WantBalloon(u64::from(parse::<BalloonSize>(body)?.amount_mib) << 20)),
@@ -239,6 +242,12 @@ mod tests {
                 r#"{"disk":{"path":"/a","read_only":true}}"#,
                 Action::AddDisk("/a,ro".parse().unwrap()),
             ),
+            (
+                "PUT",
+                "/anyvisor/devices",
+                r#"{"net":"user,fwd=tcp:2222:22"}"#,
+                Action::AddNet("user,fwd=tcp:2222:22".parse().unwrap()),
+            ),
             ("DELETE", "/anyvisor/devices", r#"{"slot":5}"#, Action::RemoveDevice(5)),
             ("GET", "/balloon/statistics", "", Action::Balloon),
             ("PATCH", "/balloon", r#"{"amount_mib":256}"#, Action::WantBalloon(256 << 20)),
@@ -276,6 +285,10 @@ mod tests {
             ("PATCH", "/balloon", r#"{"amount_mib":-1}"#, 400, "body"),
             ("PUT", "/balloon", "", 405, "PUT"),
             ("PUT", "/anyvisor/devices", r#"{"disk":{"path":"a","read_only":true}}"#, 400, "absolute"),
+            ("PUT", "/anyvisor/devices", r#"{"net":"bridge"}"#, 400, "unknown network 'bridge'"),
+            ("PUT", "/anyvisor/devices", r#"{"net":"user","disk":{"path":"/a"}}"#, 400, "body"),
+            ("PUT", "/anyvisor/devices", r#"{"fan":"user"}"#, 400, "`disk` or `net`"),
+            ("PUT", "/anyvisor/devices", "{}", 400, "body"),
             ("DELETE", "/anyvisor/devices", r#"{"slot":256}"#, 400, "body"),
             ("PUT", "/actions", r#"{"action_type":"SendCtrlAltDel"}"#, 400, "power-button"),
             ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, 400, "started"),

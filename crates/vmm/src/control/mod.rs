@@ -319,6 +319,7 @@ fn carry_out(shared: &Shared, action: Action) -> Result<Response, Fault> {
             Response::json(json!({ "devices": devices }))
         }
         Action::AddDisk(disk) => Response::json(json!({ "slot": remote.add_disk(disk)? })),
+        Action::AddNet(net) => Response::json(json!({ "slot": remote.add_net(net)? })),
         Action::RemoveDevice(slot) => Response::json(json!({ "heard": remote.remove_device(slot)? })),
         Action::Balloon => {
             let lent = remote.balloon()?;

@@ -15,7 +15,7 @@ use crate::{Result, layout};
 use anyvisor_devices::pci::{PciFunction, Slot, Window};
 use anyvisor_devices::state::BadState;
 use anyvisor_devices::virtio::Broken;
-use anyvisor_devices::virtio::pci::{Registers, Request, Transport, Work};
+use anyvisor_devices::virtio::pci::{Offer, Registers, Request, Transport, Work};
 use anyvisor_devices::virtio::queue::Queue;
 use anyvisor_engine::Vm;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -37,6 +37,7 @@ pub(super) const DEVICES_MAX: usize = 32 - FIRST_SLOT as usize;
 pub(super) struct Device {
     slot: Slot,
     name: String,
+    mac: Option<[u8; 6]>,
     memory: GuestMemoryMmap,
     vm: Arc<dyn Vm>,
     wired: Weak<Wired>,
@@ -125,6 +126,7 @@ impl Device {
         Device {
             slot: Slot { device: number, function: 0 },
             name: model.name(),
+            mac: model.mac(),
             memory,
             vm,
             wired,
@@ -150,6 +152,11 @@ impl Device {
     /// What it is, for messages.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// A network card's address.
+    pub fn mac(&self) -> Option<[u8; 6]> {
+        self.mac
     }
 
     /// It has been taken out of the bus: drives its pin no more.
@@ -204,6 +211,9 @@ impl Device {
         self.obey(&wired, &mut side);
         if farewell == Farewell::Settle {
             self.attend(&wired, &mut side, 0, |model, queues| model.settle(queues));
+            // What it has of the host is free at once: files, sockets, ports.
+            let offer = side.model.offer();
+            side.model = Box::new(Gone(offer));
             return;
         }
         let features = {
@@ -443,6 +453,21 @@ impl PciFunction for Device {
     }
     fn restore(&self, saved: &[u8]) -> Result<(), BadState> {
         lock(&self.pins).transport.restore_config(saved)
+    }
+}
+
+/// What a device does that has been taken out of a VM that goes on: nothing.
+struct Gone(Offer);
+
+impl Model for Gone {
+    fn name(&self) -> String {
+        "nothing".into()
+    }
+    fn offer(&self) -> Offer {
+        self.0.clone()
+    }
+    fn work(&mut self, _queues: &mut Queues<'_>) -> Result<(), Broken> {
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ use super::measuring::Measuring;
 use super::{Board, End, Event, Plugged};
 use crate::Config;
 use crate::balloon::{Lending, Lent};
-use crate::config::Disk;
+use crate::config::{Disk, Net};
 use crate::snapshot::History;
 use anyvisor_engine::{Vcpu, Vm};
 use anyvisor_x86::Cpuid;
@@ -194,6 +194,15 @@ impl Remote {
     /// As for [`Remote::with_paused`]; or the disk cannot be used, or has no place.
     pub fn add_disk(&self, disk: Disk) -> Result<u8, Refused> {
         let plug = move |paused: &mut Paused| paused.board.plug_disk(&disk, paused.config.cpus, paused.memory);
+        self.with_paused(plug)?.map_err(|error| Refused::State(error.to_string()))
+    }
+
+    /// Adds a network card. Returns its number on the bus.
+    ///
+    /// # Errors
+    /// As for [`Remote::with_paused`]; or the card cannot be connected, or has no place.
+    pub fn add_net(&self, net: Net) -> Result<u8, Refused> {
+        let plug = move |paused: &mut Paused| paused.board.plug_net(&net, paused.memory);
         self.with_paused(plug)?.map_err(|error| Refused::State(error.to_string()))
     }
 

@@ -50,6 +50,19 @@ impl Net {
         mac
     }
 
+    /// This card with an address that no other has of a VM whose cards have the addresses `taken`.
+    ///
+    /// # Errors
+    /// One line: it is to have one of those.
+    pub fn beside(&self, taken: &[[u8; 6]]) -> Result<Net, String> {
+        if self.mac.is_some_and(|mac| taken.contains(&mac)) {
+            return Err(format!("--net {self}: another card of the VM has that mac; choose another"));
+        }
+        // One more than are taken.
+        let mac = (0..=taken.len()).map(|n| self.mac_of(n)).find(|mac| !taken.contains(mac));
+        Ok(Net { mac: Some(mac.expect("a VM has few cards")), ..self.clone() })
+    }
+
     /// The host's address that leads to the guest's TCP `port`.
     pub fn way_to(&self, port: u16) -> Option<SocketAddr> {
         let Backend::User { forwards } = &self.backend else { return None };
@@ -196,6 +209,22 @@ mod tests {
         assert_eq!(mac("user,mac=02:00:00:00:00:ff", 1), [2, 0, 0, 0, 0, 0xff]);
         assert_ne!(mac("tap=tap0", 0), mac("tap=tap1", 0));
         assert_eq!(mac("tap=tap0", 0), mac("tap=tap0", 0));
+        let beside = |text: &str, taken: &[[u8; 6]]| text.parse::<Net>().unwrap().beside(taken);
+        let shown = |text: &str, taken: &[[u8; 6]]| beside(text, taken).map(|net| net.to_string());
+        let (first, second, third) = (mac("user", 0), mac("user", 1), mac("user", 2));
+        for (text, taken, expected) in [
+            ("user,fwd=tcp:1:2", &[][..], "user,fwd=tcp:127.0.0.1:1:2,mac=52:54:00:12:34:56"),
+            ("user", &[mac("tap=t", 0), first], "user,mac=52:54:00:12:34:57"),
+            ("user", &[third, first], "user,mac=52:54:00:12:34:57"),
+            ("user", &[second], "user,mac=52:54:00:12:34:56"),
+            ("user", &[second, third, first], "user,mac=52:54:00:12:34:59"),
+            ("user,mac=02:00:00:00:00:ff", &[first], "user,mac=02:00:00:00:00:ff"),
+        ] {
+            assert_eq!(shown(text, taken), Ok(expected.to_owned()), "{taken:x?}");
+        }
+        assert_eq!(beside("tap=t", &[mac("tap=t", 0)]).map(|net| net.mac), Ok(Some(mac("tap=t", 1))));
+        let message = shown("user,mac=52:54:00:12:34:57", &[first, second]).unwrap_err();
+        assert!(message.contains("mac=52:54:00:12:34:57: another card") && !message.contains('\n'), "{message}");
         let same = |given: &str, saved: &str| is_same_card(0, &given.parse().unwrap(), &saved.parse().unwrap());
         assert!(same("user,fwd=tcp:1:2,bw=9", "user") && same("user,mac=52:54:00:12:34:56", "user"));
         assert!(!same("user,mtu=9000", "user") && !same("tap=t,mac=52:54:00:12:34:56", "user"));

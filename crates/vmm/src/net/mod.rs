@@ -76,15 +76,27 @@ pub fn open(nets: &[Net]) -> Result<Vec<NetModel>> {
     if nets.len() > NETS_MAX {
         return Err(Error::user(format!("--net is given {} times; a machine takes {NETS_MAX}", nets.len())));
     }
-    let open = |(n, net): (usize, &Net)| {
-        let mac = net.mac_of(n);
-        let link: Box<dyn Link> = match &net.backend {
-            Backend::User { forwards } => Box::new(user::User::open(net, mac, forwards)?),
-            Backend::Tap { name } => Box::new(tap::Tap::open(name)?),
-        };
-        Ok(NetModel::new(net, mac, link))
+    nets.iter().enumerate().map(|(n, net)| open_one(net, net.mac_of(n))).collect()
+}
+
+/// Connects a card that comes while the machine runs and has cards with the addresses `taken`.
+///
+/// # Errors
+/// As for [`open`].
+pub fn open_another(net: &Net, taken: &[[u8; 6]]) -> Result<NetModel> {
+    if taken.len() >= NETS_MAX {
+        return Err(Error::user(format!("the machine has {NETS_MAX} network cards already, the most there can be")));
+    }
+    let net = net.beside(taken).map_err(Error::user)?;
+    open_one(&net, net.mac_of(0))
+}
+
+fn open_one(net: &Net, mac: [u8; 6]) -> Result<NetModel> {
+    let link: Box<dyn Link> = match &net.backend {
+        Backend::User { forwards } => Box::new(user::User::open(net, mac, forwards)?),
+        Backend::Tap { name } => Box::new(tap::Tap::open(name)?),
     };
-    nets.iter().enumerate().map(open).collect()
+    Ok(NetModel::new(net, mac, link))
 }
 
 #[cfg(test)]

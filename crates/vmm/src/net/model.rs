@@ -137,6 +137,10 @@ impl Model for NetModel {
         net::offer(self.mac, self.mtu, self.link.features())
     }
 
+    fn mac(&self) -> Option<[u8; 6]> {
+        Some(self.mac)
+    }
+
     fn start(&mut self, features: u64) {
         self.link.start(features);
     }

@@ -77,7 +77,11 @@ impl Tap {
         let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE);
         let file = file.map_err(|error| trouble(&format!("cannot open {DEVICE}: {error}; check its rights")))?;
         // One that was made for several queues is attached to as such only.
-        if let Err(error) = attach(&file, name, 0).or_else(|_| attach(&file, name, IFF_MULTI_QUEUE)) {
+        let attached = match attach(&file, name, 0) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => attach(&file, name, IFF_MULTI_QUEUE),
+            attached => attached,
+        };
+        if let Err(error) = attached {
             let what = match error.raw_os_error() {
                 Some(libc::EBUSY) => "another program has it; end that".to_owned(),
                 Some(libc::EPERM) => format!("it is not yours; as root: ip tuntap add dev {name} mode tap user USER"),

@@ -69,3 +69,20 @@ fn nonsense_in_a_cards_queues_is_taken() {
     let taken = fuzz(&mut card("user"), &[arp(), dhcp, offload], 300, 1);
     assert!(taken.broken > 20 && taken.answered > 300, "{taken:?}");
 }
+
+#[test]
+fn a_card_that_comes_later_has_an_address_of_its_own() {
+    let net: Net = "user".parse().unwrap();
+    let macs: Vec<_> = (0..NETS_MAX).map(|n| net.mac_of(n)).collect();
+    let message = |taken: &[[u8; 6]], net: &str| open_another(&net.parse().unwrap(), taken).err().unwrap().to_string();
+    assert_eq!(open_another(&net, &macs[1..]).ok().and_then(|card| card.mac()), Some(macs[0]));
+    assert!(message(&macs, "user").contains("8 network cards already"));
+    assert!(message(&macs[..1], "user,mac=52:54:00:12:34:56").contains("another card"));
+    // A port that one card has is another's when that has gone.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let forwarded = format!("user,fwd=tcp:{port}:22");
+    let first = open_another(&forwarded.parse().unwrap(), &[]).expect("the port is free");
+    assert!(message(&macs[..1], &forwarded).contains("another program has that port"));
+    drop(first);
+    assert!(open_another(&forwarded.parse().unwrap(), &macs[..1]).is_ok());
+}

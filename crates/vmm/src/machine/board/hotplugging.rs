@@ -5,11 +5,11 @@
 //! have come or gone is not the one that its configuration describes, so it cannot be saved.
 
 use super::{Board, Wired};
-use crate::config::Disk;
+use crate::config::{Disk, Net};
 use crate::machine::devices::{self, Bell, DEVICES_MAX, Device, FIRST_SLOT, Farewell};
 use crate::machine::lock;
 use crate::virtio::Model;
-use crate::{Error, Result, disk};
+use crate::{Error, Result, disk, net};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use vm_memory::GuestMemoryMmap;
@@ -18,8 +18,8 @@ use vm_memory::GuestMemoryMmap;
 #[derive(Default)]
 pub(super) struct Changes {
     threads: Vec<JoinHandle<()>>,
-    /// Taken out of the bus, though what was under way may not have ended. They are kept for the owner's thread to drop, for vCPUs'
-    /// may not close files.
+    /// Taken out of the bus, though what was under way may not have ended: after that their threads free what they have of the
+    /// host. They are kept for the owner's thread to drop, for vCPUs' may not close files.
     leaving: Vec<Arc<Device>>,
 }
 
@@ -35,6 +35,10 @@ impl Board {
     /// The devices on the bus of a machine that stands still, and those that are just leaving it.
     pub fn plugged(&self) -> Vec<Plugged> {
         let plugged = |device: &Arc<Device>| Plugged { slot: device.slot().device, name: device.name().to_owned() };
+        self.present().iter().map(plugged).collect()
+    }
+
+    fn present(&self) -> Vec<Arc<Device>> {
         let mut changes = lock(&self.chips.changes);
         let leaving = changes.as_mut().map_or(vec![], |changes| {
             // Its thread has ended.
@@ -42,7 +46,7 @@ impl Board {
             changes.leaving.clone()
         });
         drop(changes);
-        self.devices().into_iter().chain(leaving).map(|device| plugged(&device)).collect()
+        self.devices().into_iter().chain(leaving).collect()
     }
 
     /// Puts a disk on the bus of a machine that stands still and has so many vCPUs. Returns its number there.
@@ -51,6 +55,15 @@ impl Board {
     /// The image cannot be used, no slot is free; or the host's.
     pub fn plug_disk(&self, disk: &Disk, cpus: u32, memory: &GuestMemoryMmap) -> Result<u8> {
         self.plug(memory, |slot| Ok(Box::new(disk::open_another(disk, slot.into(), cpus)?)))
+    }
+
+    /// Puts a network card on the bus of a machine that stands still. Returns its number there.
+    ///
+    /// # Errors
+    /// It cannot be connected, there are too many, its address is another's; or the host's.
+    pub fn plug_net(&self, net: &Net, memory: &GuestMemoryMmap) -> Result<u8> {
+        let taken: Vec<_> = self.present().iter().filter_map(|device| device.mac()).collect();
+        self.plug(memory, |_| Ok(Box::new(net::open_another(net, &taken)?)))
     }
 
     fn plug(&self, memory: &GuestMemoryMmap, make: impl FnOnce(u8) -> Result<Box<dyn Model>>) -> Result<u8> {
@@ -66,7 +79,12 @@ impl Board {
         let device = Arc::new(Device::new(slot, model, bell, memory.clone(), chips.vm.clone(), wired));
         let thread = devices::spawn(device.clone(), chips.notify.clone());
         let thread = thread.map_err(|error| Error::host("cannot start the thread of a device", error))?;
-        lock(&chips.changes).get_or_insert_default().threads.push(thread);
+        let mut changes = lock(&chips.changes);
+        let threads = &mut changes.get_or_insert_default().threads;
+        // Of those that have gone nothing is left.
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
+        drop(changes);
         chips.pci.add(device.slot(), device.clone()).expect("the slot is free");
         chips.devices_mut().push(device);
         lock(&chips.hotplug).plug(slot);
