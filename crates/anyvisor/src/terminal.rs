@@ -1,9 +1,10 @@
 //! The user's terminal: raw mode while a guest has it, restored on every way out.
 //!
-//! In raw mode every key goes to the guest, but for the escape: Ctrl-A X leaves (which ends the VM of `run`,
-//! and detaches from that of `console`), Ctrl-A Ctrl-A types one Ctrl-A. The settings found at the start are kept in one place, and [`restore`] puts them back from
-//! anywhere: the guard's drop, the panic hook, the signal thread, and the handler of fatal signals (an
-//! abort, or a fault in this process), which may only call what is async-signal-safe, as tcsetattr is.
+//! In raw mode every key goes to the guest, but for the escape: Ctrl-A X leaves (which ends the VM of `run`, and
+//! detaches from that of `console`), Ctrl-A Ctrl-A types one Ctrl-A. The settings found at the start are kept in
+//! one place, and [`restore`] puts them back from anywhere: the guard's drop, the panic hook, the signal thread,
+//! and the handler of fatal signals (an abort, or a fault in this process), which may only call what is
+//! async-signal-safe, as tcsetattr is.
 
 use anyvisor_vmm::Remote;
 use anyvisor_vmm::console::Input;

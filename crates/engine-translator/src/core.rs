@@ -9,6 +9,7 @@ use crate::ram::Ram;
 use crate::system::steal_time::StealTime;
 use crate::timer;
 use crate::translate::Twins;
+use crate::vendor;
 use crate::windows::Windows;
 use anyvisor_engine::tally::Meter;
 use anyvisor_x86::lapic::{self, LocalApic};
@@ -478,6 +479,11 @@ impl Core {
     /// What CPUID shows for `leaf` and `subleaf`; zeros where the table has nothing.
     pub fn cpuid(&self, leaf: u32, subleaf: u32) -> CpuidResult {
         self.cpuid.get(leaf, subleaf).unwrap_or_default()
+    }
+
+    /// Whether the vCPU's CPUID names AMD or Hygon.
+    pub fn is_amd(&self) -> bool {
+        vendor::names_amd(self.cpuid(0, 0).ebx)
     }
 }
 

@@ -287,9 +287,9 @@ fn x87_stored_nothing(target: &[u8]) -> bool {
     x87_exception_pending() && target.iter().all(|byte| *byte == UNTOUCHED)
 }
 
-/// An x87 store whose memory operand raises `fault`, on Intel's processors: AMD's raise it first of all. An unmasked exception of its own (invalid operand,
-/// overflow, ...) keeps it from storing: then that exception is pending, and the instruction is complete.
-/// Otherwise it faults, and the x87 state stays as it was.
+/// An x87 store whose memory operand raises `fault`, on Intel's processors: AMD's raise it first of all. An
+/// unmasked exception of its own (invalid operand, overflow, ...) keeps it from storing: then that exception is
+/// pending, and the instruction is complete. Otherwise it faults, and the x87 state stays as it was.
 fn x87_store_that_faults(
     core: &mut Core,
     io: &dyn GuestIo,

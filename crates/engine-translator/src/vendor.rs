@@ -1,11 +1,13 @@
 //! Where processors of different makers differ in what programs can see.
 //!
-//! Code that is copied behaves as the host's processor does, so what is interpreted must do the same, whatever vendor CPUID
-//! names: a guest may not see which of its instructions were translated. KVM's guests see the same. What is
-//! known is what the fuzzer met on Intel's and AMD's processors; others count as Intel's.
+//! Code that is copied behaves as the host's processor does, so what is interpreted must do the same,
+//! whatever vendor CPUID names: a guest may not see which of its instructions were translated. KVM's guests
+//! see the same. What is known is what the fuzzer met on Intel's and AMD's processors; others count as
+//! Intel's.
 //!
-//! Everything that decodes guest code does so by [`decoder`] and [`adapt`], which take most of it: what is left asks
-//! [`is_amd`] in place.
+//! Everything that decodes guest code does so by [`decoder`] and [`adapt`], which take most of it: what is
+//! left asks [`is_amd`] in place. What no translated code does, SYSCALL outside 64-bit mode for one, goes by
+//! the vendor that the guest's CPUID names ([`Core::is_amd`](crate::core::Core::is_amd)).
 
 use crate::interpret::memory::is_canonical;
 use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
@@ -15,7 +17,12 @@ use std::sync::OnceLock;
 /// Whether the host's processor is AMD's, or Hygon's, which are made as those are.
 pub fn is_amd() -> bool {
     static AMD: OnceLock<bool> = OnceLock::new();
-    *AMD.get_or_init(|| [*b"Auth", *b"Hygo"].map(u32::from_le_bytes).contains(&__cpuid(0).ebx))
+    *AMD.get_or_init(|| names_amd(__cpuid(0).ebx))
+}
+
+/// Whether EBX of CPUID leaf 0 begins the name of AMD or of Hygon.
+pub(crate) fn names_amd(ebx: u32) -> bool {
+    [*b"Auth", *b"Hygo"].map(u32::from_le_bytes).contains(&ebx)
 }
 
 /// What guest code is decoded with. On AMD's, near branches take an operand-size prefix in 64-bit code, and far pointers no
@@ -29,8 +36,8 @@ pub fn far_offset_size(size: u32) -> u32 {
     if is_amd() { size.min(4) } else { size }
 }
 
-/// How many bytes a selector that is pushed takes of its 32-bit slot: Intel's processors leave the upper ones alone (SDM vol. 2B,
-/// PUSH), AMD's clear them.
+/// How many bytes a selector that is pushed takes of its 32-bit slot: Intel's processors leave the upper
+/// ones alone (SDM vol. 2B, PUSH), AMD's clear them.
 pub fn pushed_selector_size() -> u32 {
     if is_amd() { 4 } else { 2 }
 }
@@ -43,8 +50,8 @@ pub fn mxcsr_bits() -> u32 {
     if is_amd() { 0xffff | MXCSR_MM } else { 0xffff }
 }
 
-/// Whether 64-bit code may use `offset` in a segment, if what comes of it is canonical. AMD's processors (seen: family 1Ah) want that of
-/// the offset itself, which differs from the address in FS and GS only.
+/// Whether 64-bit code may use `offset` in a segment, if what comes of it is canonical. AMD's processors
+/// (seen: family 1Ah) want that of the offset itself, which differs from the address in FS and GS only.
 pub fn takes_offset(offset: u64) -> bool {
     !is_amd() || is_canonical(offset)
 }

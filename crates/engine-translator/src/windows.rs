@@ -12,8 +12,8 @@
 //! nothing is ever mapped. All of it is reserved at once, and only this module maps anything there.
 //!
 //! Invariants:
-//! - What is mapped is true while user code runs: whatever drops entries of the user TLB drops it here too. A page is writable only if a
-//!   write to it needs no attention, as with the TLB's write tags.
+//! - What is mapped is true while user code runs: whatever drops entries of the user TLB drops it here too. A
+//!   page is writable only if a write to it needs no attention, as with the TLB's write tags.
 //! - While translated code runs, the deltas of the current address space do not change but from none to one: a
 //!   block may hold one.
 //! - Only windows of the current address space are in [`Cpu::regions`].

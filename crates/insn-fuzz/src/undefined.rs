@@ -105,6 +105,10 @@ fn read(instruction: &Instruction) -> u64 {
     // PUSHF and the like read every flag, whatever the decoder's table says.
     match instruction.code() {
         Code::Pushfq | Code::Pushfw | Code::Pushfd => STATUS,
+        // AMD's set OF by it after whole turns too, of which the decoder's table says that they do nothing.
+        _ if instruction.mnemonic() == Mnemonic::Rcl && vendor::is_amd() && !may_do_nothing(instruction) => {
+            rflags(instruction.rflags_read()) | CF
+        }
         _ => rflags(instruction.rflags_read()),
     }
 }
@@ -123,6 +127,7 @@ fn after(instruction: &Instruction, before: u64) -> u64 {
 }
 
 const STATUS: u64 = 0x8d5;
+const CF: u64 = 1;
 
 /// Where an instruction may go on: indices of instructions; their number stands for everything else.
 #[derive(Clone, Copy)]
@@ -298,6 +303,8 @@ mod tests {
         assert_eq!(reads(&[0x21, 0xc8, 0x9c]), [1]);
         // A shift that may do nothing does not define the flags again.
         assert_ne!(at_end(&[0x21, 0xc8, 0xd3, 0xe0]) & AF, 0);
+        // div ecx leaves CF undefined, and rcl al, 9 sets OF by it on AMD's.
+        assert_eq!(reads(&[0xf7, 0xf1, 0xc0, 0xd0, 9]), if vendor::is_amd() { vec![1] } else { vec![] });
     }
 
     #[test]

@@ -2,9 +2,8 @@
 //!
 //! `size` is the operand's size in bytes (1, 2, 4 or 8); operands and results are zero-extended to 64
 //! bits. Each function returns its result and the six status flags as they stand in RFLAGS. Flags that the
-//! manual leaves undefined get the values that Intel processors give them, so that a run under the
-//! interpreter and one on the host CPU do not differ much; where a flag is left alone the caller passes the old
-//! flags in.
+//! manual leaves undefined get the values that Intel's processors give them, except where AMD's are named;
+//! where a flag is left alone the caller passes the old flags in.
 
 use crate::vendor;
 use anyvisor_x86::bits::rflags::{AF, CF, OF, PF, SF, STATUS, ZF};

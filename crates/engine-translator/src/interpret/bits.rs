@@ -76,7 +76,8 @@ impl Exec<'_> {
         Ok(())
     }
 
-    /// BSF and BSR; PF, undefined, is the result's. A zero source leaves the destination alone (documented by AMD, relied upon everywhere).
+    /// BSF and BSR; PF, undefined, is the result's. A zero source leaves the destination alone (documented by AMD,
+    /// relied upon everywhere).
     fn bit_scan(&mut self, from_top: bool) -> Outcome {
         let size = self.operand_size(0);
         let source = self.read(1, size)?;

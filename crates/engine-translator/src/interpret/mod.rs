@@ -92,7 +92,7 @@ pub fn step_watched(core: &mut Core, io: &dyn GuestIo) -> Step {
 /// Executes one instruction; returns the DR6 bits of the debug trap that follows it, or 0.
 fn execute(core: &mut Core, io: &dyn GuestIo, rip: u64, old_flags: u64) -> Result<u64, Exception> {
     // Intel's hold instruction breakpoints off behind MOV SS and POP SS (SDM vol. 3A 6.8.3); AMD's do not.
-    let held_off = core.cpu.interrupt_shadow & 2 != 0 && !system::fast::is_amd(core);
+    let held_off = core.cpu.interrupt_shadow & 2 != 0 && !core.is_amd();
     if debug::armed(core) && old_flags & rflags::RF == 0 && !held_off {
         let base = if memory::is_64bit(&core.cpu) { 0 } else { core.cpu.seg[index::CS].base };
         debug::check_execution(core, base.wrapping_add(rip))?;

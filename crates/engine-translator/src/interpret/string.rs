@@ -196,20 +196,19 @@ impl Exec<'_> {
                 moves_destination = false;
             }
             Operation::Cmps => {
-                // The destination first, as Intel processors do, or second, as AMD's.
-                let mut both = [(index::ES, di), (op.source, si)];
-                if vendor::is_amd() {
-                    both.reverse();
-                }
-                let mut values = [0; 2];
-                for (value, (segment, offset)) in values.iter_mut().zip(both) {
+                let mut read = |segment, offset| {
                     let address = self.element(segment, offset, size, false)?;
-                    *value = load(self.core, self.io, address, size)?;
-                }
+                    load(self.core, self.io, address, size)
+                };
+                // The destination first, as Intel's processors do, or second, as AMD's.
+                let (a, b);
                 if vendor::is_amd() {
-                    values.reverse();
+                    a = read(op.source, si)?;
+                    b = read(index::ES, di)?;
+                } else {
+                    b = read(index::ES, di)?;
+                    a = read(op.source, si)?;
                 }
-                let [b, a] = values;
                 flags = Some(alu::sub(size, a, b, false).1);
             }
             Operation::Scas => {

@@ -28,12 +28,6 @@ fn flat_stack(selector: u16, dpl: u8) -> Segment {
     flat_segment(selector, dpl, DATA_TYPE, attr::DB)
 }
 
-/// Whether the vCPU's CPUID names an AMD-like processor, where SYSCALL works outside 64-bit mode too.
-pub(crate) fn is_amd(core: &Core) -> bool {
-    let vendor = core.cpuid(0, 0).ebx;
-    vendor == u32::from_le_bytes(*b"Auth") || vendor == u32::from_le_bytes(*b"Hygo")
-}
-
 /// Makes a pending interrupt be looked at again, because IF has just been set.
 fn window_opened(core: &mut Core) {
     if core.cpu.irq_waiting != 0 {
@@ -51,7 +45,8 @@ pub fn syscall(core: &mut Core) -> Result<(), Exception> {
     if cpu.efer & efer::SCE == 0 || !cpu.is_protected() {
         return Err(Exception::ud());
     }
-    if !long && !is_amd(core) {
+    // AMD's have it outside 64-bit mode too.
+    if !long && !core.is_amd() {
         return Err(Exception::ud());
     }
     let cpu = &mut core.cpu;
@@ -78,12 +73,12 @@ pub fn syscall(core: &mut Core) -> Result<(), Exception> {
 /// #UD where it is disabled or not available, #GP(0) above CPL 0 or for a non-canonical RCX.
 pub fn sysret(core: &mut Core, wide: bool) -> Result<(), Exception> {
     let mode = core.cpu.mode();
-    if core.cpu.efer & efer::SCE == 0 || !core.cpu.is_protected() || (mode != Mode::Long64 && !is_amd(core)) {
+    if core.cpu.efer & efer::SCE == 0 || !core.cpu.is_protected() || (mode != Mode::Long64 && !core.is_amd()) {
         return Err(Exception::ud());
     }
     require_cpl0(core)?;
     // AMD's find out when they are there.
-    let checked = !is_amd(core);
+    let checked = !core.is_amd();
     let cpu = &mut core.cpu;
     let selector = (cpu.star >> 48) as u16;
     let target = cpu.gpr[gpr::RCX];

@@ -55,10 +55,6 @@ fn require(core: &Core, feature: &Feature) -> Result<(), Exception> {
     if core.cpuid.has(feature) { Ok(()) } else { Err(Exception::gp(0)) }
 }
 
-fn is_amd(core: &Core) -> bool {
-    core.cpuid(0, 0).ebx == u32::from_le_bytes(*b"Auth")
-}
-
 /// The paravirtual MSRs exist if the KVM leaf lists bit `bit` (Linux Documentation/virt/kvm/x86/cpuid.rst).
 fn require_kvm(core: &Core, bit: u32) -> Result<(), Exception> {
     if core.cpuid(0x4000_0001, 0).eax >> bit & 1 != 0 { Ok(()) } else { Err(Exception::gp(0)) }
@@ -120,7 +116,7 @@ pub fn read(core: &mut Core, number: u32) -> Result<u64, Exception> {
             require_kvm(core, 5)?;
             core.steal_time.msr
         }
-        number if AMD_RANGE.contains(&number) && is_amd(core) => 0,
+        number if AMD_RANGE.contains(&number) && core.is_amd() => 0,
         _ => return Err(Exception::gp(0)),
     })
 }
@@ -205,7 +201,7 @@ pub fn write(core: &mut Core, io: &dyn GuestIo, number: u32, value: u64) -> Resu
             within(value, !steal_time::RESERVED)?;
             steal_time::set(core, io, value);
         }
-        number if AMD_RANGE.contains(&number) && is_amd(core) => {}
+        number if AMD_RANGE.contains(&number) && core.is_amd() => {}
         _ => return Err(Exception::gp(0)),
     }
     Ok(())

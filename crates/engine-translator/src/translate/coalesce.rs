@@ -1,10 +1,11 @@
 //! Sharing TLB probes between the memory accesses of a block.
 //!
-//! Accesses whose addresses differ by constants known at translation time form a group. The first, the
-//! leader, checks that the whole range of the group lies in its page, and keeps the page's *delta* (host
-//! address minus linear address) in the vCPU block; the others only add that delta to their own address.
-//! Reads may lead writes. Such a leader asks for a page that can be written *already*: no dirty bit is set for
-//! a write that may not happen, and a page that is only read so far is a misfit. The delta stays right to the block's end: whatever changes a mapping ends the block.
+//! Accesses whose addresses differ by constants known at translation time form a group. The first, the leader,
+//! checks that the whole range of the group lies in its page, and keeps the page's *delta* (host address minus
+//! linear address) in the vCPU block; the others only add that delta to their own address. Reads may lead writes.
+//! Such a leader asks for a page that can be written *already*: no dirty bit is set for a write that may not
+//! happen, and a page that is only read so far is a misfit. The delta stays right to the block's end: whatever
+//! changes a mapping ends the block.
 //!
 //! A leader whose range leaves the page, or that misfits otherwise, goes on in a twin of the block without
 //! groups. A block where that happens often is translated again, with groups of one kind of access first, and

@@ -51,9 +51,9 @@ const EMPTY_ENTRY: u64 = 2 * 4096;
 /// See [`page_faults`].
 static PAGE_FAULTS: AtomicU64 = AtomicU64::new(0);
 
-/// Host page faults that translated code has made outside the return stack's guard and what an empty micro-TLB entry
-/// names. There should be none, as every access is to memory that was checked: a wrong address that happens not to be mapped shows here only, because the
-/// interpreter then makes the access good.
+/// Host page faults that translated code has made outside the return stack's guard and what an empty micro-TLB
+/// entry names. There should be none, as every access is to memory that was checked: a wrong address that happens
+/// not to be mapped shows here only, because the interpreter then makes the access good.
 pub fn page_faults() -> u64 {
     PAGE_FAULTS.load(Ordering::Relaxed)
 }

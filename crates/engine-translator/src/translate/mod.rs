@@ -42,6 +42,7 @@ use crate::interpret::{self, Step};
 use crate::ram::Page;
 use crate::system;
 use crate::timer;
+use crate::vendor;
 use crate::windows::REGION_BITS;
 use anyvisor_engine::tally::event;
 use anyvisor_engine::{GuestIo, Result};
@@ -544,7 +545,7 @@ impl Translator {
         let rip = core.cpu.rip.wrapping_add(if core.cpu.is_long_mode() { 0 } else { core.cpu.seg[index::CS].base });
         if let Ok(n) = core.fetch(rip, &mut bytes) {
             let bits = core.cpu.mode().bits();
-            let mnemonic = iced_x86::Decoder::new(bits, &bytes[..n], 0).decode().mnemonic();
+            let mnemonic = vendor::decoder(bits, &bytes[..n], rip).decode().mnemonic();
             *self.statistics.interpreted.entry(mnemonic).or_default() += 1;
         }
     }

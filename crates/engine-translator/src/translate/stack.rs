@@ -53,7 +53,7 @@ impl Builder<'_> {
         true
     }
 
-    /// Into the lower half of a 32-bit slot, as Intel's processors do (SDM vol. 2B, PUSH).
+    /// PUSH of a segment register: into as much of a 32-bit slot as the host's processor writes.
     pub(super) fn push_selector(&mut self, insn: &Insn) {
         let segment = insn.instruction.op0_register() as usize - Register::ES as usize;
         let size = vendor::pushed_selector_size() as usize;

@@ -51,6 +51,37 @@ fn what_invlpg_drops_is_mapped_anew() {
     }
 }
 
+/// What a kernel does that moves a page: it changes the entry, and goes back to the program by code that was translated
+/// with it.
+#[test]
+fn what_a_system_call_drops_is_gone_when_it_returns() {
+    const KERNEL: u64 = place::CODE + 0x1000;
+    // mov rax, [rdi] / mov rbx, rax / syscall / mov rax, [rdi] / mov [rsi], rax / hlt, which faults
+    let mut test = user(&[0x48, 0x8b, 0x07, 0x48, 0x89, 0xc3, 0x0f, 0x05, 0x48, 0x8b, 0x07, 0x48, 0x89, 0x06, 0xf4]);
+    // mov [r8], r9 / invlpg [rdi] / sysretq
+    test.load(KERNEL, &[0x4d, 0x89, 0x08, 0x0f, 0x01, 0x3f, 0x48, 0x0f, 0x07]);
+    for n in 0..2u64 {
+        test.load(FROM + 0x1000 * n, &(0x11 * (n + 1)).to_le_bytes());
+    }
+    let cpu = &mut test.core().cpu;
+    (cpu.lstar, cpu.sfmask) = (KERNEL, rflags::AC | rflags::TF | rflags::DF | rflags::NT | rflags::STATUS);
+    let (entry, pages) = (place::PT + 8 * (FROM >> 12), [FROM | 7, (FROM + 0x1000) | 7]);
+    for n in 0..8 {
+        test.load(entry, &pages[n & 1].to_le_bytes());
+        test.core().invalidate_page(FROM);
+        user_again(&mut test);
+        let cpu = &mut test.core().cpu;
+        // The return is in line if it changes no more than a program may.
+        cpu.rflags &= !rflags::IOPL;
+        (cpu.gpr[gpr::R8], cpu.gpr[gpr::R9]) = (entry, pages[!n & 1]);
+        assert_eq!(run(&mut test, FROM, TO), wrote(FAULTED));
+        let found = [0x11, 0x22];
+        assert_eq!(test.core().cpu.gpr[gpr::RBX], found[n & 1], "round {n}");
+        assert_eq!(test.read_u64(TO), found[!n & 1], "round {n}");
+        assert!(test.core().windows.mapped() > 0, "nothing goes through a window");
+    }
+}
+
 #[test]
 fn neighbours_come_along_only_where_they_belong() {
     let mut test = user(COPY);

@@ -1,8 +1,9 @@
 //! Loads a kernel, and leaves the bootstrap processor where the kernel's boot protocol wants it.
 //!
 //! Three protocols: Linux's own for bzImage ([`linux`], entered at the decompressor, so that it runs in the guest
-//! and KASLR works, in 64-bit mode or, for a 32-bit kernel, in 32-bit protected mode), Multiboot for images with one of its headers ([`multiboot`]) and PVH for other
-//! ELF images ([`pvh`]), both entered in 32-bit protected mode without paging. The image decides which.
+//! and KASLR works, in 64-bit mode or, for a 32-bit kernel, in 32-bit protected mode), Multiboot for images with
+//! one of its headers ([`multiboot`]) and PVH for other ELF images ([`pvh`]), both entered in 32-bit protected mode
+//! without paging. The image decides which.
 //!
 //! Or firmware is loaded, which finds its kernel itself ([`firmware`]).
 //!

@@ -35,8 +35,8 @@ impl Default for Rush {
 }
 
 impl Rush {
-    /// A round begins, of a disk with this many queues, which has one for each vCPU. Whether to look for more: not if the
-    /// vCPUs need all of the host's CPUs.
+    /// A round begins, of a disk with this many queues, which has one for each vCPU up to a limit. Whether to look for more:
+    /// not if the vCPUs need all of the host's CPUs.
     pub fn begin(&mut self, queues: usize) -> bool {
         self.requests = 0;
         self.rounds += 1;

@@ -12,9 +12,9 @@
 //! beyond the access that ended it, the sender also kicks every vCPU out of guest code. Requests from the
 //! outside ([`Remote`]) are events too: the owner alone pauses, resumes and looks inside.
 //!
-//! Threads: one per vCPU, one for the timers of all chips ([`timer`]), one per virtio device ([`devices`]), the serial writer, and outside this
-//! module the serial reader and the control socket's. A vCPU's thread ends when the VM ends, or with an event
-//! of its own, also if it panics: the owner never waits for an event that cannot come.
+//! Threads: one per vCPU, one for the timers of all chips ([`timer`]), one per virtio device ([`devices`]), the
+//! serial writer, and outside this module the serial reader and the control socket's. A vCPU's thread ends when the
+//! VM ends, or with an event of its own, also if it panics: the owner never waits for an event that cannot come.
 //!
 //! A paused VM stands still: its vCPU threads wait at the [`gate`], their vCPUs unlocked, and the board lets
 //! neither timers nor input in.

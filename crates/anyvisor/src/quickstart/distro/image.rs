@@ -108,15 +108,20 @@ pub fn prepare(folder: &Path, wish: &Wish, fresh: bool, verbose: bool) -> Result
     }
     let work = Work::new(folder)?;
     make(&work.0, &made, verbose)?;
-    if let Some(old) = fresh.then(|| work.0.with_extension("old")) {
-        let _ = fs::rename(folder, &old);
-        let _ = fs::remove_dir_all(&old);
-    }
+    let old = work.0.with_extension("old");
+    let replaces = fresh && fs::rename(folder, &old).is_ok();
     match fs::rename(&work.0, folder) {
+        Ok(()) => {}
         // Another process has made one meanwhile.
-        Err(_) if folder.join(MADE).exists() => Ok(()),
-        result => result.map_err(|e| cannot_write(folder, &e)),
-    }?;
+        Err(_) if folder.join(MADE).exists() => {}
+        Err(e) => {
+            if replaces {
+                let _ = fs::rename(&old, folder);
+            }
+            return Err(cannot_write(folder, &e));
+        }
+    }
+    let _ = fs::remove_dir_all(&old);
     progress(&format!("disk: '{}', {} at most", folder.join(DISK).display(), show_size(made.size)));
     Ok(())
 }

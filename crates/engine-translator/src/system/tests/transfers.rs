@@ -1,6 +1,5 @@
 //! SYSCALL and friends, IRET, far branches, segment loads.
 
-use crate::system::fast;
 use crate::testing::{Method, TestVm, descriptor, handler, place, selector};
 use anyvisor_x86::bits::{cr4, efer, gpr, rflags};
 use anyvisor_x86::exception::vector;
@@ -64,7 +63,7 @@ fn sysret_to_compatibility_mode_and_its_faults() {
     // A non-canonical RCX faults at CPL 0, or on AMD's when it is there.
     let mut test = kernel(&[0x48, 0x0f, 0x07]);
     test.core().cpu.gpr[gpr::RCX] = 1 << 47;
-    let there = fast::is_amd(test.core());
+    let there = test.core().is_amd();
     if there {
         test.steps(1);
         assert_eq!(test.rip(), 1 << 47);
