@@ -303,7 +303,7 @@ impl Core {
     /// Drops the translations of the current address space but global ones, as a CR3 load does.
     pub fn flush_current(&mut self) {
         self.cpu.empty_micro();
-        self.windows.clear_current();
+        self.cpu.stale_windows |= u32::from(self.windows.doubt_current());
         for context in [TlbContext::KernelAc as usize, TlbContext::User as usize] {
             self.empty(context);
         }

@@ -21,8 +21,11 @@
 use crate::core::Core;
 use crate::cpu::Cpu;
 use crate::hash::AddressMap;
+use crate::ram::Ram;
 use anyvisor_engine::tally::event;
-use anyvisor_x86::paging::{self, Access, AccessKind};
+use anyvisor_x86::paging::{self, Access, AccessKind, PageTables};
+use std::cell::Cell;
+use std::ops::Range;
 use std::os::fd::RawFd;
 
 /// log2 of the size of a region: what one entry of a level-4 page table maps.
@@ -36,7 +39,14 @@ const WINDOWS_MAX: u64 = 33;
 /// With fewer, a few programs in turns would always map everything anew.
 const WINDOWS_MIN: u64 = 5;
 /// Bytes of addresses that the windows of a VM's vCPUs may take, of the 128 TiB of a process.
-const ADDRESSES: u64 = 96 << 40;
+const ADDRESSES: u64 = 80 << 40;
+/// Where bare windows are: above programs that are not position-independent, below those that are (Linux `ELF_ET_DYN_BASE`, two
+/// thirds of the address space), and so below everything that the host finds a place for.
+const LOW: Range<u64> = 1 << 40..85 << 40;
+/// Between the places in [`LOW`] that are tried.
+const LOW_STEP: usize = 1 << 40;
+/// Bytes that there must be above.
+const ROOM_FOR_OTHERS: usize = 1 << 40;
 /// Pieces that a VM's vCPUs map at most. Each may take two of the host's mappings, of which a process has 65,530 by default
 /// (Linux `vm.max_map_count`).
 const MAX_PIECES: usize = 20_000;
@@ -51,6 +61,8 @@ const MAX_STALE: usize = 1024;
 /// Entries of [`Windows::writers`] until the stale ones are dropped.
 const MAX_WRITERS: usize = 200_000;
 const PAGE: u64 = 4096;
+/// Pages of an address space are looked up again if this took at most one part in so many of the time since it was last done.
+const REVIEW_PAUSE: u64 = 4;
 /// Pages that one mapping serves at most, and where the guest has large pages: powers of two.
 const AROUND: u64 = 16;
 const LARGE_AROUND: u64 = 512;
@@ -60,6 +72,8 @@ const WRITABLE: u64 = 1;
 struct Reservation {
     start: *mut u8,
     windows: u8,
+    /// Where nothing is mapped there is no mapping: the host makes and drops one faster than it splits and joins another.
+    bare: bool,
 }
 
 impl Reservation {
@@ -69,10 +83,17 @@ impl Reservation {
         if windows < WINDOWS_MIN {
             return None;
         }
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a new mapping of memory that nobody can access.
-        let address = unsafe { libc::mmap(std::ptr::null_mut(), length(windows), libc::PROT_NONE, flags, -1, 0) };
-        (address != libc::MAP_FAILED).then(|| Reservation { start: address.cast(), windows: windows as u8 })
+        let high = others_go_high();
+        if let Some(start) = high.then(|| reserve_low(length(windows))).flatten() {
+            let reservation = Reservation { start, windows: windows as u8, bare: true };
+            for window in 1..reservation.windows {
+                reservation.clear(reservation.window(window), 1 << REGION_BITS);
+            }
+            return Some(reservation);
+        }
+        let reservation = Reservation { start: reserve(None, length(windows))?, windows: windows as u8, bare: false };
+        // What there was for others is needed: others would be mapped in bare windows.
+        (others_go_high() == high).then_some(reservation)
     }
 
     fn length(&self) -> usize {
@@ -96,17 +117,32 @@ impl Reservation {
         address.wrapping_sub(self.start as u64) < self.length() as u64
     }
 
-    /// Takes away what is mapped in `length` bytes at `address`, which are in windows.
+    /// Takes away what is mapped in `length` bytes at `address`, which are in one window.
     fn clear(&self, address: u64, length: u64) {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        assert!(self.contains(address) && self.contains(address + length - 1));
-        // SAFETY: replaces mappings of this reservation, which nothing but translated code refers to.
-        let done = unsafe { libc::mmap(address as *mut _, length as usize, libc::PROT_NONE, flags, -1, 0) };
-        if done == libc::MAP_FAILED {
-            // Splitting a mapping may take one more than the process can have. All of it is one.
-            // SAFETY: as above.
-            let all = unsafe { libc::mmap(self.start.cast(), self.length(), libc::PROT_NONE, flags, -1, 0) };
-            assert_ne!(all, libc::MAP_FAILED, "unmapping guest memory: {}", std::io::Error::last_os_error());
+        let ends = [address, address + length - 1].map(|address| self.find(address).map(|(window, _)| window));
+        assert!(ends[0].is_some_and(|window| window > 0) && ends[0] == ends[1]);
+        if self.empty(address, length) {
+            return;
+        }
+        // Splitting a mapping may take one more than the process can have. Nothing of these is split.
+        let done = match self.bare {
+            true => (1..self.windows).all(|window| self.empty(self.window(window), 1 << REGION_BITS)),
+            false => self.empty(self.start as u64, self.length() as u64),
+        };
+        assert!(done, "unmapping guest memory: {}", std::io::Error::last_os_error());
+    }
+
+    /// Makes `length` bytes as they were at first. Whether the host could.
+    fn empty(&self, address: u64, length: u64) -> bool {
+        let flags = FREE | libc::MAP_FIXED;
+        // SAFETY: takes away or replaces mappings of this reservation, which nothing but translated code refers to.
+        unsafe {
+            match self.bare {
+                true => libc::munmap(address as *mut _, length as usize) == 0,
+                false => {
+                    libc::mmap(address as *mut _, length as usize, libc::PROT_NONE, flags, -1, 0) != libc::MAP_FAILED
+                }
+            }
         }
     }
 
@@ -115,7 +151,7 @@ impl Reservation {
         let rights = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
         assert!(self.contains(address) && self.contains(address + length - 1));
-        // SAFETY: as above.
+        // SAFETY: as in `empty`.
         let done =
             unsafe { libc::mmap(address as *mut _, length as usize, rights, flags, file, offset as libc::off_t) };
         done != libc::MAP_FAILED
@@ -124,9 +160,45 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own.
+        // SAFETY: all that is mapped there is this value's own.
         unsafe { libc::munmap(self.start.cast(), self.length()) };
     }
+}
+
+/// Memory that nobody can access and that takes nothing but addresses.
+const FREE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+/// Takes `length` bytes of addresses: at `at`, if they are free, or wherever the host has so many.
+fn reserve(at: Option<u64>, length: usize) -> Option<*mut u8> {
+    let flags = FREE | at.map_or(0, |_| libc::MAP_FIXED_NOREPLACE);
+    let wanted = at.unwrap_or(0) as *mut libc::c_void;
+    // SAFETY: a new mapping of memory that nobody can access, where there is none.
+    let address = unsafe { libc::mmap(wanted, length, libc::PROT_NONE, flags, -1, 0) };
+    if address == libc::MAP_FAILED {
+        return None;
+    }
+    if at.is_some() && address != wanted {
+        // Linux before 4.17 takes the address as a wish.
+        // SAFETY: the mapping was just made.
+        unsafe { libc::munmap(address, length) };
+        return None;
+    }
+    Some(address.cast())
+}
+
+/// Takes `length` bytes of addresses in [`LOW`].
+fn reserve_low(length: usize) -> Option<*mut u8> {
+    let last = LOW.end.checked_sub(length as u64)?;
+    (LOW.start..=last).step_by(LOW_STEP).find_map(|at| reserve(Some(at), length))
+}
+
+/// Whether the host maps what may go anywhere above [`LOW`]: it looks for room from the stack down, not up from a third of the
+/// address space (Linux `arch_pick_mmap_layout`: an unlimited stack, `setarch -L`), and has enough there.
+fn others_go_high() -> bool {
+    let Some(address) = reserve(None, ROOM_FOR_OTHERS) else { return false };
+    // SAFETY: the mapping was just made.
+    unsafe { libc::munmap(address.cast(), ROOM_FOR_OTHERS) };
+    address as u64 >= LOW.end
 }
 
 /// Bytes of addresses for so many windows.
@@ -144,6 +216,8 @@ struct Space {
     pages: AddressMap<u64, u64>,
     /// Mappings that the host needs for them: a page that goes on where the one before ends takes none of its own.
     pieces: usize,
+    /// The guest has had its translations dropped: each page is to be looked up again before user code runs.
+    doubtful: bool,
 }
 
 impl Space {
@@ -200,6 +274,27 @@ pub struct Windows {
     stale: Vec<u64>,
     /// The last access that found nothing in the guest's page tables: linear address, and whether it was a write.
     awaited: Option<(u64, bool)>,
+    /// When pages were last looked up again, and the TSC ticks that it took.
+    reviewed: u64,
+    review_ticks: u64,
+}
+
+/// Guest memory that a walk leaves as it is.
+struct Untouched<'a> {
+    ram: &'a Ram,
+    /// The walk found all accessed bits set.
+    accessed: Cell<bool>,
+}
+
+impl PageTables for Untouched<'_> {
+    fn read(&self, gpa: u64, size: u8) -> Option<u64> {
+        PageTables::read(self.ram, gpa, size)
+    }
+
+    fn compare_exchange(&self, _gpa: u64, _size: u8, _old: u64, _new: u64) -> bool {
+        self.accessed.set(false);
+        true
+    }
 }
 
 /// A page as user code may use it.
@@ -233,6 +328,8 @@ impl Default for Windows {
             thrashes: false,
             stale: Vec::new(),
             awaited: None,
+            reviewed: 0,
+            review_ticks: 0,
         }
     }
 }
@@ -278,6 +375,7 @@ impl Windows {
         }
         space.pages.clear();
         space.pieces = 0;
+        space.doubtful = false;
     }
 
     fn drop_space(&mut self, mut space: Space) {
@@ -304,8 +402,17 @@ impl Windows {
         std::mem::take(&mut self.thrashes)
     }
 
+    /// The guest's page tables may say something else of the current address space. Whether [`Core::settle_windows`] has
+    /// something to do before user code runs again.
+    #[must_use]
+    pub fn doubt_current(&mut self) -> bool {
+        let Some(space) = self.current.as_mut().filter(|space| !space.pages.is_empty()) else { return false };
+        space.doubtful = true;
+        true
+    }
+
     /// Nothing of the current address space is mapped any more.
-    pub fn clear_current(&mut self) {
+    fn clear_current(&mut self) {
         if let Some(mut space) = self.current.take() {
             self.clear_space(&mut space);
             self.current = Some(space);
@@ -353,6 +460,7 @@ impl Windows {
             for &(region, window) in &space.regions {
                 cpu.regions[usize::from(region)] = delta(reservation, region, window);
             }
+            cpu.stale_windows |= u32::from(space.doubtful);
             self.current = Some(space);
         }
     }
@@ -486,9 +594,13 @@ impl Core {
     /// What user code finds at linear address `gva`. May set the page's accessed flag, and for a write its dirty flag, as a
     /// processor does ahead of accesses (SDM vol. 3A 4.8 allows the former for any).
     fn user_page(&self, gva: u64, write: bool) -> Option<UserPage> {
-        let kind = if write { AccessKind::Write } else { AccessKind::Read };
+        self.user_page_by(&*self.ram, gva, if write { AccessKind::Write } else { AccessKind::Read })
+    }
+
+    /// The same, by page tables that are to be read through `tables`.
+    fn user_page_by(&self, tables: &impl PageTables, gva: u64, kind: AccessKind) -> Option<UserPage> {
         let access = Access { kind, user: true, implicit: false };
-        let mapping = paging::walk(&*self.ram, &self.paging_mode(false), gva, access).ok()?;
+        let mapping = paging::walk(tables, &self.paging_mode(false), gva, access).ok()?;
         let gpa = mapping.gpa & !(PAGE - 1);
         let page = self.ram.page(gpa)?;
         if self.is_lapic_page(gpa) {
@@ -603,7 +715,45 @@ impl Core {
     pub fn settle_windows(&mut self) {
         if std::mem::take(&mut self.cpu.stale_windows) != 0 {
             self.windows.settle();
+            self.review_windows();
         }
+    }
+
+    /// Drops what is not true any more of an address space whose translations the guest has dropped. A kernel drops them all when it
+    /// changes some dozens: looking each up again takes a tenth of what it takes to unmap them and to map them again.
+    fn review_windows(&mut self) {
+        let Some(mut space) = self.windows.current.take_if(|space| space.doubtful) else { return };
+        space.doubtful = false;
+        let (began, meter) = (self.tsc(), self.meter.start());
+        if began.wrapping_sub(self.windows.reviewed) < REVIEW_PAUSE * self.windows.review_ticks {
+            self.windows.clear_space(&mut space);
+        } else {
+            let gone: Vec<u64> = space.pages.iter().filter(|&page| !self.is_still(page)).map(|(&page, _)| page).collect();
+            if gone.len() > space.pages.len() / 2 {
+                self.windows.clear_space(&mut space);
+            }
+            for page in gone {
+                if space.remove(page) {
+                    let reservation = self.windows.reservation.as_ref().expect("pages are mapped");
+                    self.windows.stale.push(place(reservation, &space, page << 12));
+                }
+            }
+            self.windows.settle();
+            self.windows.reviewed = self.tsc();
+            self.windows.review_ticks = self.windows.reviewed.wrapping_sub(began);
+        }
+        self.meter.stop(meter, event::INVALIDATION);
+        self.windows.current = Some(space);
+    }
+
+    /// Whether a linear page is what [`Space::pages`] has of it, in the current address space. One whose accessed bit the guest has taken is not:
+    /// it wants to know of the next access.
+    fn is_still(&self, (&page, &value): (&u64, &u64)) -> bool {
+        let tables = Untouched { ram: &self.ram, accessed: Cell::new(true) };
+        let found = self.user_page_by(&tables, page << 12, AccessKind::Read);
+        found.is_some_and(|found| {
+            tables.accessed.get() && found.gpa == value & !WRITABLE && (found.writable || value & WRITABLE == 0)
+        })
     }
 
     /// Maps the page that the guest was last told it had not got, if it has now: its user code is about to try again.
