@@ -7,7 +7,7 @@
 
 use super::assembler::*;
 use super::block::{Builder, Constant, Planned, SAVED_RAX, Thunk, host_register, scratch, slot};
-use super::coalesce::{Access, Role};
+use super::coalesce::{Access, Parts, Role};
 use super::flags::Redo;
 use super::planted::{self, Bug};
 use crate::cpu::{Cpu, MicroEntry, TLB_ENTRIES, Tag, TlbEntry};
@@ -119,6 +119,11 @@ impl Ea {
         Ea { bit: Some((register, size as u8)), ..self }
     }
 
+    /// What is left when `parts` have been added up.
+    fn without(self, parts: Parts) -> Ea {
+        Ea { base: self.base.filter(|_| !parts.base), index: self.index.filter(|_| !parts.index), ..self }
+    }
+
     pub fn constant(&self) -> Option<u64> {
         let plain = self.segment.is_none() && self.bit.is_none();
         (plain && self.base.is_none() && self.index.is_none()).then_some(self.displacement as u64)
@@ -218,7 +223,7 @@ impl Builder<'_> {
         assert_eq!(access, Access { ea: *ea, size, write }, "accesses are emitted as planned");
         let mut tag = if write { Tag::Write } else { Tag::Read };
         let (slot, low, high) = match role {
-            Role::Follower { slot } => {
+            Role::Follower { slot, added } => {
                 if self.settle_after {
                     self.settle();
                 }
@@ -226,7 +231,11 @@ impl Builder<'_> {
                     self.settle(); // it may fault
                 }
                 let register = self.delta_register(slot, keep_rdi);
-                return self.operand(register, ea, keep_rdi);
+                let rest = ea.without(added);
+                if added != Parts::default() && rest.base.is_none() && rest.index.is_none() {
+                    return Rm::Base(register, ea.displacement as i32);
+                }
+                return self.operand(register, &rest, keep_rdi);
             }
             Role::Leader { slot, low, high, upgrade } => {
                 if upgrade && !planted::is(Bug::ReadLeadsUnasked) {
@@ -361,7 +370,7 @@ impl Builder<'_> {
     /// `slot` too. Leaves flags alone.
     fn through_window(&mut self, ea: &Ea, slot: Option<u8>, keep_rdi: bool, region: Option<u8>) -> Rm {
         let short = i64::from(ea.displacement as i32) == ea.displacement;
-        let plain = ea.index.is_none() || planted::is(Bug::IndexUnchecked);
+        let plain = ea.index.is_none() || (ea.base.is_some() && planted::is(Bug::IndexUnchecked));
         let simple = plain && !ea.narrow && short;
         self.deltas = [None; 2];
         if let Some(address) = ea.constant() {

@@ -12,9 +12,10 @@
 //! without any then.
 
 use super::access::Ea;
-use super::block::Insn;
+use super::block::{Insn, host_register};
 use super::planted::{self, Bug};
 use crate::cpu::DELTAS;
+use anyvisor_x86::bits::gpr;
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
 /// The widest range of a group, in bytes: a wider one leaves its page more often.
@@ -30,8 +31,15 @@ pub enum Role {
     /// Probes for `low..high` around its address and keeps the delta in `slot`.
     /// With `upgrade` it is a read that leads writes.
     Leader { slot: u8, low: i32, high: i32, upgrade: bool },
-    /// Uses the delta in `slot`.
-    Follower { slot: u8 },
+    /// Uses the delta in `slot`, which `added` have been added to.
+    Follower { slot: u8, added: Parts },
+}
+
+/// Registers of an address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Parts {
+    pub base: bool,
+    pub index: bool,
 }
 
 /// The regions of what registers held.
@@ -63,6 +71,13 @@ struct Value {
     offset: i64,
 }
 
+impl Value {
+    /// Of a register at the block's start.
+    fn at_start(register: u8) -> Value {
+        Value { origin: u32::from(register), offset: 0 }
+    }
+}
+
 /// The part of an address that groups share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
@@ -81,10 +96,12 @@ struct Group {
     /// The number of the first access, and its offset.
     first: (usize, i64),
     members: usize,
+    /// What every access names by a register that holds what it held at the block's start.
+    unmoved: Parts,
     /// Of its delta, where it has one.
     slot: Option<u8>,
-    /// The delta is there before the first access.
-    hoisted: bool,
+    /// The delta is there before the first access, and this is added to it.
+    hoisted: Option<Parts>,
 }
 
 /// The memory that coalescers use in turn.
@@ -118,7 +135,7 @@ impl Coalescer<'_> {
             mix: mix || windowed,
             windowed,
             bits,
-            values: std::array::from_fn(|i| Value { origin: i as u32, offset: 0 }),
+            values: std::array::from_fn(|i| Value::at_start(i as u8)),
             next: 16,
             segments: 0,
         }
@@ -145,9 +162,13 @@ impl Coalescer<'_> {
         let fits = |g: &Group| {
             g.origin == origin && (g.write || !access.write || mix) && g.high.max(end) - g.low.min(offset) <= range
         };
+        let unmoved = |register: Option<u8>| register.is_some_and(|r| self.values[usize::from(r)] == Value::at_start(r));
+        let unmoved = Parts { base: unmoved(access.ea.base), index: unmoved(access.ea.index) };
         let groups = &mut self.found.groups;
         if let Some(i) = groups.iter().rposition(fits) {
             let group = &mut groups[i];
+            group.unmoved.base &= unmoved.base;
+            group.unmoved.index &= unmoved.index;
             group.write |= access.write;
             group.low = group.low.min(offset);
             group.high = group.high.max(end);
@@ -155,9 +176,9 @@ impl Coalescer<'_> {
             return Some(i as u16);
         }
         let write = access.write;
-        let (first, members, slot, hoisted) = ((number, offset), 1, None, false);
+        let (first, members, slot, hoisted) = ((number, offset), 1, None, None);
         let (low, high) = (offset, end);
-        groups.push(Group { origin, write, led_by_write: write, low, high, first, members, slot, hoisted });
+        groups.push(Group { origin, write, led_by_write: write, low, high, first, members, unmoved, slot, hoisted });
         Some(groups.len() as u16 - 1)
     }
 
@@ -297,12 +318,12 @@ impl Coalescer<'_> {
                 break;
             }
             let group = &self.found.groups[i];
-            let mut hoisted = false;
+            let mut hoisted = None;
             if plan.hoists.len() < MAX_HOISTS
                 && let Some(hoist) = self.hoist(group, slot, &mut plan.limit)
             {
                 plan.hoists.push(hoist);
-                hoisted = true;
+                hoisted = Some(hoist.added);
             } else if group.members == 1 {
                 continue;
             }
@@ -334,7 +355,7 @@ impl Coalescer<'_> {
             Origin::Page(page) => {
                 let displacement = (page << 12) as i64 + group.low;
                 let ea = Ea { displacement, ..ea };
-                return Some(Hoist { slot, ea, size, write: group.write, budget: None });
+                return Some(Hoist { slot, ea, size, write: group.write, added: Parts::default(), budget: None });
             }
             Origin::Registers { base, index } => (base, index),
             Origin::Segment { .. } => return None,
@@ -351,21 +372,21 @@ impl Coalescer<'_> {
         let number = |register: u32| register as u8;
         let (index, scale) = index.map_or((None, 0), |(index, scale)| (Some(number(index)), scale));
         let ea = Ea { base: base.map(number), index, scale, ..ea };
+        // The stack pointer in its host register may be behind.
+        let stays = |register: Option<u8>| register.is_some_and(|r| r != gpr::RSP as u8 && self.stride(u32::from(r)) == Some(0));
+        let one_step = scale == 0 || index.is_some_and(|index| host_register(usize::from(index)).is_some());
+        let added =
+            Parts { base: group.unmoved.base && stays(ea.base), index: group.unmoved.index && stays(index) && one_step };
+        let hoist = Hoist { slot, ea, size, write: group.write, added, budget: None };
         if stride == 0 {
             // Nothing moves, or two registers cancel each other out.
-            return Some(Hoist { slot, ea, size, write: group.write, budget: None });
+            return Some(hoist);
+        }
+        if self.windowed {
+            // Every iteration makes the access: it meets the guard before it is anywhere else.
+            return (stride.unsigned_abs() <= WINDOW_RANGE as u64).then_some(hoist);
         }
         let by = limit.or(counter)?;
-        if self.windowed {
-            let most = stride.unsigned_abs().max(by.stride.unsigned_abs());
-            let iterations = WINDOW_RANGE as u64 / most;
-            if iterations < MIN_ITERATIONS {
-                return None;
-            }
-            *limit = Some(by);
-            let budget = Some(Budget::Window((iterations * by.stride.unsigned_abs()) as i32));
-            return Some(Hoist { slot, ea, size, write: group.write, budget });
-        }
         // Bytes are counted in units of the register, exactly.
         let exact = (MIN_RATIO..=MAX_RATIO)
             .find(|&ratio| by.stride == shift(stride, ratio) && shift(by.stride, -ratio) == stride);
@@ -374,7 +395,7 @@ impl Coalescer<'_> {
         }
         let ratio = exact?;
         *limit = Some(by);
-        Some(Hoist { slot, ea, size, write: group.write, budget: Some(Budget::Page(ratio)) })
+        Some(Hoist { budget: Some(ratio), ..hoist })
     }
 }
 
@@ -393,8 +414,8 @@ impl Group {
     fn role(&self, number: usize) -> Role {
         let Some(slot) = self.slot else { return Role::Single };
         let (leader, at) = self.first;
-        if self.hoisted || number != leader {
-            return Role::Follower { slot };
+        if self.hoisted.is_some() || number != leader {
+            return Role::Follower { slot, added: self.hoisted.unwrap_or_default() };
         }
         // A constant address's page is known: its own bytes are all there is to check.
         let (low, high) = match self.origin {
@@ -416,8 +437,6 @@ const MAX_HOISTS: usize = 6;
 /// Bytes by which an iteration may move a group that is checked before the loop: further, and the check
 /// comes too often to pay.
 const MAX_STRIDE: u64 = 128;
-/// Iterations after which a check pays.
-const MIN_ITERATIONS: u64 = 1000;
 /// Powers of two between a counting register's steps and an address's.
 const MIN_RATIO: i8 = -7;
 const MAX_RATIO: i8 = 7;
@@ -431,17 +450,10 @@ pub struct Hoist {
     /// Bytes from there.
     pub size: i32,
     pub write: bool,
-    /// For a group that moves: how far the counting register may go.
-    pub budget: Option<Budget>,
-}
-
-/// How far a counting register may go until a group that moves with it is checked again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Budget {
-    /// 2^this times as far as the group to its page's end.
-    Page(i8),
-    /// This far: the group stays in its window's guard.
-    Window(i32),
+    /// What the loop leaves alone of its accesses' addresses, to be added to the delta.
+    pub added: Parts,
+    /// For a group that moves and is probed for: the counting register may go 2^this times as far as the group to its page's end.
+    pub budget: Option<i8>,
 }
 
 /// The register that tells how far a loop has come.
@@ -456,6 +468,6 @@ pub struct Limit {
 #[derive(Debug)]
 pub struct LoopPlan {
     pub hoists: Vec<Hoist>,
-    /// There if any of `hoists` moves.
+    /// There if any of `hoists` has a budget.
     pub limit: Option<Limit>,
 }

@@ -3,7 +3,8 @@
 //! A block that jumps back to its own start is a loop. Accesses whose addresses stay, or move by the same
 //! few bytes in every iteration, are checked before it: all their pages at once, with how far each may go to
 //! its page's end. One register that moves with them tells when the nearest end is reached; then they are
-//! checked again.
+//! checked again. In windows ([`crate::windows`]) there is no end: what moves on and on meets the guard.
+//! Registers of an address that the loop leaves alone are added to its delta once.
 //!
 //! ```text
 //! start: check every group ──── one is not in the TLB, or about to leave its page ──┐
@@ -26,7 +27,7 @@
 use super::assembler::*;
 use super::block::*;
 use super::classify::Kind;
-use super::coalesce::{Budget, Coalescer, Hoist, Limit, LoopPlan, Role};
+use super::coalesce::{Coalescer, Hoist, Limit, LoopPlan, Role};
 use super::planted::{self, Bug};
 use crate::cpu::{DELTAS, TlbEntry};
 use std::mem::offset_of;
@@ -118,15 +119,12 @@ impl Builder<'_> {
 
     /// Checks one group, keeps its delta, and lowers the limit to where it leaves its page.
     fn check(&mut self, hoist: &Hoist, limit: Option<&Limit>, first: &mut bool, to_plain: &mut Vec<Hole>) {
-        let up = limit.is_some_and(|limit| limit.stride > 0);
         if self.source.windowed {
             // Its window is all there is to find; its pages are the host's business.
             self.effective_address(&hoist.ea);
             self.region_delta(RSI, RSI);
-            self.keep_delta(hoist.slot, RSI);
-            let Some(Budget::Window(budget)) = hoist.budget else { return };
-            self.a.mov_imm(RSI, if up { i64::from(budget) } else { -i64::from(budget) } as u64);
-            return self.lower_limit(limit.expect("something moves"), first, to_plain);
+            self.add_parts(RSI, hoist);
+            return self.keep_delta(hoist.slot, RSI);
         }
         let tag = if hoist.write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) } as i32;
         let table = self.table();
@@ -135,8 +133,10 @@ impl Builder<'_> {
         self.a.alu_imm(Alu::Cmp, true, Rm::Reg(RSI), 4096 - hoist.size);
         to_plain.push(self.a.jcc(cc::A));
         self.a.load(RDI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, delta) as i32));
+        self.add_parts(RDI, hoist);
         self.keep_delta(hoist.slot, RDI);
-        let (Some(Budget::Page(ratio)), Some(limit)) = (hoist.budget, limit) else { return };
+        let (Some(ratio), Some(limit)) = (hoist.budget, limit) else { return };
+        let up = limit.stride > 0;
         // Bytes left in the direction of the loop, in units of the counting register.
         if up || planted::is(Bug::BudgetOfWrongSide) {
             self.a.alu_imm(Alu::Sub, true, Rm::Reg(RSI), 4096 - hoist.size);
@@ -151,6 +151,21 @@ impl Builder<'_> {
             self.a.neg64(RSI);
         }
         self.lower_limit(limit, first, to_plain);
+    }
+
+    /// Adds what the loop leaves alone of its accesses' addresses to the delta in `register`.
+    fn add_parts(&mut self, register: u8, hoist: &Hoist) {
+        let place = |number: u8| host_register(usize::from(number)).map_or(slot(usize::from(number)), Rm::Reg);
+        if let Some(base) = hoist.ea.base.filter(|_| hoist.added.base) {
+            self.a.alu(Alu::Add, register, place(base));
+        }
+        match hoist.ea.index.filter(|_| hoist.added.index).map(place) {
+            Some(Rm::Reg(index)) => {
+                self.a.lea(register, Rm::Indexed { base: register, index, scale: hoist.ea.scale, displacement: 0 });
+            }
+            Some(index) => self.a.alu(Alu::Add, register, index),
+            None => {}
+        }
     }
 
     /// The counting register may go on by what is in RSI.
