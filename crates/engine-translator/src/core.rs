@@ -141,7 +141,7 @@ unsafe impl Sync for VcpuShared {}
 impl VcpuShared {
     /// Makes a vCPU block and the owner's handle to it.
     pub fn new(id: u32) -> (Arc<VcpuShared>, CpuBox) {
-        let cpu = NonNull::from(Box::leak(Cpu::new()));
+        let cpu = Cpu::allocate();
         let shared = Arc::new(VcpuShared {
             id,
             cpu,
@@ -309,8 +309,8 @@ impl VcpuShared {
 
 impl Drop for VcpuShared {
     fn drop(&mut self) {
-        // SAFETY: the block came from Box::leak in `new`, and the last handle is gone.
-        drop(unsafe { Box::from_raw(self.cpu.as_ptr()) });
+        // SAFETY: the block came from `allocate` in `new`, and the last handle is gone.
+        unsafe { Cpu::free(self.cpu) };
     }
 }
 

@@ -9,6 +9,7 @@ use crate::windows::REGIONS;
 use anyvisor_x86::bits::{cr0, cr4, efer, rflags};
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{DescriptorTable, Segment};
+use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 
 /// log2 of the entries in each TLB.
@@ -245,8 +246,6 @@ pub struct Cpu {
     pub micro_filled: u32,
     /// Fills of `micro` until one is looked into.
     pub micro_budget: i32,
-    /// What hot code adds to user addresses, by bits 46:39; see `windows`.
-    pub regions: [u64; REGIONS],
     /// Accesses to other regions than thought, until one is looked into.
     pub region_budget: i32,
     /// PAUSE instructions until the vCPU lets others run: 1 to [`PAUSES`].
@@ -305,7 +304,19 @@ pub struct Cpu {
     pub unlinked: u64,
     pub links: [u64; LINKS],
     pub tlb: [[TlbEntry; TLB_ENTRIES]; TLB_CONTEXTS],
+    /// What user code adds to its addresses, by their bits 63:39; see `windows`. The last that there is: [`BEYOND`].
+    pub regions: Regions,
 }
+
+/// Of the addresses that user code may have, and of as many that are not canonical: those lead where nothing is mapped, with any
+/// displacement.
+#[repr(C, align(4096))]
+pub struct Regions(pub [u64; 2 * REGIONS]);
+
+/// Bytes after the vCPU block that nobody can access: what bits 63:39 of an address may name there.
+pub const BEYOND: usize = (1 << 25) * size_of::<u64>();
+
+const _: () = assert!(std::mem::offset_of!(Cpu, regions) + size_of::<Regions>() == size_of::<Cpu>());
 
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(32))]
@@ -335,17 +346,19 @@ impl Mode {
 }
 
 impl Cpu {
-    pub fn new() -> Box<Cpu> {
-        // SAFETY: every field of Cpu is plain data (integers, bools, arrays of them, AtomicU32) for which
-        // all-zero bytes are a valid value, and the layout is that of Cpu. Built in place because the block
-        // is too large for the stack.
-        let mut cpu: Box<Cpu> = unsafe {
-            let layout = std::alloc::Layout::new::<Cpu>();
-            let raw = std::alloc::alloc_zeroed(layout).cast::<Cpu>();
-            if raw.is_null() {
-                std::alloc::handle_alloc_error(layout);
+    /// A new block, with [`BEYOND`] after it. [`Cpu::free`] takes it back.
+    pub fn allocate() -> NonNull<Cpu> {
+        let (length, flags) = (size_of::<Cpu>(), libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+        // SAFETY: a fresh anonymous mapping, and a change of protection inside it. Every field of Cpu is plain data
+        // (integers, bools, arrays of them, AtomicU32) for which all-zero bytes are a valid value, and pages are aligned as Cpu
+        // is.
+        let cpu = unsafe {
+            let raw = libc::mmap(std::ptr::null_mut(), length + BEYOND, libc::PROT_NONE, flags, -1, 0);
+            let rights = libc::PROT_READ | libc::PROT_WRITE;
+            if raw == libc::MAP_FAILED || libc::mprotect(raw, length, rights) != 0 {
+                std::alloc::handle_alloc_error(std::alloc::Layout::new::<Cpu>());
             }
-            Box::from_raw(raw)
+            &mut *raw.cast::<Cpu>()
         };
         for tlb in &mut cpu.tlb {
             for (i, entry) in tlb.iter_mut().enumerate() {
@@ -360,7 +373,19 @@ impl Cpu {
         cpu.micro = [MicroEntry::empty(cpu.micro_nowhere, 0); MICRO_ENTRIES];
         cpu.mxcsr = 0x1f80;
         cpu.pauses = PAUSES;
-        cpu
+        NonNull::from(cpu)
+    }
+
+    /// # Safety
+    /// `cpu` must be from [`Cpu::allocate`], and never be used again.
+    pub unsafe fn free(cpu: NonNull<Cpu>) {
+        // SAFETY: the whole mapping, by the contract. Nothing in the block needs dropping.
+        unsafe { libc::munmap(cpu.as_ptr().cast(), size_of::<Cpu>() + BEYOND) };
+    }
+
+    /// Whether a host address is in [`BEYOND`] this block.
+    pub fn is_beyond(&self, address: u64) -> bool {
+        address.wrapping_sub(std::ptr::from_ref(self) as u64 + size_of::<Cpu>() as u64) < BEYOND as u64
     }
 
     /// Empties the micro-TLB: a right or a translation has been taken away.

@@ -348,8 +348,8 @@ impl Windows {
             if let Some(reservation) = &self.reservation {
                 self.free = (1..reservation.windows).rev().collect();
                 self.room = self.room.min(MAX_PIECES / vcpus);
-                for region in 0..REGIONS {
-                    cpu.regions[region] = delta(reservation, region as u8, 0);
+                for (region, delta) in cpu.regions.0.iter_mut().enumerate() {
+                    *delta = reservation.window(0).wrapping_sub((region as u64) << REGION_BITS);
                 }
             }
         }
@@ -446,7 +446,7 @@ impl Windows {
         let Some(reservation) = &self.reservation else { return };
         let Some(mut space) = self.current.take() else { return };
         for &(region, _) in &space.regions {
-            cpu.regions[usize::from(region)] = delta(reservation, region, 0);
+            cpu.regions.0[usize::from(region)] = delta(reservation, region, 0);
         }
         space.pcid = from;
         self.kept.push(space);
@@ -458,7 +458,7 @@ impl Windows {
         if let Some(at) = self.kept.iter().position(|space| space.pcid == pcid) {
             let space = self.kept.remove(at);
             for &(region, window) in &space.regions {
-                cpu.regions[usize::from(region)] = delta(reservation, region, window);
+                cpu.regions.0[usize::from(region)] = delta(reservation, region, window);
             }
             cpu.stale_windows |= u32::from(space.doubtful);
             self.current = Some(space);
@@ -537,7 +537,7 @@ impl Windows {
         let (Some(window), Some(reservation)) = (self.free.pop(), &self.reservation) else { return false };
         let space = self.current.get_or_insert_default();
         space.regions.push((region, window));
-        cpu.regions[usize::from(region)] = delta(reservation, region, window);
+        cpu.regions.0[usize::from(region)] = delta(reservation, region, window);
         true
     }
 }

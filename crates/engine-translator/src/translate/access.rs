@@ -251,7 +251,7 @@ impl Builder<'_> {
             if flags {
                 self.settle();
             }
-            return self.through_window(ea, slot, keep_rdi, region.filter(|_| !flags));
+            return self.through_window(ea, slot, keep_rdi, region, flags);
         }
         let table = self.table();
         let constant = short_constant(ea, size);
@@ -331,17 +331,25 @@ impl Builder<'_> {
         }
     }
 
-    /// Puts the delta of the region that the address in `from` is in into scratch register `to`. Leaves flags alone.
-    pub(super) fn region_delta(&mut self, to: u8, from: u8) {
-        self.a.rorx(to, from, REGION_BITS as u8);
-        self.a.movzx8(to);
+    /// Puts the delta of the region that the address in `from` is in into scratch register `to`. Leaves flags alone if they are
+    /// alive. If not, addresses that nobody has fault here already, beyond the table, and those that somebody has come sooner.
+    pub(super) fn region_delta(&mut self, to: u8, from: u8, flags: bool) {
+        if flags {
+            self.a.rorx(to, from, REGION_BITS as u8);
+            self.a.movzx8(to);
+        } else {
+            if to != from {
+                self.a.mov(to, from);
+            }
+            self.a.shr64(to, REGION_BITS as u8);
+        }
         self.a.load(to, Rm::GsScaled { index: to, scale: 3, displacement: offset_of!(Cpu, regions) as i32 });
     }
 
-    /// The same; if the region is likely to be `region`, without anybody having to wait for the address. Then it destroys
-    /// flags. The other scratch register stays as it is.
-    fn likely_delta(&mut self, to: u8, from: u8, region: Option<u8>) {
-        let Some(region) = region else { return self.region_delta(to, from) };
+    /// The same; if the region is likely to be `region`, without anybody having to wait for the address. The other scratch register
+    /// stays as it is.
+    fn likely_delta(&mut self, to: u8, from: u8, region: Option<u8>, flags: bool) {
+        let Some(region) = region.filter(|_| !flags) else { return self.region_delta(to, from, flags) };
         self.a.rorx(to, from, REGION_BITS as u8);
         if planted::is(Bug::RegionUnchecked) {
             return self.a.load(to, region_place(region));
@@ -367,8 +375,15 @@ impl Builder<'_> {
     }
 
     /// The operand at `ea` where the guest's own mapping is, whose faults are the host's. Its region's delta is that of
-    /// `slot` too. Leaves flags alone.
-    fn through_window(&mut self, ea: &Ea, slot: Option<u8>, keep_rdi: bool, region: Option<u8>) -> Rm {
+    /// `slot` too. Leaves flags alone if they are alive.
+    fn through_window(
+        &mut self,
+        ea: &Ea,
+        slot: Option<u8>,
+        keep_rdi: bool,
+        region: Option<u8>,
+        flags: bool,
+    ) -> Rm {
         let short = i64::from(ea.displacement as i32) == ea.displacement;
         let plain = ea.index.is_none() || (ea.base.is_some() && planted::is(Bug::IndexUnchecked));
         let simple = plain && !ea.narrow && short;
@@ -386,14 +401,14 @@ impl Builder<'_> {
                 (None, Some(base)) => self.guest_register(base, RSI),
                 (None, None) => unreachable!("not a constant"),
             };
-            self.likely_delta(RSI, base, region);
+            self.likely_delta(RSI, base, region, flags);
         } else {
             self.effective_address(ea);
             if let Some(segment) = ea.segment {
                 self.a.load(RDI, segment_base(segment));
                 self.a.lea(RSI, Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 });
             }
-            self.likely_delta(RDI, RSI, region);
+            self.likely_delta(RDI, RSI, region, flags);
             if let Some(slot) = slot {
                 self.a.store(delta(slot), RDI);
                 self.places[usize::from(slot)] = None;

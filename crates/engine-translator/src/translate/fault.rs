@@ -141,7 +141,8 @@ pub unsafe fn on_signal(context: *mut libc::c_void) -> bool {
             return true;
         }
     }
-    if is_page_fault && !in_window && address >> 47 == 0 && (address as i64).unsigned_abs() >= EMPTY_ENTRY {
+    let expected = in_window || core.cpu.is_beyond(address) || (address as i64).unsigned_abs() < EMPTY_ENTRY;
+    if is_page_fault && !expected && address >> 47 == 0 {
         PAGE_FAULTS.fetch_add(1, Ordering::Relaxed);
     }
     // SAFETY: the block of the vCPU that runs on this thread; it is in translated code, so no Rust code

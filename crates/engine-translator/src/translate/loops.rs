@@ -122,7 +122,8 @@ impl Builder<'_> {
         if self.source.windowed {
             // Its window is all there is to find; its pages are the host's business.
             self.effective_address(&hoist.ea);
-            self.region_delta(RSI, RSI);
+            // An access that is never made may not fault.
+            self.region_delta(RSI, RSI, true);
             self.add_parts(RSI, hoist);
             return self.keep_delta(hoist.slot, RSI);
         }
