@@ -60,6 +60,9 @@ pub enum Fill {
     Misfit,
 }
 
+/// Pages of [`Mmu::jump_pages`] until it is emptied.
+const MAX_JUMP_PAGES: usize = 16384;
+
 /// Bookkeeping behind the TLB arrays.
 pub struct Mmu {
     /// Guest-physical page addresses of TLB entries, bit 0: global.
@@ -73,9 +76,9 @@ pub struct Mmu {
     last_large: u64,
     /// Pages lately fetched from, by linear page number.
     code_pages: Box<[CodePage; CODE_PAGES]>,
-    /// Linear pages that entries of the jump cache may be in, as a filter by hash.
-    /// The upper half of the address space, where kernels are, apart from the lower.
-    jump_filter: Box<[[u64; 64]; 2]>,
+    /// Linear pages whose mapping entries of the jump caches, links and the return stack rely on, and some that they did: the upper
+    /// half of the address space, where kernels are, apart from the lower. With [`MAX_JUMP_PAGES`] it may be any page.
+    jump_pages: [AddressSet<u64>; 2],
     jump_journal: [Vec<u16>; JUMP_CONTEXTS],
     /// Links whose targets are known, by the context of those.
     link_journal: [Vec<u32>; JUMP_CONTEXTS],
@@ -99,7 +102,7 @@ impl Mmu {
             large: AddressSet::default(),
             last_large: u64::MAX,
             code_pages: Box::new([CodePage::EMPTY; CODE_PAGES]),
-            jump_filter: Box::new([[0; 64]; 2]),
+            jump_pages: Default::default(),
             jump_journal: Default::default(),
             link_journal: Default::default(),
             kernel_code_local: false,
@@ -132,11 +135,6 @@ impl CodePage {
 
 fn code_page_index(gva: u64) -> usize {
     (gva >> 12) as usize % CODE_PAGES
-}
-
-/// Bit of the jump filter.
-fn jump_hash(gva: u64) -> usize {
-    ((gva >> 12) ^ (gva >> 24)) as usize & 0xfff
 }
 
 fn drop_entry(cpu: &mut Cpu, context: usize, index: usize) {
@@ -446,8 +444,11 @@ impl Core {
 
     /// Notes that translated code relies on the mapping of `gva`.
     pub fn note_code(&mut self, gva: u64) {
-        let (half, hash) = (self.half(gva), jump_hash(gva));
-        self.mmu.jump_filter[half][hash / 64] |= 1 << (hash % 64);
+        let half = self.half(gva);
+        let pages = &mut self.mmu.jump_pages[half];
+        if pages.len() < MAX_JUMP_PAGES {
+            pages.insert(gva >> 12);
+        }
         self.mmu.kernel_code_low |= half == 0 && self.cpu.cpl != 3;
     }
 
@@ -462,8 +463,8 @@ impl Core {
     }
 
     fn jumps_may_be_in(&self, gva: u64) -> bool {
-        let hash = jump_hash(gva);
-        self.mmu.jump_filter[self.half(gva)][hash / 64] & (1 << (hash % 64)) != 0
+        let pages = &self.mmu.jump_pages[self.half(gva)];
+        pages.len() >= MAX_JUMP_PAGES || pages.contains(&(gva >> 12))
     }
 
     /// Which part of the address space `gva` is in: 1 is where kernels are. Outside long mode that is its top
@@ -479,7 +480,7 @@ impl Core {
         for context in 0..JUMP_CONTEXTS {
             self.flush_jump_context(context);
         }
-        *self.mmu.jump_filter = [[0; 64]; 2];
+        self.mmu.jump_pages.iter_mut().for_each(AddressSet::clear);
         self.mmu.kernel_code_local = false;
         self.mmu.kernel_code_low = false;
         self.cpu.code_generation[0] = self.cpu.code_generation[0].wrapping_add(1);
@@ -491,7 +492,7 @@ impl Core {
         self.mmu.spaces.forget_jumps();
         self.flush_jump_context(JumpContext::User as usize);
         self.flush_jump_context(JumpContext::User32 as usize);
-        self.mmu.jump_filter[0] = [0; 64];
+        self.mmu.jump_pages[0].clear();
         self.forget_code_pages();
     }
 
