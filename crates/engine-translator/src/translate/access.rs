@@ -157,6 +157,13 @@ pub struct Elsewhere {
     back: usize,
     /// Offset of the instruction.
     at: u16,
+    /// See [`Builder::likely_delta`].
+    learn: bool,
+}
+
+/// The delta of the region that a register holds the number of.
+fn region_at(register: u8) -> Rm {
+    Rm::GsScaled { index: register, scale: 3, displacement: offset_of!(Cpu, regions) as i32 }
 }
 
 pub(super) fn region_place(region: u8) -> Rm {
@@ -343,13 +350,20 @@ impl Builder<'_> {
             }
             self.a.shr64(to, REGION_BITS as u8);
         }
-        self.a.load(to, Rm::GsScaled { index: to, scale: 3, displacement: offset_of!(Cpu, regions) as i32 });
+        self.a.load(to, region_at(to));
     }
 
     /// The same; if the region is likely to be `region`, without anybody having to wait for the address. The other scratch register
     /// stays as it is.
-    fn likely_delta(&mut self, to: u8, from: u8, region: Option<u8>, flags: bool) {
-        let Some(region) = region.filter(|_| !flags) else { return self.region_delta(to, from, flags) };
+    fn delta_of(&mut self, to: u8, from: u8, region: Option<u8>, flags: bool) {
+        match region.filter(|_| !flags) {
+            Some(region) => self.likely_delta(to, from, region, true),
+            None => self.region_delta(to, from, flags),
+        }
+    }
+
+    /// The same where it is likely to be `region`. Destroys flags. With `learn`, accesses elsewhere are looked into.
+    pub(super) fn likely_delta(&mut self, to: u8, from: u8, region: u8, learn: bool) {
         self.a.rorx(to, from, REGION_BITS as u8);
         if planted::is(Bug::RegionUnchecked) {
             return self.a.load(to, region_place(region));
@@ -357,7 +371,7 @@ impl Builder<'_> {
         self.a.bytes(&[0x40, 0x80, 0xf8 | to, region]); // cmp sil or dil, region
         let hole = self.a.jcc(cc::NE);
         self.a.load(to, region_place(region));
-        self.elsewhere.push(Elsewhere { hole, to, back: self.a.position(), at: self.at });
+        self.elsewhere.push(Elsewhere { hole, to, back: self.a.position(), at: self.at, learn });
     }
 
     /// The out-of-line parts of accesses to likely regions.
@@ -366,8 +380,13 @@ impl Builder<'_> {
         for access in elsewhere.drain(..) {
             self.a.bind(access.hole);
             self.map.push((self.a.position() as u32, access.at));
-            let call = self.a.call();
-            self.thunk_calls.push((call.at as u32, Thunk::Elsewhere { to: access.to }));
+            if access.learn {
+                let call = self.a.call();
+                self.thunk_calls.push((call.at as u32, Thunk::Elsewhere { to: access.to }));
+            } else {
+                self.a.movzx8(access.to);
+                self.a.load(access.to, region_at(access.to));
+            }
             let back = self.a.jmp();
             self.a.bind_to(back, access.back);
         }
@@ -401,14 +420,14 @@ impl Builder<'_> {
                 (None, Some(base)) => self.guest_register(base, RSI),
                 (None, None) => unreachable!("not a constant"),
             };
-            self.likely_delta(RSI, base, region, flags);
+            self.delta_of(RSI, base, region, flags);
         } else {
             self.effective_address(ea);
             if let Some(segment) = ea.segment {
                 self.a.load(RDI, segment_base(segment));
                 self.a.lea(RSI, Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 });
             }
-            self.likely_delta(RDI, RSI, region, flags);
+            self.delta_of(RDI, RSI, region, flags);
             if let Some(slot) = slot {
                 self.a.store(delta(slot), RDI);
                 self.places[usize::from(slot)] = None;
@@ -551,6 +570,11 @@ impl Builder<'_> {
     pub(super) fn probe_index(&mut self, ea: &Ea) {
         self.effective_address(ea);
         self.entry_offset(ea);
+    }
+
+    /// Loads the delta that [`Self::keep_delta`] has kept.
+    pub(super) fn load_delta(&mut self, register: u8, slot: u8) {
+        self.a.load(register, delta(slot));
     }
 
     /// Keeps the delta in `register` for the followers of `slot`.

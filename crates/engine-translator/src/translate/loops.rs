@@ -81,12 +81,20 @@ impl Builder<'_> {
     pub(super) fn fast_loop(&mut self, body: &[Insn], plan: &LoopPlan) {
         let mut to_plain = Vec::new();
         self.map.push((0, 0));
+        // The delta that the first access wants is where that wants it.
+        let kept = match self.planned.first() {
+            Some(&Planned { role: Role::Follower { slot, .. }, .. }) if self.source.windowed => Some(slot),
+            _ => None,
+        };
+        let (last, others): (Vec<_>, Vec<_>) = plan.hoists.iter().partition(|hoist| Some(hoist.slot) == kept);
         let mut first = true;
-        for hoist in &plan.hoists {
+        for hoist in others.into_iter().chain(last.iter().copied()) {
             self.check(hoist, plan.limit.as_ref(), &mut first, &mut to_plain);
         }
+        let kept = kept.filter(|_| !last.is_empty());
+        self.deltas[0] = kept;
         let fast = self.a.position();
-        self.iteration(body, plan.limit.as_ref(), fast);
+        self.iteration(body, plan.limit.as_ref(), fast, kept);
         self.fast = Some((fast as u32, self.a.position() as u32));
         // What follows is seldom run.
         self.micro.end = self.micro.start;
@@ -98,7 +106,8 @@ impl Builder<'_> {
         }
     }
 
-    fn iteration(&mut self, body: &[Insn], limit: Option<&Limit>, fast: usize) {
+    /// Emits the body once, and the jump back to it. `kept`: the delta that is in RSI at its start.
+    fn iteration(&mut self, body: &[Insn], limit: Option<&Limit>, fast: usize, kept: Option<u8>) {
         let (last, others) = body.split_last().expect("a loop has an instruction");
         for (i, insn) in others.iter().enumerate() {
             self.map.push((self.a.position() as u32, insn.offset));
@@ -113,6 +122,9 @@ impl Builder<'_> {
         self.adjust_stack(0);
         self.write_back_all();
         self.before_flags(last);
+        if let Some(slot) = kept.filter(|_| self.deltas[0] != kept) {
+            self.load_delta(RSI, slot);
+        }
         self.back_edge(last, limit, fast);
         self.forget_flags();
     }
@@ -122,8 +134,7 @@ impl Builder<'_> {
         if self.source.windowed {
             // Its window is all there is to find; its pages are the host's business.
             self.effective_address(&hoist.ea);
-            // An access that is never made may not fault.
-            self.region_delta(RSI, RSI, true);
+            self.likely_delta_ahead(hoist);
             self.add_parts(RSI, hoist);
             return self.keep_delta(hoist.slot, RSI);
         }
@@ -152,6 +163,16 @@ impl Builder<'_> {
             self.a.neg64(RSI);
         }
         self.lower_limit(limit, first, to_plain);
+    }
+
+    /// Puts the delta of the group whose address is in RSI there. Nothing of it is learned from and nothing faults: the accesses may
+    /// never be made.
+    fn likely_delta_ahead(&mut self, hoist: &Hoist) {
+        let own = |planned: &&Planned| matches!(planned.role, Role::Follower { slot, .. } if slot == hoist.slot);
+        match self.planned.iter().find(own).and_then(|planned| planned.region) {
+            Some(region) => self.likely_delta(RSI, RSI, region, false),
+            None => self.region_delta(RSI, RSI, true),
+        }
     }
 
     /// Adds what the loop leaves alone of its accesses' addresses to the delta in `register`.
