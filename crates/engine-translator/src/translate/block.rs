@@ -636,6 +636,12 @@ impl<'a> Builder<'a> {
                         break;
                     }
                 }
+                Kind::JumpDirect if self.follows(&instruction) && insns.len() < MAX_INSTRUCTIONS => {
+                    let target = instruction.near_branch_target();
+                    decoder.set_position((target - source.rip) as usize).expect("it is on the page");
+                    decoder.set_ip(target);
+                    insns.last_mut().expect("it was just put there").kind = Kind::Nop;
+                }
                 Kind::CallDirect
                 | Kind::CallIndirect
                 | Kind::Return
@@ -646,8 +652,20 @@ impl<'a> Builder<'a> {
                 _ => {}
             }
         }
+        if let Some(last) = insns.last_mut().filter(|last| last.instruction.is_jmp_short_or_near()) {
+            last.kind = Kind::JumpDirect;
+        }
         self.liveness(&mut insns);
         insns
+    }
+
+    /// Whether the block goes on where `jump` leads: further on in its page.
+    fn follows(&self, jump: &Instruction) -> bool {
+        let target = jump.near_branch_target();
+        jump.op0_kind() == OpKind::NearBranch64
+            && self.source.crossing.is_none()
+            && self.same_page(target)
+            && target > jump.ip()
     }
 
     fn liveness(&mut self, insns: &mut [Insn]) {
