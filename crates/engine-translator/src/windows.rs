@@ -6,14 +6,19 @@
 //! [`Cpu::regions`] and adds it; a host page fault in a window maps the page, or shows that the instruction needs the
 //! interpreter.
 //!
-//! Isolation: an address with other bits than 46:0 leaves the lower half of the address space whatever delta is
-//! added, and an address in a region leads to its window. Around each window there is nothing for [`GUARD`] bytes, so
-//! the delta found for an address is good for all within that distance. Regions without a window lead to one where
-//! nothing is ever mapped. All of it is reserved at once, and only this module maps anything there.
+//! Isolation: an address in a region leads to its window. One with other bits than 46:0 leads to the window where nothing is ever
+//! mapped, or faults beyond the table of deltas ([`crate::cpu::BEYOND`]); where only bits 46:39 are looked at, it leaves the lower
+//! half of the address space whatever delta is added. Around each window there is nothing for [`GUARD`] bytes, so the delta found
+//! for an address is good for all within that distance, and for those of a loop that come step by step: it meets the guard before
+//! it is anywhere else. Regions without a window lead to the one where nothing is mapped.
+//!
+//! Only this module maps anything there. The guards are reserved; windows are too, or are *bare*: they have no mappings but those
+//! of guest memory, so that the host has half as many to make, split and join. That takes a place where the host puts nothing by
+//! itself: below position-independent programs, if it looks for room from the stack down.
 //!
 //! Invariants:
-//! - What is mapped is true while user code runs: whatever drops entries of the user TLB drops it here too. A
-//!   page is writable only if a write to it needs no attention, as with the TLB's write tags.
+//! - What is mapped is true while user code runs: whatever drops entries of the user TLB drops it here too, or has it looked up
+//!   again before user code runs. A page is writable only if a write to it needs no attention, as with the TLB's write tags.
 //! - While translated code runs, the deltas of the current address space do not change but from none to one: a
 //!   block may hold one.
 //! - Only windows of the current address space are in [`Cpu::regions`].
@@ -47,9 +52,9 @@ const LOW: Range<u64> = 1 << 40..85 << 40;
 const LOW_STEP: usize = 1 << 40;
 /// Bytes that there must be above.
 const ROOM_FOR_OTHERS: usize = 1 << 40;
-/// Pieces that a VM's vCPUs map at most. Each may take two of the host's mappings, of which a process has 65,530 by default
-/// (Linux `vm.max_map_count`).
-const MAX_PIECES: usize = 20_000;
+/// Mappings of the host that a VM's vCPUs may take, of the 65,530 that a process has by default (Linux `vm.max_map_count`). A
+/// piece takes one, and where windows are not bare another one for what is left between it and the next.
+const MAX_MAPPINGS: usize = 40_000;
 /// TSC ticks in which a program must not take all pieces twice: mapping costs more than probes then.
 const SOON: u64 = 2_000_000_000;
 /// After so many page mappings somebody looks how fast they came ...
@@ -323,7 +328,7 @@ impl Default for Windows {
             fills: 0,
             looked: 0,
             complaint: None,
-            room: MAX_PIECES,
+            room: MAX_MAPPINGS,
             last_full: 0,
             thrashes: false,
             stale: Vec::new(),
@@ -347,7 +352,7 @@ impl Windows {
             }
             if let Some(reservation) = &self.reservation {
                 self.free = (1..reservation.windows).rev().collect();
-                self.room = self.room.min(MAX_PIECES / vcpus);
+                self.room = self.room.min(MAX_MAPPINGS / if reservation.bare { 1 } else { 2 } / vcpus);
                 for (region, delta) in cpu.regions.0.iter_mut().enumerate() {
                     *delta = reservation.window(0).wrapping_sub((region as u64) << REGION_BITS);
                 }
@@ -728,7 +733,8 @@ impl Core {
         if began.wrapping_sub(self.windows.reviewed) < REVIEW_PAUSE * self.windows.review_ticks {
             self.windows.clear_space(&mut space);
         } else {
-            let gone: Vec<u64> = space.pages.iter().filter(|&page| !self.is_still(page)).map(|(&page, _)| page).collect();
+            let gone: Vec<u64> =
+                space.pages.iter().filter(|&page| !self.is_still(page)).map(|(&page, _)| page).collect();
             if gone.len() > space.pages.len() / 2 {
                 self.windows.clear_space(&mut space);
             }

@@ -395,14 +395,7 @@ impl Builder<'_> {
 
     /// The operand at `ea` where the guest's own mapping is, whose faults are the host's. Its region's delta is that of
     /// `slot` too. Leaves flags alone if they are alive.
-    fn through_window(
-        &mut self,
-        ea: &Ea,
-        slot: Option<u8>,
-        keep_rdi: bool,
-        region: Option<u8>,
-        flags: bool,
-    ) -> Rm {
+    fn through_window(&mut self, ea: &Ea, slot: Option<u8>, keep_rdi: bool, region: Option<u8>, flags: bool) -> Rm {
         let short = i64::from(ea.displacement as i32) == ea.displacement;
         let plain = ea.index.is_none() || (ea.base.is_some() && planted::is(Bug::IndexUnchecked));
         let simple = plain && !ea.narrow && short;

@@ -19,6 +19,7 @@ use super::coalesce::{Access, Coalescer, Groups, Regions, Role};
 use super::control::FarJump;
 use super::encoding::{Fields, Layout};
 use super::flags::Redo;
+use super::planted::{self, Bug};
 use super::rename::{Held, Plan};
 use super::sensitive::{OddBase, OddSyscall};
 use crate::cpu::{Cpu, DELTAS, JumpContext, Tag};
@@ -678,6 +679,9 @@ impl<'a> Builder<'a> {
             match insn.kind {
                 Kind::JumpIf | Kind::LoopJump => live |= self.live_at(insn.instruction.near_branch_target()),
                 Kind::JumpDirect | Kind::CallDirect => live = self.live_at(insn.instruction.near_branch_target()),
+                Kind::Nop if planted::is(Bug::FollowedJumpKillsFlags) && insn.instruction.is_jmp_short_or_near() => {
+                    live = 0
+                }
                 _ => {}
             }
             insn.live_out = live;

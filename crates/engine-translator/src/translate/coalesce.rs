@@ -162,7 +162,8 @@ impl Coalescer<'_> {
         let fits = |g: &Group| {
             g.origin == origin && (g.write || !access.write || mix) && g.high.max(end) - g.low.min(offset) <= range
         };
-        let unmoved = |register: Option<u8>| register.is_some_and(|r| self.values[usize::from(r)] == Value::at_start(r));
+        let unmoved =
+            |register: Option<u8>| register.is_some_and(|r| self.values[usize::from(r)] == Value::at_start(r));
         let unmoved = Parts { base: unmoved(access.ea.base), index: unmoved(access.ea.index) };
         let groups = &mut self.found.groups;
         if let Some(i) = groups.iter().rposition(fits) {
@@ -373,10 +374,15 @@ impl Coalescer<'_> {
         let (index, scale) = index.map_or((None, 0), |(index, scale)| (Some(number(index)), scale));
         let ea = Ea { base: base.map(number), index, scale, ..ea };
         // The stack pointer in its host register may be behind.
-        let stays = |register: Option<u8>| register.is_some_and(|r| r != gpr::RSP as u8 && self.stride(u32::from(r)) == Some(0));
+        let stays = |register: Option<u8>| {
+            let still = |r: u8| self.stride(u32::from(r)) == Some(0) || planted::is(Bug::MovingPartAdded);
+            register.is_some_and(|r| r != gpr::RSP as u8 && still(r))
+        };
         let one_step = scale == 0 || index.is_some_and(|index| host_register(usize::from(index)).is_some());
-        let added =
-            Parts { base: group.unmoved.base && stays(ea.base), index: group.unmoved.index && stays(index) && one_step };
+        let added = Parts {
+            base: group.unmoved.base && stays(ea.base),
+            index: group.unmoved.index && stays(index) && one_step,
+        };
         let hoist = Hoist { slot, ea, size, write: group.write, added, budget: None };
         if stride == 0 {
             // Nothing moves, or two registers cancel each other out.

@@ -43,11 +43,15 @@ pub enum Bug {
     RegionUnchecked,
     /// The region of an address is looked up without its index.
     IndexUnchecked,
+    /// A register that a loop moves is added to a delta before it.
+    MovingPartAdded,
+    /// The flags at the target of a jump that a block follows are thought dead before it.
+    FollowedJumpKillsFlags,
 }
 
 /// All of them.
 #[cfg(feature = "planted-bugs")]
-pub const ALL: [Bug; 16] = [
+pub const ALL: [Bug; 18] = [
     Bug::PageEndUnchecked,
     Bug::WriteProbesForRead,
     Bug::AddressNotTruncated,
@@ -64,6 +68,8 @@ pub const ALL: [Bug; 16] = [
     Bug::MicroForRead,
     Bug::RegionUnchecked,
     Bug::IndexUnchecked,
+    Bug::MovingPartAdded,
+    Bug::FollowedJumpKillsFlags,
 ];
 
 #[cfg(feature = "planted-bugs")]

@@ -289,3 +289,109 @@ fn mappings_are_counted_as_the_host_has_them() {
         assert_eq!(space.pieces, pieces, "without {page}");
     }
 }
+
+/// What a kernel does that changes many pages at once: it loads CR3.
+#[test]
+fn what_a_flush_may_have_changed_is_looked_up_again() {
+    const A: u64 = 0x20;
+    const D: u64 = 0x40;
+    let mut test = user(COPY);
+    let pages = 8u64;
+    let entry = |page: u64| place::PT + 8 * (page >> 12);
+    for n in 0..2 * pages {
+        test.load(FROM + 0x1000 * n, &(0x10 + n).to_le_bytes());
+    }
+    for at_once in [false, true] {
+        for n in 0..pages {
+            run(&mut test, FROM + 0x1000 * n, TO);
+        }
+        let before = test.core().windows.mapped();
+        let flush = |test: &mut TestVm| {
+            test.core().windows.review_ticks = if at_once { u64::MAX / 8 } else { 0 };
+            test.core().flush_current();
+        };
+        // Another page, for one of them.
+        let other = FROM + 0x1000 * (pages + 3);
+        test.load(entry(FROM + 0x3000), &(other | 7).to_le_bytes());
+        flush(&mut test);
+        assert_eq!(run(&mut test, FROM + 0x3000, TO), wrote(0x10 + pages as u8 + 3));
+        let kept = test.core().windows.mapped();
+        assert!(if at_once { kept < before / 2 } else { kept >= before - 1 }, "{kept} of {before} are mapped");
+        for n in (0..pages).filter(|&n| n != 3) {
+            assert_eq!(run(&mut test, FROM + 0x1000 * n, TO), wrote(0x10 + n as u8));
+        }
+        // The kernel wants to know of the next access, and of the next write.
+        test.load(entry(FROM), &(FROM | 7).to_le_bytes());
+        test.load(entry(TO), &(TO | 7 | A).to_le_bytes());
+        flush(&mut test);
+        run(&mut test, FROM, TO);
+        assert_eq!(test.read_u64(entry(FROM)) & (A | D), A);
+        assert_eq!(test.read_u64(entry(TO)) & (A | D), A | D);
+        // Fewer rights, and none.
+        for (value, error) in [(TO | 5 | A | D, 7), (TO | 6, 6)] {
+            test.load(entry(TO), &value.to_le_bytes());
+            flush(&mut test);
+            assert_eq!(run(&mut test, FROM, TO), wrote(FAULTED), "{value:#x}");
+            let rsp = test.core().cpu.gpr[gpr::RSP];
+            assert_eq!(test.read_u64(rsp), error, "{value:#x}");
+            user_again(&mut test);
+        }
+        test.load(entry(TO), &(TO | 7).to_le_bytes());
+        test.load(entry(FROM + 0x3000), &((FROM + 0x3000) | 7).to_le_bytes());
+        test.core().flush_all();
+    }
+}
+
+/// The base is in no region, or in another one than the operand.
+#[test]
+fn operands_far_from_their_base_are_where_they_belong() {
+    // mov rax, [rdi - 8] / mov [rsi + 8], rax / out 0xf4, al
+    let mut test = user(&[0x48, 0x8b, 0x47, 0xf8, 0x48, 0x89, 0x46, 0x08, 0xe6, 0xf4]);
+    // The last page of the user half is FROM, too.
+    let tables = 0x10_0000;
+    for (at, value) in [(place::PML4 + 8 * 255, tables), (tables + 0xff8, tables + 0x1000)] {
+        test.load(at, &(value | 7).to_le_bytes());
+    }
+    test.load(tables + 0x1ff8, &(tables + 0x2000 | 7).to_le_bytes());
+    test.load(tables + 0x2ff8, &(FROM | 7).to_le_bytes());
+    test.load(FROM + 0xff8, &0x77u64.to_le_bytes());
+    test.core().flush_all();
+    for _ in 0..3 {
+        // Minus 8, plus 8: the first page.
+        assert_eq!(run(&mut test, 1 << 47, 0u64.wrapping_sub(8)), wrote(0x77));
+        assert_eq!(test.read_u64(0), 0x77);
+        test.load(0, &[0; 8]);
+    }
+    assert_eq!(run(&mut test, 8, TO), wrote(0));
+    // Not canonical, both.
+    assert_eq!(run(&mut test, (1 << 47) + 16, TO), wrote(FAULTED));
+    let core = test.core();
+    let reservation = core.windows.reservation.as_ref().expect("the program has windows");
+    for (region, delta) in core.cpu.regions.0.iter().enumerate() {
+        let place = reservation.find(delta.wrapping_add((region as u64) << super::REGION_BITS));
+        assert!(place.is_some_and(|(window, _)| region < super::REGIONS || window == 0), "{region:#x}");
+    }
+}
+
+/// Whoever maps something here and leaves the place to the host must not get it in a window.
+#[test]
+fn nothing_else_is_mapped_in_windows() {
+    let mut test = user(COPY);
+    run(&mut test, FROM, TO);
+    let _others: Vec<Vec<u8>> = (0..64).map(|n| vec![0; 1 << (12 + n % 16)]).collect();
+    let reservation = test.core().windows.reservation.as_ref().expect("the program has windows");
+    assert_eq!(reservation.bare, super::others_go_high());
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("it is there");
+    let mut ours = 0;
+    for line in maps.lines() {
+        let (start, rest) = line.split_once('-').expect("a range");
+        let start = u64::from_str_radix(start, 16).expect("an address");
+        if reservation.contains(start) {
+            let nothing = rest.split_whitespace().nth(1) == Some("---p");
+            let ram = rest.contains("-s ") && rest.contains("memfd:");
+            assert!(nothing || ram, "{line}");
+            ours += usize::from(ram);
+        }
+    }
+    assert!(ours > 0, "nothing of the guest is there:\n{maps}");
+}

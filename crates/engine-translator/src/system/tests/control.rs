@@ -385,3 +385,22 @@ fn invlpg_of_a_page_with_translated_code() {
         }
     }
 }
+
+/// Kernels drop the pages of data all the time: with them no jump to code goes.
+#[test]
+fn invlpg_of_data_leaves_jumps_alone() {
+    let mut test = TestVm::long_mode_by(&[0xe6, 0xf4], 0, Method::Translate);
+    let core = test.core();
+    for half in [0x40_0000, 0xffff_ffff_8000_0000u64] {
+        for page in 0..64 {
+            core.note_code(half + 0x1000 * page);
+        }
+        let before = core.cpu.code_generation;
+        for page in 64..100_000 {
+            core.invalidate_page(half + 0x1000 * page);
+        }
+        assert_eq!(core.cpu.code_generation, before, "{half:#x}");
+        core.invalidate_page(half + 0x3000);
+        assert_ne!(core.cpu.code_generation[1], before[1], "{half:#x}");
+    }
+}
