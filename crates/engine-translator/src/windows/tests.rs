@@ -352,7 +352,7 @@ fn operands_far_from_their_base_are_where_they_belong() {
     for (at, value) in [(place::PML4 + 8 * 255, tables), (tables + 0xff8, tables + 0x1000)] {
         test.load(at, &(value | 7).to_le_bytes());
     }
-    test.load(tables + 0x1ff8, &(tables + 0x2000 | 7).to_le_bytes());
+    test.load(tables + 0x1ff8, &((tables + 0x2000) | 7).to_le_bytes());
     test.load(tables + 0x2ff8, &(FROM | 7).to_le_bytes());
     test.load(FROM + 0xff8, &0x77u64.to_le_bytes());
     test.core().flush_all();
