@@ -214,7 +214,10 @@ fn length(windows: u64) -> usize {
 /// What is mapped of one address space.
 #[derive(Default)]
 struct Space {
-    pcid: u16,
+    /// Of the translations that the guest may still go by; `None` when it has dropped them.
+    pcid: Option<u16>,
+    /// What CR3 held: the page tables are likely the same where this is.
+    root: u64,
     /// Region and window.
     regions: Vec<(u8, u8)>,
     /// Guest-physical page by linear page, with [`WRITABLE`].
@@ -438,29 +441,32 @@ impl Windows {
         self.writer_count = 0;
     }
 
-    /// What is mapped for `pcid`, which is not current, goes.
+    /// The guest has dropped the translations of `pcid`, which is not current.
     pub fn drop_pcid(&mut self, pcid: u16) {
-        if let Some(at) = self.kept.iter().position(|space| space.pcid == pcid) {
-            let space = self.kept.remove(at);
-            self.drop_space(space);
+        for space in self.kept.iter_mut().filter(|space| space.pcid == Some(pcid)) {
+            space.pcid = None;
+            space.doubtful = true;
         }
     }
 
-    /// Puts the current address space, of PCID `from`, aside.
-    pub fn leave(&mut self, cpu: &mut Cpu, from: u16) {
+    /// Puts the current address space, of PCID `from` and with its page tables at `root`, aside.
+    pub fn leave(&mut self, cpu: &mut Cpu, from: u16, root: u64) {
         let Some(reservation) = &self.reservation else { return };
         let Some(mut space) = self.current.take() else { return };
         for &(region, _) in &space.regions {
             cpu.regions.0[usize::from(region)] = delta(reservation, region, 0);
         }
-        space.pcid = from;
+        (space.pcid, space.root) = (Some(from), root);
         self.kept.push(space);
     }
 
-    /// Makes what was kept for `pcid` current.
-    pub fn enter(&mut self, cpu: &mut Cpu, pcid: u16) {
+    /// Makes what was kept for `pcid` current, or what has been kept of other translations by the page tables at `root`: that is looked
+    /// up again, so it does no harm if they are another program's now.
+    pub fn enter(&mut self, cpu: &mut Cpu, pcid: u16, root: u64) {
         let Some(reservation) = &self.reservation else { return };
-        if let Some(at) = self.kept.iter().position(|space| space.pcid == pcid) {
+        let own = self.kept.iter().position(|space| space.pcid == Some(pcid));
+        let likely = || self.kept.iter().rposition(|space| space.pcid.is_none() && space.root == root);
+        if let Some(at) = own.or_else(likely) {
             let space = self.kept.remove(at);
             for &(region, window) in &space.regions {
                 cpu.regions.0[usize::from(region)] = delta(reservation, region, window);

@@ -102,18 +102,19 @@ impl Spaces {
 impl Core {
     /// Switches from address space `from` to `to`, which are different PCIDs; with `keep`, the guest says
     /// that translations of `to` are still true.
-    pub fn switch_address_space(&mut self, from: u16, to: u16, keep: bool) {
+    /// `root_before` is what CR3 held; it holds the new one.
+    pub fn switch_address_space(&mut self, from: u16, to: u16, keep: bool, root_before: u64) {
         assert_ne!(from, to);
         let known = self.mmu.spaces.take(to);
         self.keep_address_space(from);
-        self.windows.leave(&mut self.cpu, from);
+        self.windows.leave(&mut self.cpu, from, root_before & !0xfff);
         // Empties what is left: the entries that were kept are out already.
         self.flush_current();
-        if keep {
-            self.windows.enter(&mut self.cpu, to);
-        } else {
+        if !keep {
             self.windows.drop_pcid(to);
         }
+        let root = self.cpu.cr3 & !0xfff;
+        self.windows.enter(&mut self.cpu, to, root);
         match known {
             Some(space) if keep => self.restore_address_space(space),
             Some(space) => self.mmu.spaces.recycle(space),

@@ -144,6 +144,18 @@ fn accessed_and_dirty_flags_are_set() {
     assert_eq!(test.read_u64(place::PT + 8 * (TO >> 12)) & FLAGS, 0x60);
 }
 
+/// Loads CR3, with bit 63 or without, as MOV does.
+fn load_cr3(test: &mut TestVm, value: u64, keep: bool) {
+    let core = test.core();
+    let old = std::mem::replace(&mut core.cpu.cr3, value);
+    let (from, to) = ((old & 0xfff) as u16, (value & 0xfff) as u16);
+    if from != to {
+        core.switch_address_space(from, to, keep, old);
+    } else if !keep || old != value {
+        core.flush_current();
+    }
+}
+
 #[test]
 fn address_spaces_keep_their_own() {
     let mut test = user(COPY);
@@ -166,24 +178,30 @@ fn address_spaces_keep_their_own() {
         }
         test.load(0x40_0000 + 0x1000 * n, &(0x80 + n).to_le_bytes());
     }
-    let mut pcid = 0;
     for n in (0..spaces).chain((0..spaces).rev()).chain([3, 5, 3, 5]) {
         let to = n as u16 + 1;
-        test.core().cpu.cr3 = tables(n) | u64::from(to);
-        if to != pcid {
-            test.core().switch_address_space(pcid, to, true);
-        }
-        pcid = to;
+        load_cr3(&mut test, tables(n) | u64::from(to), true);
         assert_eq!(run(&mut test, FROM, TO), wrote(0x80 + n as u8));
     }
-    // What PCID 4 had is kept; it is dropped without bit 63.
+    // What PCID 4 had is kept. Without bit 63, and by any PCID, it is looked up again.
     let before = test.core().windows.mapped();
-    test.core().cpu.cr3 = tables(3) | 4;
-    test.core().switch_address_space(pcid, 4, true);
+    load_cr3(&mut test, tables(3) | 4, true);
     assert_eq!(run(&mut test, FROM, TO), wrote(0x83));
     assert_eq!(test.core().windows.mapped(), before);
-    test.core().switch_address_space(4, 5, false);
-    assert!(test.core().windows.mapped() < before);
+    for (n, to) in [(5, 4), (3, 9), (5, 4), (3, 4), (5, 9), (3, 9)] {
+        let entry = tables(3) + 0x3000 + 8 * (FROM >> 12);
+        let page = test.read_u64(entry) ^ 0x1000;
+        test.load(entry, &page.to_le_bytes());
+        load_cr3(&mut test, tables(n) | to, false);
+        let found = if n == 3 { 0x80 + (page >> 12 & 0xff) } else { 0x85 };
+        assert_eq!(run(&mut test, FROM, TO), wrote(found as u8), "PCID {to}, space {n}");
+    }
+    let before = test.core().windows.mapped();
+    for (n, to) in [(5, 6), (3, 7), (5, 8), (3, 9)] {
+        load_cr3(&mut test, tables(n) | to, false);
+        run(&mut test, FROM, TO);
+    }
+    assert_eq!(test.core().windows.mapped(), before, "nothing was dropped, so nothing is mapped twice");
 }
 
 #[test]
