@@ -26,10 +26,8 @@
 use crate::core::Core;
 use crate::cpu::Cpu;
 use crate::hash::AddressMap;
-use crate::ram::Ram;
 use anyvisor_engine::tally::event;
-use anyvisor_x86::paging::{self, Access, AccessKind, PageTables};
-use std::cell::Cell;
+use anyvisor_x86::paging::{self, Access, AccessKind, PageTables, Untouched};
 use std::ops::Range;
 use std::os::fd::RawFd;
 
@@ -44,12 +42,12 @@ const WINDOWS_MAX: u64 = 33;
 /// With fewer, a few programs in turns would always map everything anew.
 const WINDOWS_MIN: u64 = 5;
 /// Bytes of addresses that the windows of a VM's vCPUs may take, of the 128 TiB of a process.
-const ADDRESSES: u64 = 80 << 40;
+const ADDRESSES: u64 = 81 << 40;
 /// Where bare windows are: above programs that are not position-independent, below those that are (Linux `ELF_ET_DYN_BASE`, two
 /// thirds of the address space), and so below everything that the host finds a place for.
 const LOW: Range<u64> = 1 << 40..85 << 40;
 /// Between the places in [`LOW`] that are tried.
-const LOW_STEP: usize = 1 << 40;
+const LOW_STEP: usize = 1 << 38;
 /// Bytes that there must be above.
 const ROOM_FOR_OTHERS: usize = 1 << 40;
 /// Mappings of the host that a VM's vCPUs may take, of the 65,530 that a process has by default (Linux `vm.max_map_count`). A
@@ -91,10 +89,9 @@ impl Reservation {
         let high = others_go_high();
         if let Some(start) = high.then(|| reserve_low(length(windows))).flatten() {
             let reservation = Reservation { start, windows: windows as u8, bare: true };
-            for window in 1..reservation.windows {
-                reservation.clear(reservation.window(window), 1 << REGION_BITS);
+            if reservation.empty_windows() {
+                return Some(reservation);
             }
-            return Some(reservation);
         }
         let reservation = Reservation { start: reserve(None, length(windows))?, windows: windows as u8, bare: false };
         // What there was for others is needed: others would be mapped in bare windows.
@@ -130,11 +127,13 @@ impl Reservation {
             return;
         }
         // Splitting a mapping may take one more than the process can have. Nothing of these is split.
-        let done = match self.bare {
-            true => (1..self.windows).all(|window| self.empty(self.window(window), 1 << REGION_BITS)),
-            false => self.empty(self.start as u64, self.length() as u64),
-        };
+        let done = if self.bare { self.empty_windows() } else { self.empty(self.start as u64, self.length() as u64) };
         assert!(done, "unmapping guest memory: {}", std::io::Error::last_os_error());
+    }
+
+    /// Makes all windows but the first as they were at first. Whether the host could.
+    fn empty_windows(&self) -> bool {
+        (1..self.windows).all(|window| self.empty(self.window(window), 1 << REGION_BITS))
     }
 
     /// Makes `length` bytes as they were at first. Whether the host could.
@@ -285,24 +284,6 @@ pub struct Windows {
     /// When pages were last looked up again, and the TSC ticks that it took.
     reviewed: u64,
     review_ticks: u64,
-}
-
-/// Guest memory that a walk leaves as it is.
-struct Untouched<'a> {
-    ram: &'a Ram,
-    /// The walk found all accessed bits set.
-    accessed: Cell<bool>,
-}
-
-impl PageTables for Untouched<'_> {
-    fn read(&self, gpa: u64, size: u8) -> Option<u64> {
-        PageTables::read(self.ram, gpa, size)
-    }
-
-    fn compare_exchange(&self, _gpa: u64, _size: u8, _old: u64, _new: u64) -> bool {
-        self.accessed.set(false);
-        true
-    }
 }
 
 /// A page as user code may use it.
@@ -736,21 +717,21 @@ impl Core {
         let Some(mut space) = self.windows.current.take_if(|space| space.doubtful) else { return };
         space.doubtful = false;
         let (began, meter) = (self.tsc(), self.meter.start());
-        if began.wrapping_sub(self.windows.reviewed) < REVIEW_PAUSE * self.windows.review_ticks {
-            self.windows.clear_space(&mut space);
-        } else {
-            let gone: Vec<u64> =
-                space.pages.iter().filter(|&page| !self.is_still(page)).map(|(&page, _)| page).collect();
-            if gone.len() > space.pages.len() / 2 {
-                self.windows.clear_space(&mut space);
-            }
-            for page in gone {
-                if space.remove(page) {
-                    let reservation = self.windows.reservation.as_ref().expect("pages are mapped");
+        let due = began.wrapping_sub(self.windows.reviewed) >= REVIEW_PAUSE * self.windows.review_ticks;
+        let gone: Option<Vec<u64>> =
+            due.then(|| space.pages.iter().filter(|&page| !self.is_still(page)).map(|(&page, _)| page).collect());
+        match gone {
+            Some(gone) if gone.len() <= space.pages.len() / 2 => {
+                let reservation = self.windows.reservation.as_ref().expect("pages are mapped");
+                for page in gone {
+                    space.remove(page);
                     self.windows.stale.push(place(reservation, &space, page << 12));
                 }
+                self.windows.settle();
             }
-            self.windows.settle();
+            _ => self.windows.clear_space(&mut space),
+        }
+        if due {
             self.windows.reviewed = self.tsc();
             self.windows.review_ticks = self.windows.reviewed.wrapping_sub(began);
         }
@@ -758,13 +739,13 @@ impl Core {
         self.windows.current = Some(space);
     }
 
-    /// Whether a linear page is what [`Space::pages`] has of it, in the current address space. One whose accessed bit the guest has taken is not:
-    /// it wants to know of the next access.
+    /// Whether a linear page is what [`Space::pages`] has of it, in the current address space. One whose accessed bit
+    /// the guest has taken is not: it wants to know of the next access.
     fn is_still(&self, (&page, &value): (&u64, &u64)) -> bool {
-        let tables = Untouched { ram: &self.ram, accessed: Cell::new(true) };
+        let tables = Untouched::new(|gpa, size| PageTables::read(&*self.ram, gpa, size));
         let found = self.user_page_by(&tables, page << 12, AccessKind::Read);
         found.is_some_and(|found| {
-            tables.accessed.get() && found.gpa == value & !WRITABLE && (found.writable || value & WRITABLE == 0)
+            !tables.missed() && found.gpa == value & !WRITABLE && (found.writable || value & WRITABLE == 0)
         })
     }
 

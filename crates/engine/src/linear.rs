@@ -1,25 +1,10 @@
 //! Linear addresses as a debugger sees them: through the guest's page tables, without a trace.
 
 use anyvisor_x86::bits::efer;
-use anyvisor_x86::paging::{Access, AccessKind, PageTables, PagingMode, walk};
+use anyvisor_x86::paging::{Access, AccessKind, PagingMode, Untouched, walk};
 use anyvisor_x86::segment::index::CS;
 use anyvisor_x86::{VcpuState, msr};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-
-/// Memory that a walk cannot change: accessed and dirty bits stay as they are.
-struct Untouched<'a>(&'a GuestMemoryMmap);
-
-impl PageTables for Untouched<'_> {
-    fn read(&self, gpa: u64, size: u8) -> Option<u64> {
-        match size {
-            4 => self.0.read_obj::<u32>(GuestAddress(gpa)).ok().map(u64::from),
-            _ => self.0.read_obj::<u64>(GuestAddress(gpa)).ok(),
-        }
-    }
-    fn compare_exchange(&self, _gpa: u64, _size: u8, _old: u64, _new: u64) -> bool {
-        true
-    }
-}
 
 /// The guest-physical address at linear address `gva` for a vCPU in `state`, whatever its privilege level is; `None`
 /// where nothing is mapped. There need not be RAM.
@@ -36,7 +21,11 @@ pub fn physical(memory: &GuestMemoryMmap, state: &VcpuState, gva: u64) -> Option
         pkrs: 0,
     };
     let access = Access { kind: AccessKind::Read, user: false, implicit: false };
-    walk(&Untouched(memory), &mode, gva, access).ok().map(|mapping| mapping.gpa)
+    let tables = Untouched::new(|gpa, size| match size {
+        4 => memory.read_obj::<u32>(GuestAddress(gpa)).ok().map(u64::from),
+        _ => memory.read_obj::<u64>(GuestAddress(gpa)).ok(),
+    });
+    walk(&tables, &mode, gva, access).ok().map(|mapping| mapping.gpa)
 }
 
 /// The linear address of the instruction pointer of a vCPU in `state`.

@@ -3,6 +3,7 @@
 
 use crate::bits::{cr0, cr4, efer};
 use crate::exception::{Exception, pf};
+use std::cell::Cell;
 
 /// Page-table entry bits (SDM vol. 3A table 4-19).
 pub mod pte {
@@ -24,6 +25,34 @@ pub trait PageTables {
     fn read(&self, gpa: u64, size: u8) -> Option<u64>;
     /// Replaces `old` by `new` atomically; `false` if the entry no longer holds `old`.
     fn compare_exchange(&self, gpa: u64, size: u8, old: u64, new: u64) -> bool;
+}
+
+/// Page tables that a walk leaves as they are, read by a function like [`PageTables::read`].
+pub struct Untouched<F> {
+    read: F,
+    missed: Cell<bool>,
+}
+
+impl<F: Fn(u64, u8) -> Option<u64>> Untouched<F> {
+    pub fn new(read: F) -> Untouched<F> {
+        Untouched { read, missed: Cell::new(false) }
+    }
+
+    /// Whether a walk would have set an accessed or a dirty bit.
+    pub fn missed(&self) -> bool {
+        self.missed.get()
+    }
+}
+
+impl<F: Fn(u64, u8) -> Option<u64>> PageTables for Untouched<F> {
+    fn read(&self, gpa: u64, size: u8) -> Option<u64> {
+        (self.read)(gpa, size)
+    }
+
+    fn compare_exchange(&self, _gpa: u64, _size: u8, _old: u64, _new: u64) -> bool {
+        self.missed.set(true);
+        true
+    }
 }
 
 /// What the walk depends on besides memory.

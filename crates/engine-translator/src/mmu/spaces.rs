@@ -100,20 +100,19 @@ impl Spaces {
 }
 
 impl Core {
-    /// Switches from address space `from` to `to`, which are different PCIDs; with `keep`, the guest says
-    /// that translations of `to` are still true.
-    /// `root_before` is what CR3 held; it holds the new one.
-    pub fn switch_address_space(&mut self, from: u16, to: u16, keep: bool, root_before: u64) {
+    /// Switches from the address space that CR3 named when it held `old` to the one that it names now, which has another PCID; with
+    /// `keep`, the guest says that translations of the new one are still true.
+    pub fn switch_address_space(&mut self, old: u64, keep: bool) {
+        let [(from, root_before), (to, root)] = [old, self.cpu.cr3].map(|cr3| ((cr3 & 0xfff) as u16, cr3 & !0xfff));
         assert_ne!(from, to);
         let known = self.mmu.spaces.take(to);
         self.keep_address_space(from);
-        self.windows.leave(&mut self.cpu, from, root_before & !0xfff);
+        self.windows.leave(&mut self.cpu, from, root_before);
         // Empties what is left: the entries that were kept are out already.
         self.flush_current();
         if !keep {
             self.windows.drop_pcid(to);
         }
-        let root = self.cpu.cr3 & !0xfff;
         self.windows.enter(&mut self.cpu, to, root);
         match known {
             Some(space) if keep => self.restore_address_space(space),

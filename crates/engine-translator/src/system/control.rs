@@ -126,7 +126,7 @@ fn write_cr3(core: &mut Core, _io: &dyn GuestIo, value: u64) -> Result<(), Excep
         if !pcid {
             core.flush_non_global();
         } else if (old ^ new) & 0xfff != 0 {
-            core.switch_address_space((old & 0xfff) as u16, (new & 0xfff) as u16, no_flush, old);
+            core.switch_address_space(old, no_flush);
         } else if !no_flush || old != new {
             // With another root and the same PCID, keeping translations would be allowed.
             core.flush_current();

@@ -280,7 +280,7 @@ impl Builder<'_> {
             self.places[usize::from(slot)] = entry;
         }
         match slot {
-            Some(slot) if constant.is_some() => self.a.store(delta(slot), RSI),
+            Some(slot) if constant.is_some() => self.keep_delta(slot, RSI),
             None if constant.is_some() => {}
             Some(_) if let Some(entry) = entry => self.a.load(RSI, micro(entry, offset_of!(MicroEntry, delta))),
             None if let Some(entry) = entry => {
@@ -289,7 +289,7 @@ impl Builder<'_> {
             }
             Some(slot) => {
                 self.a.load(RSI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, delta) as i32));
-                self.a.store(delta(slot), RSI);
+                self.keep_delta(slot, RSI);
             }
             None if keep_rdi => self.a.alu(Alu::Add, RSI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, host) as i32)),
             None => self.a.load(RDI, Rm::GsBase(RDI, table + offset_of!(TlbEntry, host) as i32)),
@@ -422,7 +422,7 @@ impl Builder<'_> {
             }
             self.delta_of(RDI, RSI, region, flags);
             if let Some(slot) = slot {
-                self.a.store(delta(slot), RDI);
+                self.keep_delta(slot, RDI);
                 self.places[usize::from(slot)] = None;
             }
             let rm = Rm::Indexed { base: RSI, index: RDI, scale: 0, displacement: 0 };
@@ -434,7 +434,7 @@ impl Builder<'_> {
             return rm;
         }
         if let Some(slot) = slot {
-            self.a.store(delta(slot), RSI);
+            self.keep_delta(slot, RSI);
             self.places[usize::from(slot)] = None;
         }
         self.deltas[0] = slot;

@@ -334,7 +334,7 @@ pub struct Source<'a> {
     pub mix: bool,
     /// Hoist a loop's probes.
     pub hoist: bool,
-    /// Its accesses go to the guest's own mappings: [`crate::direct`].
+    /// Its accesses go to the guest's own mappings: [`crate::windows`].
     pub windowed: bool,
     /// The regions of what registers hold now, at the block's start.
     pub regions: Regions,
@@ -653,7 +653,8 @@ impl<'a> Builder<'a> {
                 _ => {}
             }
         }
-        if let Some(last) = insns.last_mut().filter(|last| last.instruction.is_jmp_short_or_near()) {
+        if let Some(last) = insns.last_mut().filter(|last| is_followed(last)) {
+            // Nothing came of it.
             last.kind = Kind::JumpDirect;
         }
         self.liveness(&mut insns);
@@ -679,9 +680,7 @@ impl<'a> Builder<'a> {
             match insn.kind {
                 Kind::JumpIf | Kind::LoopJump => live |= self.live_at(insn.instruction.near_branch_target()),
                 Kind::JumpDirect | Kind::CallDirect => live = self.live_at(insn.instruction.near_branch_target()),
-                Kind::Nop if planted::is(Bug::FollowedJumpKillsFlags) && insn.instruction.is_jmp_short_or_near() => {
-                    live = 0
-                }
+                _ if planted::is(Bug::FollowedJumpKillsFlags) && is_followed(insn) => live = 0,
                 _ => {}
             }
             insn.live_out = live;
@@ -736,7 +735,7 @@ impl<'a> Builder<'a> {
         let Some(plan) = self.plan_loop(body) else { return };
         self.hoistable = true;
         if self.source.hoist {
-            self.fast_loop(body, &plan);
+            self.fast_loop(body, plan);
         }
     }
 
@@ -1155,6 +1154,11 @@ fn ends_block(instruction: &Instruction, kind: Kind) -> bool {
         kind,
         Kind::CallDirect | Kind::CallIndirect | Kind::Return | Kind::JumpDirect | Kind::JumpIndirect | Kind::Interpret
     )
+}
+
+/// Whether `insn` is a jump that the block goes on behind ([`Builder::follows`]).
+fn is_followed(insn: &Insn) -> bool {
+    insn.kind == Kind::Nop && insn.instruction.is_jmp_short_or_near()
 }
 
 /// Whether all status flags must be right before `insn`, because it shows or keeps them.

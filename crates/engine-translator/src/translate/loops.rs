@@ -78,20 +78,19 @@ impl Builder<'_> {
     }
 
     /// Emits the check and the fast body; what follows is the plain block.
-    pub(super) fn fast_loop(&mut self, body: &[Insn], plan: &LoopPlan) {
+    pub(super) fn fast_loop(&mut self, body: &[Insn], mut plan: LoopPlan) {
         let mut to_plain = Vec::new();
         self.map.push((0, 0));
-        // The delta that the first access wants is where that wants it.
+        // What the first access adds, if that is there before it, is made last, and so is in RSI.
         let kept = match self.planned.first() {
             Some(&Planned { role: Role::Follower { slot, .. }, .. }) if self.source.windowed => Some(slot),
             _ => None,
         };
-        let (last, others): (Vec<_>, Vec<_>) = plan.hoists.iter().partition(|hoist| Some(hoist.slot) == kept);
+        plan.hoists.sort_by_key(|hoist| Some(hoist.slot) == kept);
         let mut first = true;
-        for hoist in others.into_iter().chain(last.iter().copied()) {
+        for hoist in &plan.hoists {
             self.check(hoist, plan.limit.as_ref(), &mut first, &mut to_plain);
         }
-        let kept = kept.filter(|_| !last.is_empty());
         self.deltas[0] = kept;
         let fast = self.a.position();
         self.iteration(body, plan.limit.as_ref(), fast, kept);

@@ -148,9 +148,8 @@ fn accessed_and_dirty_flags_are_set() {
 fn load_cr3(test: &mut TestVm, value: u64, keep: bool) {
     let core = test.core();
     let old = std::mem::replace(&mut core.cpu.cr3, value);
-    let (from, to) = ((old & 0xfff) as u16, (value & 0xfff) as u16);
-    if from != to {
-        core.switch_address_space(from, to, keep, old);
+    if (old ^ value) & 0xfff != 0 {
+        core.switch_address_space(old, keep);
     } else if !keep || old != value {
         core.flush_current();
     }
