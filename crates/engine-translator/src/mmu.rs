@@ -76,8 +76,9 @@ pub struct Mmu {
     last_large: u64,
     /// Pages lately fetched from, by linear page number.
     code_pages: Box<[CodePage; CODE_PAGES]>,
-    /// Linear pages whose mapping entries of the jump caches, links and the return stack rely on, and some that they did: the upper
-    /// half of the address space, where kernels are, apart from the lower. With [`MAX_JUMP_PAGES`] it may be any page.
+    /// Linear pages whose mapping entries of the jump caches, links and the return stack rely on, and some that
+    /// they did: the upper half of the address space, where kernels are, apart from the lower. With
+    /// [`MAX_JUMP_PAGES`] it may be any page.
     jump_pages: [AddressSet<u64>; 2],
     jump_journal: [Vec<u16>; JUMP_CONTEXTS],
     /// Links whose targets are known, by the context of those.

@@ -441,8 +441,8 @@ impl Windows {
         self.kept.push(space);
     }
 
-    /// Makes what was kept for `pcid` current, or what has been kept of other translations by the page tables at `root`: that is looked
-    /// up again, so it does no harm if they are another program's now.
+    /// Makes what was kept for `pcid` current, or what has been kept of other translations by the page tables at
+    /// `root`: that is looked up again, so it does no harm if they are another program's now.
     pub fn enter(&mut self, cpu: &mut Cpu, pcid: u16, root: u64) {
         let Some(reservation) = &self.reservation else { return };
         let own = self.kept.iter().position(|space| space.pcid == Some(pcid));

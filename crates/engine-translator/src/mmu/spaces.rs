@@ -100,8 +100,8 @@ impl Spaces {
 }
 
 impl Core {
-    /// Switches from the address space that CR3 named when it held `old` to the one that it names now, which has another PCID; with
-    /// `keep`, the guest says that translations of the new one are still true.
+    /// Switches from the address space that CR3 named when it held `old` to the one that it names now, which has
+    /// another PCID; with `keep`, the guest says that translations of the new one are still true.
     pub fn switch_address_space(&mut self, old: u64, keep: bool) {
         let [(from, root_before), (to, root)] = [old, self.cpu.cr3].map(|cr3| ((cr3 & 0xfff) as u16, cr3 & !0xfff));
         assert_ne!(from, to);

@@ -353,8 +353,8 @@ impl Builder<'_> {
         self.a.load(to, region_at(to));
     }
 
-    /// The same; if the region is likely to be `region`, without anybody having to wait for the address. The other scratch register
-    /// stays as it is.
+    /// The same; if the region is likely to be `region`, without anybody having to wait for the address. The other
+    /// scratch register stays as it is.
     fn delta_of(&mut self, to: u8, from: u8, region: Option<u8>, flags: bool) {
         match region.filter(|_| !flags) {
             Some(region) => self.likely_delta(to, from, region, true),

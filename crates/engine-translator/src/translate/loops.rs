@@ -164,8 +164,8 @@ impl Builder<'_> {
         self.lower_limit(limit, first, to_plain);
     }
 
-    /// Puts the delta of the group whose address is in RSI there. Nothing of it is learned from and nothing faults: the accesses may
-    /// never be made.
+    /// Puts the delta of the group whose address is in RSI there. Nothing of it is learned from and nothing faults:
+    /// the accesses may never be made.
     fn likely_delta_ahead(&mut self, hoist: &Hoist) {
         let own = |planned: &&Planned| matches!(planned.role, Role::Follower { slot, .. } if slot == hoist.slot);
         match self.planned.iter().find(own).and_then(|planned| planned.region) {

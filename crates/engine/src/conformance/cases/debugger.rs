@@ -73,6 +73,13 @@ fn breakpoints(suite: &mut Suite) {
             stopped(&start(g, &kind(place::CODE))?, stop, 0)?;
             go_on(g, &GuestDebug::default())?.done()
         });
+        suite.add(format!("{name} at a jump, and where it leads"), FEW, move |g| {
+            // nop; jmp over; nop; over: nop
+            g.load(|a| a.db(&[0x90, 0xeb, 0x01, 0x90, 0x90]))?;
+            stopped(&start(g, &kind(place::CODE + 1))?, stop, 1)?;
+            stopped(&go_on(g, &kind(place::CODE + 4))?, stop, 4)?;
+            go_on(g, &GuestDebug::default())?.done()
+        });
         suite.add(format!("{name} in a loop stops each time"), FEW, move |g| {
             g.load(|a| {
                 // again: nop; nop; loop again
