@@ -955,7 +955,7 @@ impl<'a> Builder<'a> {
         let size = instruction.memory_size().size();
         // Either form of host address will do for the plan; only its registers matter.
         let Some(plan) = self.plan(insn, Some(Rm::Base(RSI, 0))) else { return false };
-        let keep_rdi = plan.spills.used().next().is_some() || self.held[1].is_some();
+        let keep_rdi = plan.spills.used().any(|spill| spill.reads()) || self.held[1].is_some();
         let Some(ea) = Ea::of(instruction, self.bits()) else { return false };
         use iced_x86::Mnemonic::{Mov, Movsx, Movsxd, Movzx};
         self.overwrites_rax = matches!(instruction.mnemonic(), Mov | Movsx | Movsxd | Movzx)

@@ -27,7 +27,7 @@
 use super::assembler::*;
 use super::block::*;
 use super::classify::Kind;
-use super::coalesce::{Coalescer, Hoist, Limit, LoopPlan, Role};
+use super::coalesce::{Coalescer, Hoist, Limit, LoopPlan, Parts, Role};
 use super::planted::{self, Bug};
 use crate::cpu::{DELTAS, TlbEntry};
 use std::mem::offset_of;
@@ -81,9 +81,10 @@ impl Builder<'_> {
     pub(super) fn fast_loop(&mut self, body: &[Insn], mut plan: LoopPlan) {
         let mut to_plain = Vec::new();
         self.map.push((0, 0));
-        // What the first access adds, if that is there before it, is made last, and so is in RSI.
+        // One delta is made last, and so is in RSI: one that the most is added to, or else the first access's.
+        let most = plan.hoists.iter().rev().find(|hoist| hoist.added != Parts::default()).map(|hoist| hoist.slot);
         let kept = match self.planned.first() {
-            Some(&Planned { role: Role::Follower { slot, .. }, .. }) if self.source.windowed => Some(slot),
+            Some(&Planned { role: Role::Follower { slot, .. }, .. }) if self.source.windowed => most.or(Some(slot)),
             _ => None,
         };
         plan.hoists.sort_by_key(|hoist| Some(hoist.slot) == kept);

@@ -247,6 +247,13 @@ pub struct Spill {
     writes: bool,
 }
 
+impl Spill {
+    /// Whether the scratch register must have the guest register's value before the instruction.
+    pub(super) fn reads(&self) -> bool {
+        self.reads
+    }
+}
+
 impl Spills {
     pub(super) fn new(rsi_taken: bool, held: [Option<Held>; 2], next_uses: [u8; SLOTS]) -> Spills {
         Spills { entries: [None; 3], rsi_taken, held, next_uses }
