@@ -5,6 +5,7 @@
 //! whose heart is the vCPU block ([`cpu::Cpu`]) that generated code reaches through GS; guest memory is
 //! reached through the software TLB ([`mmu`]).
 
+mod ahead;
 pub mod code_memory;
 pub mod core;
 pub mod cpu;
@@ -108,7 +109,8 @@ impl Engine for Translator {
     }
 
     fn create_vm(&self, memory: GuestMemoryMmap) -> Result<Arc<dyn Vm>> {
-        let shared = Arc::new(VmShared::new(Arc::new(Ram::new(memory)), self.tsc_khz));
+        let ram = Ram::ahead(memory).map_err(|source| Error::Host { what: "starting a thread".into(), source })?;
+        let shared = Arc::new(VmShared::new(Arc::new(ram), self.tsc_khz));
         Ok(Arc::new(TranslatorVm { shared, execution: self.execution }))
     }
 }

@@ -3,10 +3,13 @@
 //! Guest memory is shared with the guest, with other vCPUs and with devices, so no Rust reference to it
 //! ever exists: all accesses are raw copies or atomics on addresses that [`Ram::host`] has bounds-checked.
 
+use crate::ahead::Ahead;
 use anyvisor_engine::memory::is_in_pool;
 use anyvisor_engine::{DirtyPages, DirtyRegion};
 use anyvisor_x86::paging::PageTables;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -18,6 +21,10 @@ mod mark {
     pub const DIRTY: u8 = 1 << 0;
     /// On the first page of a chunk: the host has been asked for all of the chunk.
     pub const ALLOCATED: u8 = 1 << 1;
+    /// On the first page of a chunk: it is allocated ahead.
+    pub const AHEAD: u8 = 1 << 2;
+    /// On the first page of a chunk that is: with the guest here, more is to be.
+    pub const FRONTIER: u8 = 1 << 3;
 }
 
 /// What is known of a page of RAM. All zeros at first.
@@ -84,9 +91,14 @@ impl Page {
 
 /// Pages of a file that the host allocates at once when the guest is about to write to one of them: a fault for each takes
 /// a quarter longer, and guests use what is next to what they used.
-const CHUNK: u64 = 16 * PAGE_SIZE;
+pub const CHUNK: u64 = 16 * PAGE_SIZE;
+/// After so many chunks that were touched before it ...
+const IN_ORDER: u64 = 4;
+/// ... so many are allocated ahead of one.
+const AHEAD: u64 = 16;
 
-struct Region {
+/// Memory that is contiguous for the guest and for the host.
+pub struct Region {
     gpa: u64,
     length: u64,
     host: *mut u8,
@@ -95,20 +107,55 @@ struct Region {
     file: Option<FileOffset>,
 }
 
+// SAFETY: the raw pointer is to a mapping that outlives the region; all access through it is by raw copies and atomics, which any
+// thread may do.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// The marks of a chunk, if there is one.
+    fn marks(&self, chunk: u64) -> Option<&AtomicU8> {
+        self.pages.get((chunk * (CHUNK / PAGE_SIZE)) as usize).map(|page| &page.marks)
+    }
+
+    fn has(&self, chunk: u64, mark: u8) -> bool {
+        self.marks(chunk).is_some_and(|marks| marks.load(Ordering::Relaxed) & mark != 0)
+    }
+
+    fn set(&self, chunk: u64, mark: u8) {
+        if let Some(marks) = self.marks(chunk) {
+            marks.fetch_or(mark, Ordering::Relaxed);
+        }
+    }
+
+    /// Has the host find pages for these bytes of the region's file, as far as it has them. What is there stays.
+    pub fn reserve(&self, bytes: Range<u64>) {
+        let Some(file) = &self.file else { return };
+        let (start, end) = (bytes.start.min(self.length), bytes.end.min(self.length));
+        if start < end {
+            // SAFETY: a system call on an open file, which changes none of its bytes.
+            unsafe {
+                libc::fallocate(
+                    file.file().as_raw_fd(),
+                    libc::FALLOC_FL_KEEP_SIZE,
+                    (file.start() + start) as libc::off_t,
+                    (end - start) as libc::off_t,
+                )
+            };
+        }
+    }
+}
+
 /// The RAM of one VM.
 pub struct Ram {
-    regions: Vec<Region>,
+    ahead: Option<Ahead>,
+    regions: Arc<[Region]>,
     /// Somebody wants to know the pages marked [`mark::DIRTY`]. They are marked in any case.
     logging: AtomicBool,
     /// Keeps the mappings that `regions` points into.
     _memory: GuestMemoryMmap,
 }
-
-// SAFETY: the raw pointers are to mappings that live as long as `_memory`; all access through them is by
-// raw copies and atomics, which any thread may do.
-unsafe impl Send for Ram {}
-// SAFETY: as above.
-unsafe impl Sync for Ram {}
 
 impl Ram {
     pub fn new(memory: GuestMemoryMmap) -> Ram {
@@ -125,7 +172,19 @@ impl Ram {
                 pages: pages(r.len().div_ceil(PAGE_SIZE) as usize),
             })
             .collect();
-        Ram { regions, logging: AtomicBool::new(false), _memory: memory }
+        Ram { ahead: None, regions, logging: AtomicBool::new(false), _memory: memory }
+    }
+
+    /// The same, allocated by the host ahead of its use if it is in files.
+    ///
+    /// # Errors
+    /// When the host starts no thread.
+    pub fn ahead(memory: GuestMemoryMmap) -> std::io::Result<Ram> {
+        let mut ram = Ram::new(memory);
+        if ram.is_in_files() {
+            ram.ahead = Some(Ahead::start(ram.regions.clone())?);
+        }
+        Ok(ram)
     }
 
     fn region(&self, gpa: u64) -> Option<&Region> {
@@ -161,18 +220,35 @@ impl Ram {
         Some(&region.pages[((gpa - region.gpa) / PAGE_SIZE) as usize])
     }
 
-    /// Has the host allocate the chunk around `gpa`, if it is in a file and this was not done before. Where the host cannot
-    /// (before Linux 5.14), each page is allocated as it is touched.
+    /// The guest is about to write to a page at `gpa`, for the first time for all that is known. Has the host allocate the chunk
+    /// around it, and what is likely to follow, if it is in a file. Where the host cannot (before Linux 5.14), each page is allocated
+    /// as it is touched.
     pub fn allocate_around(&self, gpa: u64) {
-        let Some(region) = self.region(gpa).filter(|region| region.file.is_some()) else { return };
-        let offset = (gpa - region.gpa) & !(CHUNK - 1);
-        let marks = &region.pages[(offset / PAGE_SIZE) as usize].marks;
-        if marks.load(Ordering::Relaxed) & mark::ALLOCATED == 0 {
-            marks.fetch_or(mark::ALLOCATED, Ordering::Relaxed);
-            let length = CHUNK.min(region.length - offset) as usize;
-            // SAFETY: the range is within the region's mapping, and being allocated does not change its contents.
-            unsafe { libc::madvise(region.host.add(offset as usize).cast(), length, libc::MADV_POPULATE_WRITE) };
+        let Some(number) = self.regions.iter().position(|r| gpa.wrapping_sub(r.gpa) < r.length) else { return };
+        let region = &self.regions[number];
+        if region.file.is_none() {
+            return;
         }
+        let chunk = (gpa - region.gpa) / CHUNK;
+        if region.has(chunk, mark::ALLOCATED) {
+            return;
+        }
+        region.set(chunk, mark::ALLOCATED);
+        let next = if !region.has(chunk, mark::AHEAD) {
+            let in_order = (1..=IN_ORDER).all(|n| chunk >= n && region.has(chunk - n, mark::ALLOCATED));
+            in_order.then_some(chunk + 1)
+        } else {
+            region.has(chunk, mark::FRONTIER).then_some(chunk + AHEAD)
+        };
+        if let (Some(next), Some(ahead)) = (next, &self.ahead) {
+            let more = next..next + AHEAD;
+            more.clone().for_each(|chunk| region.set(chunk, mark::AHEAD));
+            region.set(next, mark::FRONTIER);
+            ahead.request(number, more);
+        }
+        let length = CHUNK.min(region.length - chunk * CHUNK) as usize;
+        // SAFETY: the range is within the region's mapping, and being allocated does not change its contents.
+        unsafe { libc::madvise(region.host.add((chunk * CHUNK) as usize).cast(), length, libc::MADV_POPULATE_WRITE) };
     }
 
     /// Marks the pages of `length` bytes at `gpa`, which are RAM, as written.
@@ -190,7 +266,7 @@ impl Ram {
     pub fn written(&self, gpa: u64, length: u64) -> Vec<(u64, u32)> {
         let mut code = Vec::new();
         let end = gpa.saturating_add(length);
-        for region in &self.regions {
+        for region in self.regions.iter() {
             let (mut at, end) = (gpa.max(region.gpa), end.min(region.gpa + region.length));
             while at < end {
                 let next = ((at | (PAGE_SIZE - 1)) + 1).min(end);
