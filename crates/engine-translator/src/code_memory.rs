@@ -8,7 +8,12 @@ pub struct CodeMemory {
     writable: *mut u8,
     executable: *const u8,
     length: usize,
+    /// Bytes that the host has allocated, more or less.
+    allocated: usize,
 }
+
+/// Bytes that the host allocates at once: it maps its neighbours with an executable page then, as far as they are there.
+const CHUNK: usize = 64 << 10;
 
 // SAFETY: the mappings belong to this value alone and are reachable from any thread.
 unsafe impl Send for CodeMemory {}
@@ -35,7 +40,7 @@ impl CodeMemory {
                 if writable == libc::MAP_FAILED || executable == libc::MAP_FAILED {
                     Err(Error::last_os("mapping executable memory for translated code"))
                 } else {
-                    Ok(CodeMemory { writable: writable.cast(), executable: executable.cast(), length })
+                    Ok(CodeMemory { writable: writable.cast(), executable: executable.cast(), length, allocated: 0 })
                 }
             };
             libc::close(fd);
@@ -86,8 +91,22 @@ impl CodeMemory {
     /// the next jump there sees them (SDM vol. 3A 12.6).
     pub fn write(&mut self, offset: usize, code: &[u8]) {
         assert!(offset + code.len() <= self.length);
+        if offset + code.len() > self.allocated {
+            self.allocate();
+        }
         // SAFETY: in bounds of the writable mapping, which nothing else references.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(offset), code.len()) };
+    }
+}
+
+impl CodeMemory {
+    /// Has the host allocate some more. Where it cannot (before Linux 5.14), it does so when each page is written.
+    #[cold]
+    fn allocate(&mut self) {
+        let length = CHUNK.min(self.length - self.allocated);
+        // SAFETY: in bounds of the writable mapping, whose contents stay as they are.
+        unsafe { libc::madvise(self.writable.add(self.allocated).cast(), length, libc::MADV_POPULATE_WRITE) };
+        self.allocated += length;
     }
 }
 

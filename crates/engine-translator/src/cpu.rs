@@ -25,7 +25,7 @@ pub const LINKS: usize = 1 << 18;
 
 /// Jump caches, by who runs: a block knows statically which one its indirect jumps use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(usize)]
+#[repr(u8)]
 pub enum JumpContext {
     Kernel = 0,
     /// With RFLAGS.AC set under SMAP.

@@ -165,8 +165,24 @@ struct CodePage {
     blocks: Vec<u32>,
     /// Granules that blocks were made from.
     granules: u64,
+    /// Where blocks start, in steps of 4 bytes: most jumps lead where there is none yet.
+    starts: [u64; 16],
     /// Writes that hit them.
     hits: u32,
+}
+
+impl CodePage {
+    /// The word of `starts` for what starts at `offset`, and the bit in it.
+    fn start(offset: u64) -> (usize, u64) {
+        let number = (offset & 0xfff) / 4;
+        ((number / 64) as usize, 1 << (number % 64))
+    }
+
+    /// Whether a block may start at `offset`.
+    fn may_start(&self, offset: u64) -> bool {
+        let (word, bit) = CodePage::start(offset);
+        self.starts[word] & bit != 0
+    }
 }
 
 /// How control comes to a block that is looked for.
@@ -791,6 +807,8 @@ impl Translator {
         self.used = (start + code.len()).next_multiple_of(16);
         let code_page = self.pages.entry(key.gpa >> 12).or_default();
         code_page.blocks.push(id);
+        let (word, bit) = CodePage::start(key.gpa);
+        code_page.starts[word] |= bit;
         for &(offset, length) in self.lists.ranges.get(about.ranges) {
             code_page.granules |= granules(u64::from(offset), u64::from(length));
         }
@@ -828,7 +846,10 @@ impl Translator {
         for exit in block.exits.clone() {
             if let ExitKind::Direct { target } = self.exits[exit as usize].kind {
                 let page = if target >> 12 == key.rip >> 12 { Some(key.gpa >> 12) } else { next_page };
-                let Some(page) = page else { continue };
+                let Some(page) = page.filter(|page| self.pages.get(page).is_some_and(|page| page.may_start(target)))
+                else {
+                    continue;
+                };
                 let gpa = page << 12 | target & 0xfff;
                 let target_key = Key { gpa, rip: target, context: key.context, alone: false };
                 if let Some(&found) = self.index.get(&target_key) {
