@@ -278,8 +278,9 @@ fn what_is_writable_is_listed_once() {
 #[test]
 fn code_that_maps_pages_all_the_time_is_probed() {
     let mut test = user(COPY);
-    // A busy host may take its time in between; then they don't come too fast.
     for n in 0..200_000u64 {
+        // A busy host takes its time, and they would not come too fast.
+        test.core().windows.looked = test.core().tsc();
         test.load(FROM, &(n & 0x7f).to_le_bytes());
         test.core().invalidate_page(FROM);
         let without = test.core().windows.mapped();
