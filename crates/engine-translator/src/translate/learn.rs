@@ -3,8 +3,8 @@
 //! Samples of where the time goes find hot loops and, outside of windows, hot code; complaints find micro-TLB entries that
 //! are filled too often, accesses that are elsewhere than thought, and code that has pages mapped all the time.
 
-use super::block::word;
-use super::{BLOCK_MICROS, Translator};
+use super::block::{Learned, word};
+use super::{BLOCK_MICROS, Key, Translator};
 use crate::core::Core;
 use crate::cpu::{JumpContext, MICRO_ENTRIES, MicroEntry};
 
@@ -21,7 +21,39 @@ const SUSPICION_SECONDS: u64 = 2;
 /// Blocks that a hot one's jumps lead to, and that are hot with it.
 const HOT_NEIGHBOURS: usize = 32;
 
+/// What has been learned of a block.
+#[derive(Clone, Default)]
+pub(super) struct Lesson {
+    /// Reads that lead writes do not pay; nor do any shared probes.
+    pub(super) unmixed: bool,
+    pub(super) uncoalesced: bool,
+    /// A loop that samples met; one of them that hoisted probes do not pay for.
+    pub(super) hot_loop: bool,
+    pub(super) short_loop: bool,
+    /// Samples met it, or a neighbour: its accesses have micro-TLB entries. Or they should not.
+    pub(super) hot: bool,
+    pub(super) cold: bool,
+    /// In which regions accesses are, by offset in the block, if not where their registers pointed at first.
+    pub(super) regions: Learned,
+}
+
+impl Lesson {
+    /// Whether a block in windows is not as it would be without this.
+    pub(super) fn changes_code(&self) -> bool {
+        let Lesson { unmixed, uncoalesced, hot_loop, short_loop, hot: _, cold, regions } = self;
+        *unmixed || *uncoalesced || *hot_loop || *short_loop || *cold || !regions.is_empty()
+    }
+}
+
 impl Translator {
+    fn lesson(&mut self, key: Key) -> &mut Lesson {
+        self.lessons.entry(key).or_default()
+    }
+
+    fn learned(&self, key: Key, what: impl Fn(&Lesson) -> bool) -> bool {
+        self.lessons.get(&key).is_some_and(what)
+    }
+
     /// Learns from where translated code was interrupted: a loop that is met there gets its probes hoisted,
     /// and one that is met mostly outside its iterations, because they are few, loses that again.
     pub(super) fn sample(&mut self, core: &mut Core) {
@@ -32,18 +64,19 @@ impl Translator {
         let key = block.key;
         // Kernels run the same code for many stacks and objects: their accesses don't stay on a page.
         let user = matches!(key.context.jumps, JumpContext::User | JumpContext::User32);
-        if user && block.alive && !block.about.hot && !self.cold.contains(&key) && self.may_heat(core) {
+        if user && block.alive && !block.about.hot && !self.learned(key, |lesson| lesson.cold) && self.may_heat(core) {
             self.heat(core, id as u32);
             core.sample_period = Core::SAMPLE_PERIODS.start;
         } else {
             core.sample_period = (core.sample_period * 2).min(Core::SAMPLE_PERIODS.end);
         }
+        let short_loop = self.learned(key, |lesson| lesson.short_loop);
         let block = &mut self.blocks[id];
-        if block.about.hoistable && block.about.fast.is_none() && !self.short_loops.contains(&key) {
-            self.hot_loops.insert(key);
+        if block.about.hoistable && block.about.fast.is_none() && !short_loop {
+            self.lesson(key).hot_loop = true;
             return self.kill(core, id as u32);
         }
-        if !block.alive || !block.about.hoistable || self.short_loops.contains(&key) {
+        if !block.alive || !block.about.hoistable || short_loop {
             return;
         }
         let Some((from, to)) = block.about.fast else { return };
@@ -53,8 +86,8 @@ impl Translator {
         } else {
             block.samples -= 1;
             if block.samples <= -SAMPLES {
-                self.hot_loops.remove(&key);
-                self.short_loops.insert(key);
+                let lesson = self.lesson(key);
+                (lesson.hot_loop, lesson.short_loop) = (false, true);
                 self.kill(core, id as u32);
             }
         }
@@ -72,7 +105,7 @@ impl Translator {
         self.guess = region;
         let key = self.blocks[id as usize].key;
         let at = rip.wrapping_sub(key.rip) as u16;
-        let known = self.regions.entry(key).or_default();
+        let known = &mut self.lesson(key).regions;
         match known.iter_mut().find(|(other, _)| *other == at) {
             Some((_, known)) => *known = None,
             None => known.push((at, Some(region))),
@@ -93,7 +126,7 @@ impl Translator {
         let suspicions = self.suspects.entry(key).or_default();
         *suspicions += 1;
         if *suspicions >= SUSPICIONS {
-            self.cold.insert(key);
+            self.lesson(key).cold = true;
             self.kill(core, id);
         }
     }
@@ -121,8 +154,9 @@ impl Translator {
         }
         for id in found {
             let block = &self.blocks[id as usize];
-            if block.alive && !block.about.hot && !block.key.alone && !self.cold.contains(&block.key) {
-                self.hot.insert(block.key);
+            if block.alive && !block.about.hot && !block.key.alone && !self.learned(block.key, |lesson| lesson.cold) {
+                let key = block.key;
+                self.lesson(key).hot = true;
                 self.kill(core, id);
             }
         }
@@ -131,8 +165,8 @@ impl Translator {
     /// Has the block whose micro-TLB entry this is translated again, without such entries.
     pub(super) fn cool(&mut self, core: &mut Core, entry: usize) {
         let Some(&key) = self.micro_owners.get(entry) else { return };
-        self.hot.remove(&key);
-        self.cold.insert(key);
+        let lesson = self.lesson(key);
+        (lesson.hot, lesson.cold) = (false, true);
         if let Some(&id) = self.index.get(&key) {
             self.kill(core, id);
         }
@@ -145,7 +179,7 @@ impl Translator {
                 self.kill(core, id);
             }
         }
-        self.hot.clear();
+        self.lessons.values_mut().for_each(|lesson| lesson.hot = false);
         self.recycled = core.tsc();
         core.cpu.micro = [MicroEntry::empty(core.cpu.micro_nowhere, 0); MICRO_ENTRIES];
     }

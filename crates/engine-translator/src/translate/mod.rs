@@ -37,7 +37,7 @@ use crate::core::{Core, Notice};
 use crate::cpu::{
     CLOSED, Cpu, JUMP_CACHE_ENTRIES, JUMP_CONTEXTS, JumpContext, LINKS, MICRO_ENTRIES, MicroEntry, Mode, TlbContext,
 };
-use crate::hash::{AddressMap, AddressSet};
+use crate::hash::AddressMap;
 use crate::interpret::{self, Step};
 use crate::ram::Page;
 use crate::system;
@@ -49,10 +49,11 @@ use anyvisor_engine::{GuestIo, Result};
 use anyvisor_x86::bits::{cr0, cr4, gpr, rflags, xcr0};
 use anyvisor_x86::segment::{attr, index};
 use anyvisor_x86::{Cpuid, Exception, Segment};
-use block::{BlockExit, Constant, Context, ExitKind, Learned, Source, Thunk, word};
+use block::{BlockExit, Constant, Context, ExitKind, Source, Thunk, word};
 use classify::Features;
 use coalesce::Regions;
 use enter::{EXIT_ELSEWHERE, EXIT_FAULT, EXIT_INDIRECT, Thunks};
+use learn::Lesson;
 use moving::{Moving, Place};
 use planted::Bug;
 use pool::{List, Pool};
@@ -236,22 +237,12 @@ pub struct Translator {
     pages: AddressMap<u64, CodePage>,
     /// The link to each target of jumps to other pages, by the context of the code there.
     links: AddressMap<(JumpContext, u64), u32>,
-    /// Blocks in which reads that lead writes did not pay, and those in which no shared probes did.
-    unmixed: AddressSet<Key>,
-    uncoalesced: AddressSet<Key>,
-    /// Loops that samples met; and those of them that hoisted probes do not pay for.
-    hot_loops: AddressSet<Key>,
-    short_loops: AddressSet<Key>,
-    /// Blocks that samples met, and their neighbours: their accesses have micro-TLB entries. And those that
-    /// should not.
-    hot: AddressSet<Key>,
-    cold: AddressSet<Key>,
+    /// What has been learned of blocks.
+    lessons: AddressMap<Key, Lesson>,
     /// How often blocks had pages mapped too fast.
     suspects: AddressMap<Key, u32>,
     /// Since when they are counted.
     suspected: u64,
-    /// In which regions accesses are, by offset in the block, if not where their registers pointed at first.
-    regions: AddressMap<Key, Learned>,
     /// When something about regions was learned last.
     learned: u64,
     /// When all micro-TLB entries were taken away last.
@@ -307,15 +298,9 @@ impl Translator {
             movable: AddressMap::default(),
             pages: AddressMap::default(),
             links: AddressMap::default(),
-            unmixed: AddressSet::default(),
-            uncoalesced: AddressSet::default(),
-            hot_loops: AddressSet::default(),
-            short_loops: AddressSet::default(),
-            hot: AddressSet::default(),
-            cold: AddressSet::default(),
+            lessons: AddressMap::default(),
             suspects: AddressMap::default(),
             suspected: 0,
-            regions: AddressMap::default(),
             learned: 0,
             recycled: 0,
             micro_owners: Vec::new(),
@@ -683,10 +668,11 @@ impl Translator {
         if self.eager && self.statistics.blocks.is_multiple_of(EAGER_RECYCLE) {
             self.recycle_micro(core);
         }
-        let windowed = key.context.jumps == JumpContext::User && !self.cold.contains(&key) && core.has_windows();
-        let wanted = (self.eager || self.hot.contains(&key)) && !windowed && !key.alone;
-        let hot = wanted && !self.cold.contains(&key) && !self.is_micro_full();
-        let hoist = self.eager || self.hot_loops.contains(&key);
+        let lesson = self.lessons.get(&key).cloned().unwrap_or_default();
+        let windowed = key.context.jumps == JumpContext::User && !lesson.cold && core.has_windows();
+        let wanted = (self.eager || lesson.hot) && !windowed && !key.alone;
+        let hot = wanted && !lesson.cold && !self.is_micro_full();
+        let hoist = self.eager || lesson.hot_loop;
         let first_micro = self.micro_owners.len();
         let first_exit = self.exits.len() as u32;
         let mut source = Source {
@@ -697,13 +683,13 @@ impl Translator {
             context: key.context,
             features: &self.features,
             first_exit,
-            coalesce: !key.alone && !self.uncoalesced.contains(&key),
-            mix: !self.unmixed.contains(&key),
+            coalesce: !key.alone && !lesson.uncoalesced,
+            mix: !lesson.unmixed,
             hoist,
             windowed,
             regions: regions(&core.cpu),
             guess: (windowed && hoist).then_some(self.guess),
-            learned: self.regions.get(&key).cloned().unwrap_or_default(),
+            learned: lesson.regions,
             micro: first_micro as u16..(first_micro + if hot { BLOCK_MICROS } else { 0 }) as u16,
             breakpoints: core.debugger.breakpoints().to_vec(),
         };
@@ -929,9 +915,9 @@ impl Translator {
         let misfits = u64::from(std::mem::take(&mut block.misfits));
         if now.wrapping_sub(block.first_misfit) < misfits * MISFIT_TICKS {
             let key = block.key;
-            if !self.unmixed.insert(key) {
-                self.uncoalesced.insert(key);
-            }
+            let lesson = self.lessons.entry(key).or_default();
+            lesson.uncoalesced = lesson.unmixed;
+            lesson.unmixed = true;
             self.kill(core, id);
         }
     }
@@ -1055,14 +1041,8 @@ impl Translator {
         self.exits.clear();
         self.index.clear();
         self.movable.clear();
-        self.unmixed.clear();
-        self.uncoalesced.clear();
-        self.hot_loops.clear();
-        self.short_loops.clear();
-        self.hot.clear();
-        self.cold.clear();
+        self.lessons.clear();
         self.suspects.clear();
-        self.regions.clear();
         self.micro_owners.clear();
         core.cpu.micro = [MicroEntry::empty(core.cpu.micro_nowhere, 0); MICRO_ENTRIES];
         self.page = None;
@@ -1079,7 +1059,7 @@ impl Translator {
 
     /// Loops whose probes are hoisted now.
     pub fn hoisted(&self) -> usize {
-        self.hot_loops.len()
+        self.lessons.values().filter(|lesson| lesson.hot_loop).count()
     }
 
     /// Blocks that were made from others of the same code.
@@ -1100,7 +1080,7 @@ impl Translator {
             s.invalidated,
             s.flushes,
             self.hoisted(),
-            self.short_loops.len(),
+            self.lessons.values().filter(|lesson| lesson.short_loop).count(),
             self.used >> 10,
             s.exits,
             s.links,

@@ -10,6 +10,7 @@
 //! - What samples and misfits have told about a block is kept by its own address: such a block is translated.
 
 use super::block::{BlockExit, Constant, ExitKind};
+use super::learn::Lesson;
 use super::pool::List;
 use super::{About, CODE_RESERVE, Context, Exit, Key, LINK_RESERVE, Translator, access, assembler};
 use crate::core::Core;
@@ -79,10 +80,9 @@ impl Translator {
     /// The block for `key`, and the one that it was made from.
     fn moved_alone(&mut self, core: &mut Core, key: Key) -> Option<(u32, u32)> {
         let &old = self.movable.get(&Place::of(&key))?;
-        let special = [&self.unmixed, &self.uncoalesced, &self.hot_loops, &self.short_loops, &self.cold];
         let full = self.used + CODE_RESERVE > self.room || self.links.len() + LINK_RESERVE > LINKS;
         let plain = core.debugger.breakpoints().is_empty() && core.has_windows();
-        if full || !plain || self.regions.contains_key(&key) || special.iter().any(|set| set.contains(&key)) {
+        if full || !plain || self.lessons.get(&key).is_some_and(Lesson::changes_code) {
             return None;
         }
         let block = &self.blocks[old as usize];
