@@ -24,6 +24,7 @@
 //! - What changes a mapping happens in Rust, and Rust comes back at a block's start; only misses return into
 //!   an iteration, and they only add to the TLB. So a delta stays right while the loop runs.
 
+use super::access::Ea;
 use super::assembler::*;
 use super::block::*;
 use super::classify::Kind;
@@ -81,18 +82,27 @@ impl Builder<'_> {
     pub(super) fn fast_loop(&mut self, body: &[Insn], mut plan: LoopPlan) {
         let mut to_plain = Vec::new();
         self.map.push((0, 0));
-        // One delta is made last, and so is in RSI: one that the most is added to, or else the first access's.
-        let most = plan.hoists.iter().rev().find(|hoist| hoist.added != Parts::default()).map(|hoist| hoist.slot);
-        let kept = match self.planned.first() {
-            Some(&Planned { role: Role::Follower { slot, .. }, .. }) if self.source.windowed => most.or(Some(slot)),
-            _ => None,
-        };
-        plan.hoists.sort_by_key(|hoist| Some(hoist.slot) == kept);
+        // In windows, the delta that the most is added to is made last, and so is in RSI. The first access's is in RDI.
+        let mut kept = [None; 2];
+        if let Some(&Planned { role: Role::Follower { slot, .. }, .. }) =
+            self.planned.first().filter(|_| self.source.windowed)
+        {
+            let most = plan.hoists.iter().rev().find(|hoist| hoist.added != Parts::default());
+            kept = match most.filter(|most| most.slot != slot) {
+                Some(most) => [Some(most.slot), Some(slot).filter(|_| !needs_rdi(&most.ea))],
+                None => [Some(slot), None],
+            };
+        }
+        plan.hoists
+            .sort_by_key(|hoist| kept.iter().rev().position(|&kept| kept == Some(hoist.slot)).map_or(0, |at| at + 1));
         let mut first = true;
         for hoist in &plan.hoists {
             self.check(hoist, plan.limit.as_ref(), &mut first, &mut to_plain);
+            if kept[1] == Some(hoist.slot) {
+                self.a.mov(RDI, RSI);
+            }
         }
-        self.deltas[0] = kept;
+        self.deltas = kept;
         let fast = self.a.position();
         self.iteration(body, plan.limit.as_ref(), fast, kept);
         self.fast = Some((fast as u32, self.a.position() as u32));
@@ -106,8 +116,8 @@ impl Builder<'_> {
         }
     }
 
-    /// Emits the body once, and the jump back to it. `kept`: the delta that is in RSI at its start.
-    fn iteration(&mut self, body: &[Insn], limit: Option<&Limit>, fast: usize, kept: Option<u8>) {
+    /// Emits the body once, and the jump back to it. `kept`: the deltas that are in RSI and RDI at its start.
+    fn iteration(&mut self, body: &[Insn], limit: Option<&Limit>, fast: usize, kept: [Option<u8>; 2]) {
         let (last, others) = body.split_last().expect("a loop has an instruction");
         for (i, insn) in others.iter().enumerate() {
             self.map.push((self.a.position() as u32, insn.offset));
@@ -122,8 +132,11 @@ impl Builder<'_> {
         self.adjust_stack(0);
         self.write_back_all();
         self.before_flags(last);
-        if let Some(slot) = kept.filter(|_| self.deltas[0] != kept) {
-            self.load_delta(RSI, slot);
+        for (which, register) in [RSI, RDI].into_iter().enumerate() {
+            if let Some(slot) = kept[which].filter(|_| self.deltas[which] != kept[which]) {
+                self.load_delta(register, slot);
+                self.held[which] = None;
+            }
         }
         self.back_edge(last, limit, fast);
         self.forget_flags();
@@ -243,6 +256,11 @@ impl Builder<'_> {
             self.direct(insn.instruction.next_ip(), insn.live_out != 0);
         }
     }
+}
+
+/// Whether [`Builder::effective_address`] takes RDI for `ea`.
+fn needs_rdi(ea: &Ea) -> bool {
+    ea.index.is_some_and(|index| host_register(usize::from(index)).is_none())
 }
 
 fn counter(limit: &Limit) -> Rm {
