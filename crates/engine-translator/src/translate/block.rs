@@ -18,6 +18,7 @@ use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
 use super::coalesce::{Access, Coalescer, Groups, Regions, Role};
 use super::control::FarJump;
 use super::encoding::{Fields, Layout};
+use super::facts::{Effects, Facts};
 use super::flags::Redo;
 use super::planted::{self, Bug};
 use super::rename::{Held, Plan};
@@ -25,7 +26,7 @@ use super::sensitive::{OddBase, OddSyscall};
 use crate::cpu::{Cpu, DELTAS, JumpContext, Tag};
 use crate::vendor;
 use anyvisor_x86::bits::gpr;
-use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, OpAccess, OpKind, Register};
 use std::mem::offset_of;
 
 /// Guest instructions in a block at most.
@@ -257,9 +258,12 @@ pub(super) const NO_USE: u8 = 8;
 
 /// How many instructions from the first of `insns` on each register that lives in the vCPU block is read as an operand again.
 pub(super) fn next_uses(insns: &[Insn]) -> [u8; SLOTS] {
+    let near = &insns[..insns.len().min(usize::from(NO_USE))];
+    if !near.iter().any(Insn::names_slots) {
+        return [NO_USE; SLOTS];
+    }
     std::array::from_fn(|slot| {
         let names = |insn: &Insn| (insn.slots_read | insn.slots_written) >> slot & 1 != 0;
-        let near = &insns[..insns.len().min(usize::from(NO_USE))];
         match near.iter().position(names) {
             Some(at) if near[at].slots_read >> slot & 1 != 0 => at as u8,
             _ => NO_USE,
@@ -287,6 +291,13 @@ pub(super) struct Insn {
     /// Status flags alive before it, at the point where it may miss or fault.
     pub(super) live_in: u32,
     pub(super) live_out: u32,
+}
+
+impl Insn {
+    /// Whether a register that lives in the vCPU block is one of its operands.
+    pub(super) fn names_slots(&self) -> bool {
+        self.slots_read | self.slots_written != 0
+    }
 }
 
 /// An access to come.
@@ -417,7 +428,7 @@ pub struct Builder<'a> {
 #[derive(Default)]
 pub struct Workspace {
     spare: Translation,
-    info: Info,
+    facts: Facts,
     insns: Vec<Insn>,
     groups: Groups,
     planned: Vec<Planned>,
@@ -425,14 +436,6 @@ pub struct Workspace {
     elsewhere: Vec<Elsewhere>,
     far_jumps: Vec<FarJump>,
     exits: Vec<PendingExit>,
-}
-
-struct Info(InstructionInfoFactory);
-
-impl Default for Info {
-    fn default() -> Self {
-        Info(InstructionInfoFactory::new())
-    }
 }
 
 impl Workspace {
@@ -496,7 +499,7 @@ pub fn translate(source: &Source, workspace: &mut Workspace) -> Translation {
         overwrites_rax: false,
         origin: (source.rip, 0),
     };
-    let insns = builder.decode(&mut workspace.info.0);
+    let insns = builder.decode(&mut workspace.facts);
     builder.hoist(&insns);
     builder.plan_accesses(&insns);
     builder.body(&insns);
@@ -594,7 +597,7 @@ impl<'a> Builder<'a> {
 
     // Pass 1: decoding and flag liveness.
 
-    fn decode(&mut self, info: &mut InstructionInfoFactory) -> Vec<Insn> {
+    fn decode(&mut self, facts: &mut Facts) -> Vec<Insn> {
         let source = self.source;
         let mut decoder = vendor::decoder(self.bits(), source.bytes, source.rip);
         let mut insns = std::mem::take(&mut self.insns);
@@ -612,7 +615,7 @@ impl<'a> Builder<'a> {
                 // Runs over the page's end.
                 if insns.is_empty() {
                     self.incomplete = true;
-                    insns.push(decoded(info, instruction, offset, Kind::Interpret));
+                    insns.push(decoded(facts, instruction, offset, Kind::Interpret));
                 }
                 break;
             }
@@ -626,7 +629,7 @@ impl<'a> Builder<'a> {
             if !enabled || (kind == Kind::ReadTsc && !source.context.tsc) || breakpoint {
                 kind = Kind::Interpret;
             }
-            insns.push(decoded(info, instruction, offset, kind));
+            insns.push(decoded(facts, instruction, offset, kind));
             if source.crossing.is_some() {
                 break;
             }
@@ -745,6 +748,10 @@ impl<'a> Builder<'a> {
         planned.clear();
         let mut coalescer = Coalescer::new(&mut groups, mix, windowed, bits);
         for insn in insns {
+            if matches!(insn.kind, Kind::Nop | Kind::Copy | Kind::Lea | Kind::JumpIf) {
+                coalescer.execute(insn);
+                continue;
+            }
             let alone = self.source.windowed && matches!(insn.kind, Kind::Sensitive | Kind::String);
             for access in self.accesses(insn).into_iter().flatten() {
                 let region = self.region(insn, &access, &coalescer);
@@ -1119,17 +1126,9 @@ impl<'a> Builder<'a> {
     }
 }
 
-fn decoded(info: &mut InstructionInfoFactory, instruction: Instruction, offset: u16, kind: Kind) -> Insn {
+fn decoded(facts: &mut Facts, instruction: Instruction, offset: u16, kind: Kind) -> Insn {
     let length = instruction.len() as u8;
-    let usage = info.info_options(&instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
-    let mut written = 0;
-    for used in usage.used_registers() {
-        let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
-        if writes && used.register().is_gpr() {
-            written |= 1 << (used.register().full_register() as u16 - Register::RAX as u16);
-        }
-    }
-    let accesses = std::array::from_fn(|i| usage.op_access(i as u32));
+    let Effects { accesses, written } = facts.of(&instruction);
     let (mut slots_read, mut slots_written) = (0, 0);
     for operand in (0..instruction.op_count()).filter(|&i| instruction.op_kind(i) == OpKind::Register) {
         let register = instruction.op_register(operand);

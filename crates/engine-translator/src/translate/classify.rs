@@ -122,11 +122,12 @@ impl Features {
         ] {
             set(feature, bit(leaf, 0, register, number));
         }
+        let allowed = Code::values().map(|code| code.cpuid_features().iter().all(|f| allowed[*f as usize])).collect();
         Features { allowed }
     }
 
     fn allow(&self, instruction: &Instruction) -> bool {
-        instruction.cpuid_features().iter().all(|f| self.allowed[*f as usize])
+        self.allowed[instruction.code() as usize]
     }
 }
 
@@ -464,15 +465,31 @@ fn is_plain_integer(mnemonic: M) -> bool {
     )
 }
 
+/// The RFLAGS bits of the status flags in so many of iced's bits.
+const STATUS: [u32; 64] = {
+    use anyvisor_x86::bits::rflags as r;
+    use iced_x86::RflagsBits as B;
+    let pairs = [(B::CF, r::CF), (B::PF, r::PF), (B::AF, r::AF), (B::ZF, r::ZF), (B::SF, r::SF), (B::OF, r::OF)];
+    let mut table = [0; 64];
+    let mut bits = 0;
+    while bits < table.len() {
+        let mut n = 0;
+        while n < pairs.len() {
+            assert!((pairs[n].0 as usize) < table.len());
+            if bits & pairs[n].0 as usize != 0 {
+                table[bits] |= pairs[n].1 as u32;
+            }
+            n += 1;
+        }
+        bits += 1;
+    }
+    table
+};
+
 /// Status flags that `instruction` reads and certainly overwrites, as RFLAGS bits.
 pub fn flags(instruction: &Instruction) -> (u32, u32) {
     use anyvisor_x86::bits::rflags as r;
-    let convert = |bits: u32| {
-        use iced_x86::RflagsBits as B;
-        [(B::CF, r::CF), (B::PF, r::PF), (B::AF, r::AF), (B::ZF, r::ZF), (B::SF, r::SF), (B::OF, r::OF)]
-            .iter()
-            .fold(0u32, |all, (from, to)| if bits & from != 0 { all | *to as u32 } else { all })
-    };
+    let convert = |bits: u32| STATUS[bits as usize % STATUS.len()];
     let mut read = convert(instruction.rflags_read());
     if planted::is(Bug::CarryThoughtDead) {
         read &= !(r::CF as u32);

@@ -16,6 +16,7 @@ mod coalesce;
 mod control;
 mod encoding;
 mod enter;
+mod facts;
 pub mod fault;
 mod flags;
 mod learn;

@@ -23,17 +23,17 @@ impl Builder<'_> {
         // Reads first: a register that is only written may then share the scratch of one that is read.
         let operands = gpr_operands(instruction);
         let mut placed = 0u32;
-        for pass in 0..3 {
+        // Without registers that live in the vCPU block there are no scratch registers to give out in order.
+        for pass in 0..if insn.names_slots() { 3 } else { 1 } {
             for operand in operands.iter().flatten() {
+                let index = operand.register.full_register() as usize - Register::RAX as usize;
                 let (reads, writes) = reads_writes(insn.accesses[operand.operand as usize]);
                 // XOR r, r and its kin count as reading neither operand; here both matter.
                 let idiom = matches!(instruction.mnemonic(), iced_x86::Mnemonic::Xor | iced_x86::Mnemonic::Sub);
-                let reads = reads || !writes || idiom;
                 let partial = operand.register.size() < 4;
-                let reads = reads || (writes && partial);
-                let index = operand.register.full_register() as usize - Register::RAX as usize;
+                let reads = reads || !writes || idiom || partial;
                 // Then writes to a register that is read too: nothing else may be written to its scratch.
-                let turn = if reads {
+                let turn = if reads || slot_number(index).is_none() {
                     0
                 } else if spills.has(index) {
                     1
