@@ -607,8 +607,7 @@ impl<'a> Builder<'a> {
             let offset = decoder.position() as u16;
             let mut instruction = decoder.decode();
             vendor::adapt(&mut instruction, &source.bytes[usize::from(offset)..]);
-            // An absolute address of 64 bits.
-            self.fixed |= instruction.memory_base() == Register::None && instruction.memory_displ_size() == 8;
+            self.fixed |= is_absolute(&instruction);
             // An absolute target of 16 bits.
             self.fixed |= instruction.op0_kind() == OpKind::NearBranch16;
             if instruction.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
@@ -1111,7 +1110,7 @@ impl<'a> Builder<'a> {
             thunk_calls: self.thunk_calls,
             exits: self.finished_exits,
             map: self.map,
-            movable: self.source.windowed && self.source.crossing.is_none() && !self.fixed && !self.incomplete,
+            movable: self.source.windowed && !self.fixed && !self.incomplete,
             constants: self.constants,
             numbers: self.numbers,
             length,
@@ -1153,6 +1152,17 @@ fn ends_block(instruction: &Instruction, kind: Kind) -> bool {
         kind,
         Kind::CallDirect | Kind::CallIndirect | Kind::Return | Kind::JumpDirect | Kind::JumpIndirect | Kind::Interpret
     )
+}
+
+/// Whether the operand of `instruction` has an address of its own in 64-bit code, which is no distance from the instruction's and
+/// not from what a register or a segment's base hold.
+fn is_absolute(instruction: &Instruction) -> bool {
+    let displacement = instruction.memory_displacement64() as i64;
+    let in_segment = matches!(instruction.memory_segment(), Register::FS | Register::GS);
+    instruction.memory_displ_size() == 8
+        && instruction.memory_base() == Register::None
+        && instruction.memory_index() == Register::None
+        && !(in_segment && i64::from(displacement as i32) == displacement)
 }
 
 /// Whether `insn` is a jump that the block goes on behind ([`Builder::follows`]).

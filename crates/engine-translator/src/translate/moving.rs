@@ -95,7 +95,14 @@ impl Translator {
         let (about, start, exits) = (block.about, block.start, block.exits.clone());
         let mut code = std::mem::take(&mut self.moved_code);
         self.code.read_into(start as usize, block.length as usize, &mut code);
-        let fits = self.lists.constants.get(moving.constants).iter().all(|constant| constant.moved(by, &mut code));
+        let fits = self.lists.constants.get(moving.constants).iter().all(|constant| constant.moved(by, &mut code))
+            && self.crossing_moved(
+                core,
+                key,
+                about.next_page,
+                &self.exits[exits.start as usize..exits.end as usize],
+                &mut code,
+            );
         let next = self.exits.len() as u32;
         for &at in self.lists.numbers.get(moving.numbers) {
             let place = &mut code[at as usize..][..4];
@@ -110,6 +117,30 @@ impl Translator {
         self.statistics.moved += u64::from(fits);
         (self.moved_code, self.moved_exits) = (code, moved_exits);
         Some((id?, old))
+    }
+}
+
+impl Translator {
+    /// Whether `code` at `key` goes on in page `next_page`, if it has an instruction that runs over the end of its first one. Notes
+    /// in it that this was looked up now.
+    fn crossing_moved(
+        &self,
+        core: &mut Core,
+        key: Key,
+        next_page: Option<u64>,
+        exits: &[Exit],
+        code: &mut [u8],
+    ) -> bool {
+        if next_page.is_none() {
+            return true;
+        }
+        for exit in exits {
+            if let ExitKind::Recheck { patch } = exit.kind {
+                let generation = core.cpu.code_generation[key.context.jumps.generation()];
+                code[patch as usize..][..4].copy_from_slice(&generation.wrapping_neg().to_le_bytes());
+            }
+        }
+        self.next_page(core, key.rip).map(|(gpa, _)| gpa >> 12) == next_page
     }
 }
 

@@ -4,6 +4,7 @@ use super::Translator;
 use crate::testing::{Method, TestVm, place};
 use anyvisor_engine::{Exit, Vcpu};
 use anyvisor_x86::bits::{gpr, rflags};
+use anyvisor_x86::segment::index;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -47,6 +48,87 @@ fn a_bit_of_everything() {
     let cpu = &test.core().cpu;
     assert_eq!(cpu.gpr[11], 21);
     assert_eq!(cpu.gpr[15], 55);
+}
+
+/// MOV RAX, imm64 over the end of a page, and OUT, at other addresses: the same code where the same page follows, no other.
+#[test]
+fn an_instruction_over_two_pages_is_moved_if_both_are_the_same() {
+    const OTHER_PT: u64 = place::DATA + 0x10_000;
+    const OTHER_PAGE: u64 = place::DATA + 0x11_000;
+    let second = place::CODE + 0x1000;
+    let mut test = TestVm::long_mode_by(&[0x90], 3, Method::Translate);
+    test.core().cpu.rflags |= rflags::IOPL;
+    test.load(second - 5, &[0x48, 0xb8, 1, 0, 0, 0, 0, 0, 0, 0, 0xe6, 0xf4]);
+    test.load(OTHER_PAGE, &[2, 0, 0, 0, 0, 0xe6, 0xf4]);
+    let tables = test.read_u64(place::PML4);
+    test.load(place::PML4 + 8 * 0xff, &tables.to_le_bytes());
+    // As the first 2 MiB, but for the second page.
+    for page in 0..512 {
+        let entry = test.read_u64(place::PT + 8 * page);
+        test.load(OTHER_PT + 8 * page, &entry.to_le_bytes());
+    }
+    test.load(OTHER_PT + 8 * (second >> 12), &(OTHER_PAGE | 7).to_le_bytes());
+    for (entry, table) in [(1, place::PT), (2, OTHER_PT), (3, place::PT)] {
+        test.load(0x3000 + 8 * entry, &(table | 7).to_le_bytes());
+    }
+    test.core().flush_all();
+    let at = |megabytes: u64| 0x7f80_0000_0000 + (megabytes << 20) + second - 5;
+    let run = |test: &mut TestVm, rip: u64| {
+        test.core().cpu.rip = rip;
+        assert_eq!(test.run(), Exit::Kicked);
+        (test.core().cpu.gpr[gpr::RAX] >> 24, test.vcpu.translator().unwrap().moved_blocks())
+    };
+    let first = run(&mut test, at(0));
+    assert_eq!(first.0, 0);
+    let moved = run(&mut test, at(2));
+    assert!(moved.0 == 0 && moved.1 > first.1);
+    assert_eq!(run(&mut test, at(2)), moved, "it is there");
+    // Another page follows.
+    assert_eq!(run(&mut test, at(4)).0, 2);
+    // The second page changes: all of them do.
+    test.load(second, &[3]);
+    test.core().wrote(second, 1);
+    assert_eq!(run(&mut test, at(2)).0, 3);
+    assert_eq!(run(&mut test, at(6)).0, 3);
+    // And where it is changes.
+    test.load(0x3000 + 8, &(OTHER_PT | 7).to_le_bytes());
+    test.core().flush_all();
+    assert_eq!(run(&mut test, at(2)).0, 2);
+}
+
+/// Addresses that are not relative to RIP stay when code moves: those of FS (a stack's canary), of an index and of MOV's 64-bit
+/// form, which alone keeps a block where it is.
+#[test]
+fn absolute_addresses_stay() {
+    let base = 0x7f80_0000_0000u64;
+    // mov rax, fs:[0x28] / mov ecx, 2 / mov rcx, [rcx*8+0x20100] / out 0xf4, al
+    const RELATIVE: &[u8] =
+        &[0x64, 0x48, 0x8b, 4, 0x25, 0x28, 0, 0, 0, 0xb9, 2, 0, 0, 0, 0x48, 0x8b, 0xc, 0xcd, 0, 1, 2, 0, 0xe6, 0xf4];
+    // mov rax, [base + DATA] / out 0xf4, al
+    let mut absolute = vec![0x48, 0xa1];
+    absolute.extend((base + place::DATA).to_le_bytes());
+    absolute.extend([0xe6, 0xf4]);
+    for (code, moves) in [(RELATIVE, true), (&absolute, false)] {
+        let mut test = TestVm::long_mode_by(code, 3, Method::Translate);
+        test.core().cpu.rflags |= rflags::IOPL;
+        let tables = test.read_u64(place::PML4);
+        test.load(place::PML4 + 8 * 0xff, &tables.to_le_bytes());
+        test.load(0x3008, &(place::PT | 7).to_le_bytes());
+        test.core().flush_all();
+        test.core().cpu.seg[index::FS].base = base + place::DATA;
+        test.load(place::DATA, &7u64.to_le_bytes());
+        test.load(place::DATA + 0x28, &7u64.to_le_bytes());
+        test.load(place::DATA + 0x110, &8u64.to_le_bytes());
+        let mut moved = Vec::new();
+        for rip in [base, base + (2 << 20)] {
+            test.core().cpu.rip = rip + place::CODE;
+            assert_eq!(test.run(), Exit::Kicked);
+            assert_eq!(test.core().cpu.gpr[gpr::RAX], 7);
+            assert!(!moves || test.core().cpu.gpr[gpr::RCX] == 8);
+            moved.push(test.vcpu.translator().unwrap().moved_blocks());
+        }
+        assert_eq!(moved[1] > moved[0], moves);
+    }
 }
 
 /// A block that is made, for a jump, a return or a shared probe that does not fit, drops those that lead to it.
