@@ -137,7 +137,7 @@ mod tests {
             match random() % 4 {
                 0 => bytes[0] = 0x0f,
                 1 => (bytes[0], bytes[1]) = (0x40 | bytes[0] & 0xf, bytes[1] & 0xbf),
-                2 => (bytes[0], bytes[1]) = (0xc4, bytes[1] & 0xe0 | 1 + bytes[1] % 3),
+                2 => (bytes[0], bytes[1]) = (0xc4, bytes[1] & 0xe0 | (1 + bytes[1] % 3)),
                 _ => {}
             }
             let instruction = vendor::decoder(64, &bytes, 0x1000).decode();
