@@ -64,7 +64,12 @@ pub fn differences(case: &Case, flow: &Flow, executor: Executor, host: &Outcome,
             outcome.state.gpr = std::array::from_fn(|i| if i < 8 { outcome.state.gpr[i] & 0xffff_ffff } else { 0 });
         }
     }
-    let mut undefined = flow.undefined_at(host.state.rip) | RF;
+    let stopped = match host.stop {
+        // The INT3 before the case: RIP is behind it (SDM vol. 3A 6.15, vector 3).
+        Stop::Exception { vector: 3, .. } if host.state.rip == case.state.rip => host.state.rip - 1,
+        _ => host.state.rip,
+    };
+    let mut undefined = flow.undefined_at(stopped) | RF;
     if executor == Executor::Translator && matches!(host.stop, Stop::Exception { vector, .. } if vector != 3) {
         undefined |= flow.dead_at(host.state.rip);
     }

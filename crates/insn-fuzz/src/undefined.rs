@@ -303,6 +303,9 @@ mod tests {
         assert_eq!(reads(&[0x21, 0xc8, 0x9c]), [1]);
         // A shift that may do nothing does not define the flags again.
         assert_ne!(at_end(&[0x21, 0xc8, 0xd3, 0xe0]) & AF, 0);
+        // A return may lead to the INT3 before the first instruction.
+        assert_eq!(Flow::new(&[0x21, 0xc8, 0xc3], CODE).undefined_at(CODE - 1), AF);
+        assert_eq!(Flow::new(&[0x21, 0xc8, 0x01, 0xc8, 0xc3], CODE).undefined_at(CODE - 1), 0);
         // div ecx leaves CF undefined, and rcl al, 9 sets OF by it on AMD's.
         assert_eq!(reads(&[0xf7, 0xf1, 0xc0, 0xd0, 9]), if vendor::is_amd() { vec![1] } else { vec![] });
     }
