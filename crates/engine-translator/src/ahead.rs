@@ -4,38 +4,42 @@
 //! hand memory out in order: who has touched some chunks in a row gets the next ones before they are needed, as a file is read
 //! ahead. They are cleared and mapped when the guest comes, as ever: the process's page tables are left to those who use them.
 
-use crate::ram::{CHUNK, Region};
 use std::ops::Range;
-use std::sync::Arc;
+use std::os::fd::AsRawFd;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
+use vm_memory::FileOffset;
 
 /// The thread. It ends when this is dropped, after what it has still to do, a millisecond's work or so.
 pub struct Ahead {
-    requests: Option<Sender<(usize, Range<u64>)>>,
+    requests: Option<Sender<(FileOffset, Range<u64>)>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Ahead {
-    /// For `regions`, whose memory lives as long as this value.
-    ///
     /// # Errors
     /// When the host starts no thread.
-    pub fn start(regions: Arc<[Region]>) -> std::io::Result<Ahead> {
-        let (requests, received) = channel::<(usize, Range<u64>)>();
-        let work = move || {
-            for (region, chunks) in received {
-                regions[region].reserve(chunks.start * CHUNK..chunks.end * CHUNK);
-            }
-        };
+    pub fn start() -> std::io::Result<Ahead> {
+        let (requests, received) = channel();
+        let work = move || received.into_iter().for_each(|(file, bytes)| allocate(&file, &bytes));
         let thread = std::thread::Builder::new().name("ram".into()).spawn(work)?;
         Ok(Ahead { requests: Some(requests), thread: Some(thread) })
     }
 
-    /// Has `chunks` of a region allocated.
-    pub fn request(&self, region: usize, chunks: Range<u64>) {
+    /// Has `bytes` behind where `file` starts allocated. What is there stays; what the host has not got is found, or not, when it
+    /// is touched.
+    pub fn request(&self, file: &FileOffset, bytes: Range<u64>) {
         let requests = self.requests.as_ref().expect("it is there until the end");
-        requests.send((region, chunks)).expect("the thread waits for more");
+        requests.send((file.clone(), bytes)).expect("the thread waits for more");
+    }
+}
+
+fn allocate(file: &FileOffset, bytes: &Range<u64>) {
+    let (start, length) = (file.start() + bytes.start, bytes.end - bytes.start);
+    let descriptor = file.file().as_raw_fd();
+    // SAFETY: a system call on an open file, which changes none of its bytes.
+    unsafe {
+        libc::fallocate(descriptor, libc::FALLOC_FL_KEEP_SIZE, start as libc::off_t, length as libc::off_t);
     }
 }
 

@@ -97,9 +97,7 @@ impl CodeMemory {
         // SAFETY: in bounds of the writable mapping, which nothing else references.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(offset), code.len()) };
     }
-}
 
-impl CodeMemory {
     /// Has the host allocate some more. Where it cannot (before Linux 5.14), it does so when each page is written.
     #[cold]
     fn allocate(&mut self) {

@@ -109,7 +109,8 @@ impl Engine for Translator {
     }
 
     fn create_vm(&self, memory: GuestMemoryMmap) -> Result<Arc<dyn Vm>> {
-        let ram = Ram::ahead(memory).map_err(|source| Error::Host { what: "starting a thread".into(), source })?;
+        let what = || "starting the thread that has guest RAM allocated".into();
+        let ram = Ram::ahead(memory).map_err(|source| Error::Host { what: what(), source })?;
         let shared = Arc::new(VmShared::new(Arc::new(ram), self.tsc_khz));
         Ok(Arc::new(TranslatorVm { shared, execution: self.execution }))
     }

@@ -7,9 +7,7 @@ use crate::ahead::Ahead;
 use anyvisor_engine::memory::is_in_pool;
 use anyvisor_engine::{DirtyPages, DirtyRegion};
 use anyvisor_x86::paging::PageTables;
-use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -97,8 +95,7 @@ const IN_ORDER: u64 = 4;
 /// ... so many are allocated ahead of one.
 const AHEAD: u64 = 16;
 
-/// Memory that is contiguous for the guest and for the host.
-pub struct Region {
+struct Region {
     gpa: u64,
     length: u64,
     host: *mut u8,
@@ -106,12 +103,6 @@ pub struct Region {
     /// The file that it is a shared mapping of, and where in it.
     file: Option<FileOffset>,
 }
-
-// SAFETY: the raw pointer is to a mapping that outlives the region; all access through it is by raw copies and atomics, which any
-// thread may do.
-unsafe impl Send for Region {}
-// SAFETY: as above.
-unsafe impl Sync for Region {}
 
 impl Region {
     /// The marks of a chunk, if there is one.
@@ -128,34 +119,24 @@ impl Region {
             marks.fetch_or(mark, Ordering::Relaxed);
         }
     }
-
-    /// Has the host find pages for these bytes of the region's file, as far as it has them. What is there stays.
-    pub fn reserve(&self, bytes: Range<u64>) {
-        let Some(file) = &self.file else { return };
-        let (start, end) = (bytes.start.min(self.length), bytes.end.min(self.length));
-        if start < end {
-            // SAFETY: a system call on an open file, which changes none of its bytes.
-            unsafe {
-                libc::fallocate(
-                    file.file().as_raw_fd(),
-                    libc::FALLOC_FL_KEEP_SIZE,
-                    (file.start() + start) as libc::off_t,
-                    (end - start) as libc::off_t,
-                )
-            };
-        }
-    }
 }
 
 /// The RAM of one VM.
 pub struct Ram {
-    ahead: Option<Ahead>,
-    regions: Arc<[Region]>,
+    regions: Vec<Region>,
     /// Somebody wants to know the pages marked [`mark::DIRTY`]. They are marked in any case.
     logging: AtomicBool,
+    /// Has memory in files allocated that the guest is likely to come to.
+    ahead: Option<Ahead>,
     /// Keeps the mappings that `regions` points into.
     _memory: GuestMemoryMmap,
 }
+
+// SAFETY: the raw pointers are to mappings that live as long as `_memory`; all access through them is by
+// raw copies and atomics, which any thread may do.
+unsafe impl Send for Ram {}
+// SAFETY: as above.
+unsafe impl Sync for Ram {}
 
 impl Ram {
     pub fn new(memory: GuestMemoryMmap) -> Ram {
@@ -172,7 +153,7 @@ impl Ram {
                 pages: pages(r.len().div_ceil(PAGE_SIZE) as usize),
             })
             .collect();
-        Ram { ahead: None, regions, logging: AtomicBool::new(false), _memory: memory }
+        Ram { regions, logging: AtomicBool::new(false), ahead: None, _memory: memory }
     }
 
     /// The same, allocated by the host ahead of its use if it is in files.
@@ -182,7 +163,7 @@ impl Ram {
     pub fn ahead(memory: GuestMemoryMmap) -> std::io::Result<Ram> {
         let mut ram = Ram::new(memory);
         if ram.is_in_files() {
-            ram.ahead = Some(Ahead::start(ram.regions.clone())?);
+            ram.ahead = Some(Ahead::start()?);
         }
         Ok(ram)
     }
@@ -224,11 +205,8 @@ impl Ram {
     /// around it, and what is likely to follow, if it is in a file. Where the host cannot (before Linux 5.14), each page is allocated
     /// as it is touched.
     pub fn allocate_around(&self, gpa: u64) {
-        let Some(number) = self.regions.iter().position(|r| gpa.wrapping_sub(r.gpa) < r.length) else { return };
-        let region = &self.regions[number];
-        if region.file.is_none() {
-            return;
-        }
+        let Some(region) = self.region(gpa) else { return };
+        let Some(file) = &region.file else { return };
         let chunk = (gpa - region.gpa) / CHUNK;
         if region.has(chunk, mark::ALLOCATED) {
             return;
@@ -241,10 +219,12 @@ impl Ram {
             region.has(chunk, mark::FRONTIER).then_some(chunk + AHEAD)
         };
         if let (Some(next), Some(ahead)) = (next, &self.ahead) {
-            let more = next..next + AHEAD;
-            more.clone().for_each(|chunk| region.set(chunk, mark::AHEAD));
+            (next..next + AHEAD).for_each(|chunk| region.set(chunk, mark::AHEAD));
             region.set(next, mark::FRONTIER);
-            ahead.request(number, more);
+            let [from, to] = [next, next + AHEAD].map(|chunk| region.length.min(chunk * CHUNK));
+            if from < to {
+                ahead.request(file, from..to);
+            }
         }
         let length = CHUNK.min(region.length - chunk * CHUNK) as usize;
         // SAFETY: the range is within the region's mapping, and being allocated does not change its contents.
@@ -266,7 +246,7 @@ impl Ram {
     pub fn written(&self, gpa: u64, length: u64) -> Vec<(u64, u32)> {
         let mut code = Vec::new();
         let end = gpa.saturating_add(length);
-        for region in self.regions.iter() {
+        for region in &self.regions {
             let (mut at, end) = (gpa.max(region.gpa), end.min(region.gpa + region.length));
             while at < end {
                 let next = ((at | (PAGE_SIZE - 1)) + 1).min(end);

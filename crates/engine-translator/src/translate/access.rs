@@ -124,6 +124,11 @@ impl Ea {
         Ea { base: self.base.filter(|_| !parts.base), index: self.index.filter(|_| !parts.index), ..self }
     }
 
+    /// Whether [`Builder::effective_address`] takes RDI for it.
+    pub fn needs_rdi(&self) -> bool {
+        self.index.is_some_and(|index| host_register(index as usize).is_none())
+    }
+
     pub fn constant(&self) -> Option<u64> {
         let plain = self.segment.is_none() && self.bit.is_none();
         (plain && self.base.is_none() && self.index.is_none()).then_some(self.displacement as u64)
@@ -264,7 +269,7 @@ impl Builder<'_> {
         let constant = short_constant(ea, size);
         let again = flags && self.redo.is_some();
         let entry = if ea.constant().is_none() && self.faults_first { self.micro.next() } else { None };
-        let uses_rdi = ea.bit.is_some() || ea.index.is_some_and(|index| host_register(index as usize).is_none());
+        let uses_rdi = ea.bit.is_some() || ea.needs_rdi();
         if constant.is_none() && (entry.is_none() || uses_rdi) {
             self.deltas[1] = None;
         }

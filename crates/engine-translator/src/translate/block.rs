@@ -18,7 +18,7 @@ use super::classify::{self, ALL_FLAGS, Features, Kind, Unit};
 use super::coalesce::{Access, Coalescer, Groups, Regions, Role};
 use super::control::FarJump;
 use super::encoding::{Fields, Layout};
-use super::facts::{Effects, Facts};
+use super::facts::{Effects, Facts, operands};
 use super::flags::Redo;
 use super::planted::{self, Bug};
 use super::rename::{Held, Plan};
@@ -748,6 +748,7 @@ impl<'a> Builder<'a> {
         let mut coalescer = Coalescer::new(&mut groups, mix, windowed, bits);
         for insn in insns {
             if matches!(insn.kind, Kind::Nop | Kind::Copy | Kind::Lea | Kind::JumpIf) {
+                // Most instructions have none.
                 coalescer.execute(insn);
                 continue;
             }
@@ -787,7 +788,7 @@ impl<'a> Builder<'a> {
         let operand = || ea().map(|ea| Access { ea, size: word, write: false });
         match insn.kind {
             Kind::Memory | Kind::BitString => {
-                let number = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
+                let number = operands(instruction, OpKind::Memory).next();
                 let access = number.map_or(OpAccess::NoMemAccess, |n| insn.accesses[n as usize]);
                 if access == OpAccess::NoMemAccess {
                     return [None, None];
@@ -951,7 +952,7 @@ impl<'a> Builder<'a> {
 
     fn memory(&mut self, insn: &Insn) -> bool {
         let instruction = &insn.instruction;
-        let operand = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
+        let operand = operands(instruction, OpKind::Memory).next();
         let Some(operand) = operand else { return false };
         let access = insn.accesses[operand as usize];
         if access == OpAccess::NoMemAccess {
@@ -1129,7 +1130,7 @@ fn decoded(facts: &mut Facts, instruction: Instruction, offset: u16, kind: Kind)
     let length = instruction.len() as u8;
     let Effects { accesses, written } = facts.of(&instruction);
     let (mut slots_read, mut slots_written) = (0, 0);
-    for operand in (0..instruction.op_count()).filter(|&i| instruction.op_kind(i) == OpKind::Register) {
+    for operand in operands(&instruction, OpKind::Register) {
         let register = instruction.op_register(operand);
         if register.is_gpr()
             && let Some(slot) = slot_number(register.full_register() as usize - Register::RAX as usize)

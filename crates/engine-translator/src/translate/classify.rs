@@ -4,6 +4,7 @@
 //! forgotten instruction is slow, never wrong.
 
 use super::block::Context;
+use super::facts::operands;
 use super::planted::{self, Bug};
 use crate::vendor;
 use anyvisor_x86::Cpuid;
@@ -247,7 +248,7 @@ fn turns_all_the_way(instruction: &Instruction) -> bool {
 }
 
 fn with_operand(instruction: &Instruction) -> Kind {
-    match (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory) {
+    match operands(instruction, OpKind::Memory).next() {
         None => Kind::Copy,
         Some(_) if instruction.memory_size().size() == 0 => Kind::Interpret,
         Some(_) if is_bit_string(instruction) => {

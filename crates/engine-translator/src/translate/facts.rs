@@ -96,7 +96,7 @@ fn is_plain(instruction: &Instruction) -> bool {
 }
 
 /// The operands of a kind, by number.
-fn operands(instruction: &Instruction, kind: OpKind) -> impl Iterator<Item = u32> + '_ {
+pub(super) fn operands(instruction: &Instruction, kind: OpKind) -> impl Iterator<Item = u32> + '_ {
     (0..instruction.op_count()).filter(move |&i| instruction.op_kind(i) == kind)
 }
 

@@ -24,7 +24,6 @@
 //! - What changes a mapping happens in Rust, and Rust comes back at a block's start; only misses return into
 //!   an iteration, and they only add to the TLB. So a delta stays right while the loop runs.
 
-use super::access::Ea;
 use super::assembler::*;
 use super::block::*;
 use super::classify::Kind;
@@ -89,7 +88,7 @@ impl Builder<'_> {
         {
             let most = plan.hoists.iter().rev().find(|hoist| hoist.added != Parts::default());
             kept = match most.filter(|most| most.slot != slot) {
-                Some(most) => [Some(most.slot), Some(slot).filter(|_| !needs_rdi(&most.ea))],
+                Some(most) => [Some(most.slot), Some(slot).filter(|_| !most.ea.needs_rdi())],
                 None => [Some(slot), None],
             };
         }
@@ -256,11 +255,6 @@ impl Builder<'_> {
             self.direct(insn.instruction.next_ip(), insn.live_out != 0);
         }
     }
-}
-
-/// Whether [`Builder::effective_address`] takes RDI for `ea`.
-fn needs_rdi(ea: &Ea) -> bool {
-    ea.index.is_some_and(|index| host_register(usize::from(index)).is_none())
 }
 
 fn counter(limit: &Limit) -> Rm {

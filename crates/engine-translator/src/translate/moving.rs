@@ -118,9 +118,7 @@ impl Translator {
         (self.moved_code, self.moved_exits) = (code, moved_exits);
         Some((id?, old))
     }
-}
 
-impl Translator {
     /// Whether `code` at `key` goes on in page `next_page`, if it has an instruction that runs over the end of its first one. Notes
     /// in it that this was looked up now.
     fn crossing_moved(

@@ -104,18 +104,18 @@ fn absolute_addresses_stay() {
     // mov rax, fs:[0x28] / mov ecx, 2 / mov rcx, [rcx*8+0x20100] / out 0xf4, al
     const RELATIVE: &[u8] =
         &[0x64, 0x48, 0x8b, 4, 0x25, 0x28, 0, 0, 0, 0xb9, 2, 0, 0, 0, 0x48, 0x8b, 0xc, 0xcd, 0, 1, 2, 0, 0xe6, 0xf4];
-    // mov rax, [base + DATA] / out 0xf4, al
-    let mut absolute = vec![0x48, 0xa1];
-    absolute.extend((base + place::DATA).to_le_bytes());
-    absolute.extend([0xe6, 0xf4]);
-    for (code, moves) in [(RELATIVE, true), (&absolute, false)] {
+    // mov rax, [base + DATA] / out 0xf4, al; and mov rax, fs:[1 TiB]
+    let absolute = [(&[0x48, 0xa1][..], base + place::DATA), (&[0x64, 0x48, 0xa1], 1 << 40)]
+        .map(|(mov, address)| [mov, &address.to_le_bytes(), &[0xe6, 0xf4]].concat());
+    for (code, moves) in [(RELATIVE, true), (&absolute[0], false), (&absolute[1], false)] {
         let mut test = TestVm::long_mode_by(code, 3, Method::Translate);
         test.core().cpu.rflags |= rflags::IOPL;
         let tables = test.read_u64(place::PML4);
         test.load(place::PML4 + 8 * 0xff, &tables.to_le_bytes());
         test.load(0x3008, &(place::PT | 7).to_le_bytes());
         test.core().flush_all();
-        test.core().cpu.seg[index::FS].base = base + place::DATA;
+        let fs = if code[..3] == [0x64, 0x48, 0xa1] { base - (1 << 40) } else { base };
+        test.core().cpu.seg[index::FS].base = fs + place::DATA;
         test.load(place::DATA, &7u64.to_le_bytes());
         test.load(place::DATA + 0x28, &7u64.to_le_bytes());
         test.load(place::DATA + 0x110, &8u64.to_le_bytes());
